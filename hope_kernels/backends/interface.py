@@ -1,0 +1,166 @@
+"""What a compiled backend is given and what it gives back: the operator-level problem.
+
+A backend is a module with ``status()``, ``refuses(spec, dtype, device)``, ``scan_forward`` and
+``scan_backward``. It sees neither validation nor autograd nor the state object: those are shared.
+
+Letters: B batch rows, S sequences, T tokens per row, P pending tokens per sequence (capacity), N heads, D
+features, C chunk size, M chunk rows of the coefficient tensors, K checkpoint interval.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from hope_kernels.memory.spec import MemorySpec
+
+# Columns of ``ScanProblem.sequences``.
+ROW, START, LENGTH, PENDING, CHUNK_ROW, CHUNK_INDEX = range(6)
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """Whether a backend can run here, and why (not). True in a boolean context when it can."""
+
+    name: str
+    available: bool
+    reason: str
+
+    def __bool__(self) -> bool:
+        return self.available
+
+
+@dataclass(slots=True)
+class ScanProblem:
+    """One chunked scan: reads, writes or both, for every sequence and head.
+
+    Token ``j`` of sequence ``s`` counts its pending tokens first: it is ``pending[s, j]`` for
+    ``j < pending_s``, else token ``start_s + j - pending_s`` of batch row ``row_s``. Chunk ``c`` of a sequence
+    covers its tokens ``cC .. cC + C - 1`` and is written only when all of them are there. New token ``t`` reads
+    the state at the start of chunk ``(pending_s + t) // C``; pending tokens were read by an earlier call.
+
+    Attributes:
+        q: ``[B, T, N, D]``, or None to write only.
+        k, v: ``[B, T, N, D]``, dtype of ``q``, or None to read only (then ``chunks`` is 0).
+        pending_k, pending_v: ``[S, P, N, D]`` or None.
+        step: ``[M, N, C]`` weight of each token's error in the write of W (``dgd``: the raw learning rate).
+        retention: ``[M, N, C]``, ``dgd`` only: the raw retention, or None for 1.
+        decay: ``[M, N]``, ``gd`` only: factor of the old W, or None for 1.
+        momentum_step: ``[M, N, C]`` weight of each token's error in the write of the momentum, or None.
+        momentum_carry: ``[M, N]`` how much of the chunk-start momentum enters W.
+        momentum_decay: ``[M, N]`` factor of the old momentum.
+        weights: initial weights, each ``[N, in, out]`` (shared) or ``[S, N, in, out]``, any strides; state
+            dtype or dtype of ``q``.
+        momentum: initial momentum, like ``weights`` in the state dtype; empty means zeros (or no momentum).
+        sequences: int64 ``[S, 6]`` with the columns named above, or None when sequence ``s`` is batch row ``s``
+            with all its T tokens, P pending ones and first chunk row ``s * chunks``.
+        spec, chunk_size: as in the public functions.
+        chunks: without ``sequences`` the complete chunks of each sequence, ``(P + T) // C``; with
+            ``sequences`` the number M of chunk rows, an upper bound of what all sequences use together.
+        first_chunk: without ``sequences`` the index, counted from the start of the stream, of the chunk in
+            progress.
+        bptt_chunks: 0, or n: the state written into every chunk index ``c = n, 2n, ..`` is detached.
+        checkpoint_interval: K, chunks between two checkpoints.
+
+    The coefficient tensors, ``momentum`` and everything written are float32 (float64 with float64 ``q``): the
+    *state dtype*. Token tensors may have any strides.
+    """
+
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
+    pending_k: Tensor | None
+    pending_v: Tensor | None
+    step: Tensor | None
+    retention: Tensor | None
+    decay: Tensor | None
+    momentum_step: Tensor | None
+    momentum_carry: Tensor | None
+    momentum_decay: Tensor | None
+    weights: tuple[Tensor, ...]
+    momentum: tuple[Tensor, ...]
+    sequences: Tensor | None
+    spec: MemorySpec
+    chunk_size: int
+    chunks: int
+    first_chunk: int
+    bptt_chunks: int
+    checkpoint_interval: int
+
+    @property
+    def tokens(self) -> Tensor:
+        """``q``, or ``k`` where only a write is asked for."""
+        return self.q if self.q is not None else self.k  # type: ignore[return-value]
+
+    @property
+    def sequence_count(self) -> int:
+        """S."""
+        return self.tokens.shape[0] if self.sequences is None else self.sequences.shape[0]
+
+    @property
+    def chunk_rows(self) -> int:
+        """M."""
+        return self.chunks if self.sequences is not None else self.tokens.shape[0] * self.chunks
+
+    @property
+    def has_momentum(self) -> bool:
+        return self.momentum_step is not None
+
+
+class ScanGradients(NamedTuple):
+    """Gradients of a scan, named as the inputs; None exactly where the input is None.
+
+    ``weights`` and ``momentum`` are ``[S, N, in, out]`` in the state dtype: the shared operator sums them over
+    the sequences in a fixed order.
+    """
+
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
+    pending_k: Tensor | None
+    pending_v: Tensor | None
+    step: Tensor | None
+    retention: Tensor | None
+    decay: Tensor | None
+    momentum_step: Tensor | None
+    momentum_carry: Tensor | None
+    momentum_decay: Tensor | None
+    weights: list[Tensor]
+    momentum: list[Tensor]
+
+
+class Backend(Protocol):
+    """The functions a backend module has."""
+
+    def status(self) -> BackendStatus: ...
+
+    def refuses(self, spec: MemorySpec, dtype: torch.dtype, device: torch.device) -> str | None:
+        """None when the backend can run this, else the reason it cannot."""
+
+    def scan_forward(
+        self, problem: ScanProblem, *, save: bool
+    ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+        """Output ``[B, T, N, D]``, final weights, final momentum, checkpoints (empty unless ``save``).
+
+        The output of tokens outside every sequence is 0 and an empty tensor when ``q`` is None. Final weights
+        are ``[S, N, in, out]``, an empty list when ``chunks`` is 0; final momentum likewise, an empty list
+        without momentum. Checkpoints, one tensor ``[M // K, N, in, out]`` per weight, then per momentum, hold
+        the state at the start of chunk ``jK``, ``j >= 1``, of sequence ``s`` in row
+        ``chunk_row_s // K + j - 1``.
+        """
+        ...
+
+    def scan_backward(
+        self,
+        problem: ScanProblem,
+        checkpoints: list[Tensor],
+        grad_output: Tensor | None,
+        grad_weights: list[Tensor | None],
+        grad_momentum: list[Tensor | None],
+    ) -> ScanGradients:
+        """Gradients given those of the output and of the final state (None means zero; any strides)."""
+        ...

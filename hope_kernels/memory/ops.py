@@ -1,0 +1,212 @@
+"""The registered operator ``hope_kernels::scan`` and its autograd, shared by every compiled backend.
+
+The operator carries an operator-level problem (:class:`hope_kernels.backends.interface.ScanProblem`) through
+PyTorch's dispatcher: fake tensors, ``torch.compile``, autograd and ``torch.library.opcheck`` see one operator
+with one schema, and only its implementation looks up the backend, by name, when it runs. Registering needs
+neither a compiled core nor a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hope_kernels import backends
+from hope_kernels.backends.interface import ScanProblem
+from hope_kernels.memory.spec import MemorySpec
+from hope_kernels.memory.state import state_dtype
+
+_TENSORS = (
+    "Tensor? q, Tensor? k, Tensor? v, Tensor? pending_k, Tensor? pending_v, "
+    "Tensor? step, Tensor? retention, Tensor? decay, "
+    "Tensor? momentum_step, Tensor? momentum_carry, Tensor? momentum_decay, "
+    "Tensor[] weights, Tensor[] momentum, Tensor? sequences"
+)
+_SETTINGS = "str spec, SymInt chunk_size, SymInt chunks, SymInt first_chunk, SymInt bptt_chunks, str backend"
+_TENSOR_COUNT = 14
+_GATED = 11  # the tensors before `weights`, in the order of ScanGradients
+
+_library = torch.library.Library("hope_kernels", "DEF")
+_library.define(
+    f"scan({_TENSORS}, {_SETTINGS}, bool save) -> (Tensor output, Tensor[] weights, Tensor[] momentum, "
+    "Tensor[] checkpoints)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    f"scan_backward({_TENSORS}, {_SETTINGS}, Tensor[] checkpoints, Tensor? grad_output, Tensor?[] grad_weights, "
+    "Tensor?[] grad_momentum) -> (Tensor[] tokens, Tensor[] weights, Tensor[] momentum)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def checkpoint_interval(chunks: int) -> int:
+    """K, the least power of two with ``K^2 >= chunks``, ``chunks`` being a bound for one sequence.
+
+    The forward keeps a state every K chunks and the backward rebuilds at most K at a time, so memory grows like
+    the square root of the number of chunks. Powers of two, found by comparing, keep a symbolic length symbolic
+    under ``torch.compile``: it recompiles when the interval doubles, not for every length.
+    """
+    interval = 1
+    while interval * interval < chunks:
+        interval *= 2
+    return interval
+
+
+def _problem(args: tuple[Any, ...]) -> ScanProblem:
+    """The problem behind an operator's arguments, up to and including ``bptt_chunks``."""
+    (*tensors, weights, momentum, sequences) = args[:_TENSOR_COUNT]
+    spec, chunk_size, chunks, first_chunk, bptt_chunks = args[_TENSOR_COUNT : _TENSOR_COUNT + 5]
+    return ScanProblem(
+        *tensors,
+        weights=tuple(weights),
+        momentum=tuple(momentum),
+        sequences=sequences,
+        spec=MemorySpec.from_key(spec),
+        chunk_size=chunk_size,
+        chunks=chunks,
+        first_chunk=first_chunk,
+        bptt_chunks=bptt_chunks,
+        checkpoint_interval=checkpoint_interval(chunks),
+    )
+
+
+
+
+def _scan(*args: Any) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    backend, save = args[-2:]
+    return backends.implementation(backend).scan_forward(_problem(args), save=save)
+
+
+def _scan_fake(*args: Any) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    problem, save = _problem(args), args[-1]
+    tokens = problem.tokens
+    output = tokens.new_empty(problem.q.shape if problem.q is not None else (0,))
+    dtype, heads = state_dtype(tokens.dtype), tokens.shape[2]
+    shapes = [w.shape[-2:] for w in problem.weights]
+
+    def states(rows: int) -> list[Tensor]:
+        return [tokens.new_empty((rows, heads, *shape), dtype=dtype) for shape in shapes]
+
+    written = problem.k is not None
+    weights = states(problem.sequence_count) if written else []
+    momentum = states(problem.sequence_count) if written and problem.has_momentum else []
+    checkpoints: list[Tensor] = []
+    if written and save:
+        rows = problem.chunk_rows // problem.checkpoint_interval
+        checkpoints = states(rows) + (states(rows) if problem.has_momentum else [])
+    return output, weights, momentum, checkpoints
+
+
+def _scan_backward(*args: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    problem = _problem(args)
+    backend, checkpoints, grad_output, grad_weights, grad_momentum = args[-5:]
+    gradients = backends.implementation(backend).scan_backward(
+        problem, list(checkpoints), grad_output, list(grad_weights), list(grad_momentum)
+    )
+    tokens = [g for g in gradients[:_GATED] if g is not None]
+    # Shared weights: the gradient is the sum over the sequences, in a fixed order, in the dtype of the weight.
+    weights = [_reduce(g, w) for g, w in zip(gradients.weights, problem.weights, strict=True)]
+    momentum = [_reduce(g, m) for g, m in zip(gradients.momentum, problem.momentum, strict=True)]
+    return tokens, weights, momentum
+
+
+def _reduce(gradient: Tensor, initial: Tensor) -> Tensor:
+    return (gradient.sum(0) if initial.dim() == 3 else gradient).to(initial.dtype)
+
+
+def _scan_backward_fake(*args: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def like(x: Tensor) -> Tensor:
+        return x.new_empty(x.shape)
+
+    tensors, weights, momentum = args[:_GATED], args[_GATED], args[_GATED + 1]
+    return [like(x) for x in tensors if x is not None], [like(w) for w in weights], [like(m) for m in momentum]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    _, _, _, checkpoints = output
+    ctx.set_materialize_grads(False)
+    tensors = inputs[:_GATED]
+    weights, momentum, sequences = inputs[_GATED : _GATED + 3]
+    ctx.present = [x is not None for x in tensors]
+    ctx.counts = (len(weights), len(momentum), sequences is not None)
+    ctx.settings = inputs[_TENSOR_COUNT:-1]
+    ctx.save_for_backward(
+        *(x for x in tensors if x is not None),
+        *weights,
+        *momentum,
+        *([sequences] if sequences is not None else []),
+        *checkpoints,
+    )
+
+
+def _backward(ctx: Any, grad_output: Tensor | None, grad_weights: Any, grad_momentum: Any, _: Any) -> tuple[Any, ...]:
+    saved = list(ctx.saved_tensors)
+    tensors = [saved.pop(0) if present else None for present in ctx.present]
+    weight_count, momentum_count, has_sequences = ctx.counts
+    weights = [saved.pop(0) for _ in range(weight_count)]
+    momentum = [saved.pop(0) for _ in range(momentum_count)]
+    sequences = saved.pop(0) if has_sequences else None
+    d_tensors, d_weights, d_momentum = torch.ops.hope_kernels.scan_backward(
+        *tensors, weights, momentum, sequences, *ctx.settings, saved, grad_output, grad_weights or [], grad_momentum or []
+    )
+    d_tensors = iter(d_tensors)
+    d_inputs = [next(d_tensors) if present else None for present in ctx.present]
+    # 6 settings and `save`
+    return (*d_inputs, d_weights, d_momentum if momentum_count else [], None, *[None] * 7)
+
+
+def _refuse_double_backward(*_: Any) -> None:
+    raise RuntimeError(
+        "hope_kernels: a compiled backend gives first derivatives only; for gradients of gradients use backend='reference'"
+    )
+
+
+def _no_context(ctx: Any, inputs: Any, output: Any) -> None:
+    pass
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("scan", _scan, _device)
+    _library.impl("scan_backward", _scan_backward, _device)
+torch.library.register_fake("hope_kernels::scan", _scan_fake, lib=_library)
+torch.library.register_fake("hope_kernels::scan_backward", _scan_backward_fake, lib=_library)
+torch.library.register_autograd("hope_kernels::scan", _backward, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd(
+    "hope_kernels::scan_backward", _refuse_double_backward, setup_context=_no_context, lib=_library
+)
+
+
+def scan(problem: ScanProblem, backend: str) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Run a problem on a compiled backend: output, final weights, final momentum, with gradients."""
+    tensors = (
+        problem.q,
+        problem.k,
+        problem.v,
+        problem.pending_k,
+        problem.pending_v,
+        problem.step,
+        problem.retention,
+        problem.decay,
+        problem.momentum_step,
+        problem.momentum_carry,
+        problem.momentum_decay,
+    )
+    save = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (*tensors, *problem.weights, *problem.momentum)
+    )
+    output, weights, momentum, _ = torch.ops.hope_kernels.scan(
+        *tensors,
+        list(problem.weights),
+        list(problem.momentum),
+        problem.sequences,
+        problem.spec.key,
+        problem.chunk_size,
+        problem.chunks,
+        problem.first_chunk,
+        problem.bptt_chunks,
+        backend,
+        save,
+    )
+    return output, tuple(weights), tuple(momentum)

@@ -1,0 +1,301 @@
+"""The public functions: ``memory_scan``, ``memory_read``, ``memory_write``.
+
+Each checks its arguments, lays the tokens out in chunks, turns the gates into the scalars of the closed chunk
+form, and hands one operator-level problem to the reference or to a compiled backend.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hope_kernels import backends
+from hope_kernels.backends.interface import ScanProblem
+from hope_kernels.memory import ops, reference
+from hope_kernels.memory import validation as check
+from hope_kernels.memory.coefficients import Coefficients, chunk_coefficients
+from hope_kernels.memory.layout import TableLayout, UniformLayout, make_layout
+from hope_kernels.memory.spec import MemorySpec
+from hope_kernels.memory.state import MemoryState, Weights
+
+Memory = Sequence[Tensor] | MemoryState
+
+
+class MemoryOutput(NamedTuple):
+    """What ``memory_scan`` returns: ``output [B, T, N, D]`` in the dtype of ``q``, and the new state."""
+
+    output: Tensor
+    state: MemoryState
+
+
+def memory_scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lr: Tensor,
+    memory: Memory,
+    *,
+    spec: MemorySpec,
+    chunk_size: int,
+    retention: Tensor | None = None,
+    momentum: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    valid: Tensor | None = None,
+    bptt_chunks: int | None = None,
+    backend: str | None = None,
+) -> MemoryOutput:
+    """Read a memory with every token and write it once per chunk (equations 71 and 90).
+
+    Token ``t`` lies in chunk ``c = t // C`` of its sequence, counted from the start of the stream. It reads
+    ``y_t = f_{W_c}(q_t)``, the state at the start of its chunk; after the last token of a chunk the memory is
+    written with the inner gradients of all its tokens, taken at ``W_c``. An unfinished last chunk writes nothing:
+    its tokens stay pending in the returned state, so any split of a sequence into calls gives the same result.
+
+    Fully differentiable, second-order terms included: with respect to ``q, k, v, lr, retention, momentum``, the
+    initial weights and momentum and pending tokens, given gradients of the output and of everything in the
+    returned state. A compiled backend keeps a chunk state every ``O(sqrt(chunks))`` chunks and rebuilds the rest
+    in the backward; ``backend="reference"`` keeps them all.
+
+    Args:
+        q, k, v: queries, keys, values ``[B, T, N, D]`` (batch, tokens, heads, features), one dtype: float32,
+            bfloat16, float16 or float64.
+        lr: inner learning rate per token and head, ``[B, T, N]``, float32 (float64 with float64 tokens).
+        memory: initial weights in the order of ``spec.weight_names``, each ``[N, in, out]`` (shared by all
+            sequences) or ``[B, N, in, out]``, float32 or the dtype of ``q``, any strides; or the state returned by
+            an earlier call.
+        spec: what the memory is and how it is written.
+        chunk_size: C, tokens per write.
+        retention: ``alpha [B, T, N]`` in [0, 1], dtype of ``lr``; None for 1.
+        momentum: ``beta [B, T, N]`` in [0, 1), dtype of ``lr``; rule ``gd`` only; None for none.
+        cu_seqlens: ``[S + 1]`` int32 or int64, boundaries of S sequences packed into one row (B = 1). Weights and
+            the state are then per sequence.
+        valid: ``[B, 2]`` int32 or int64, first and one past the last real token of each row; tokens outside are
+            neither read (their output is 0) nor written nor counted.
+        bptt_chunks: detach the state written into chunk n, 2n, .. of the stream; None for full backpropagation.
+        backend: ``"reference"``, ``"cpu"``, ``"triton"``, ``"cuda"``, obeyed or refused; None for the fastest.
+
+    Returns:
+        ``output [B, T, N, D]`` in the dtype of ``q`` and the new :class:`MemoryState`.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it, what it is and what is wanted.
+        RuntimeError: the backend asked for cannot run this here; the message says why.
+    """
+    check.check_spec(spec)
+    check.check_chunk_size(chunk_size)
+    q, k, v, lr, retention, momentum = _under_autocast(q, k, v, lr, retention, momentum)
+    check.check_tokens({"q": q, "k": k, "v": v})
+    check.check_gates(spec, lr, retention, momentum, q)
+    if bptt_chunks is not None:
+        check.check_positive("bptt_chunks", bptt_chunks)
+    if cu_seqlens is not None and valid is not None:
+        raise ValueError("valid: got it together with cu_seqlens; want one of the two")
+    rows = q.shape[0]
+    if cu_seqlens is not None:
+        check.check_cu_seqlens(cu_seqlens, q)
+        rows = cu_seqlens.shape[0] - 1
+    if valid is not None:
+        check.check_valid(valid, q)
+    state = _state_of(memory, spec, chunk_size, q, rows)
+    check.check_stream_gates(state, retention, momentum)
+    name = backends.select(backend, spec, q.dtype, q.device)
+
+    layout = make_layout(q, state, chunk_size, cu_seqlens, valid)
+    writes = layout.chunks > 0
+    coefficients = _coefficients(layout, state, spec, lr, retention, momentum) if writes else Coefficients()
+    problem = ScanProblem(
+        q=q,
+        k=k if writes else None,
+        v=v if writes else None,
+        pending_k=state.pending_k if writes else None,
+        pending_v=state.pending_v if writes else None,
+        **coefficients._asdict(),
+        weights=state.stored_weights,
+        momentum=(state.stored_momentum or ()) if writes else (),
+        sequences=layout.sequences,
+        spec=spec,
+        chunk_size=chunk_size,
+        chunks=layout.chunks,
+        first_chunk=layout.first_chunk if isinstance(layout, UniformLayout) else 0,
+        bptt_chunks=bptt_chunks or 0,
+        checkpoint_interval=ops.checkpoint_interval(layout.chunks),
+    )
+    output, weights, speeds = _run(problem, name)
+
+    def unfinished(pending: Tensor | None, new: Tensor | None) -> Tensor | None:
+        return None if new is None else layout.unfinished(pending, new)
+
+    new_state = replace(
+        state,
+        chunk_size=chunk_size,
+        batch_size=rows,
+        stored_weights=weights if writes else state.stored_weights,
+        stored_momentum=speeds if writes and speeds else state.stored_momentum,
+        pending_k=unfinished(state.pending_k, k),
+        pending_v=unfinished(state.pending_v, v),
+        pending_lr=unfinished(state.pending_lr, lr),
+        pending_retention=unfinished(state.pending_retention, retention),
+        pending_momentum=unfinished(state.pending_momentum, momentum),
+        has_retention=retention is not None,
+        has_momentum=momentum is not None,
+        **layout.advance(),
+    )
+    return MemoryOutput(output, new_state)
+
+
+def memory_read(q: Tensor, memory: Memory, *, spec: MemorySpec, backend: str | None = None) -> Tensor:
+    """``f_W(q)`` with the current weights, nothing written: ``[B, T, N, D]``, dtype of ``q``.
+
+    Arguments, gradients and errors as in :func:`memory_scan`; pending tokens of a state play no part.
+    """
+    check.check_spec(spec)
+    (q,) = _under_autocast(q)
+    check.check_tokens({"q": q})
+    if isinstance(memory, MemoryState):
+        check.check_state(memory, spec, None, q, q.shape[0])
+        weights = memory.stored_weights
+    else:
+        weights = check.check_weights("memory", memory, spec)
+        check.check_memory_fits(weights, None, spec, q, q.shape[0])
+    name = backends.select(backend, spec, q.dtype, q.device)
+    problem = _whole_call(q.shape[1], weights, (), spec, q=q)
+    return _run(problem, name)[0]
+
+
+def memory_write(
+    k: Tensor,
+    v: Tensor,
+    lr: Tensor,
+    memory: Memory,
+    *,
+    spec: MemorySpec,
+    retention: Tensor | None = None,
+    momentum: Tensor | None = None,
+    backend: str | None = None,
+) -> MemoryState:
+    """Write all tokens as one chunk: inner gradients at the current weights, one update. Returns the new state.
+
+    Arguments, gradients and errors as in :func:`memory_scan`; a call without tokens changes nothing. A new state
+    (from plain weights) takes T as its chunk size.
+
+    Raises:
+        ValueError: ``memory`` is a state with pending tokens, whose chunk this call would tear apart.
+    """
+    check.check_spec(spec)
+    k, v, lr, retention, momentum = _under_autocast(k, v, lr, retention, momentum)
+    check.check_tokens({"k": k, "v": v})
+    check.check_gates(spec, lr, retention, momentum, k)
+    rows, length = k.shape[:2]
+    state = _state_of(memory, spec, None, k, rows, initial_chunk_size=max(length, 1))
+    check.check_stream_gates(state, retention, momentum)
+    if state.pending_k is not None:
+        raise ValueError(
+            f"memory: got a state with pending tokens ({state!r}); memory_write wants one at the end of a chunk"
+        )
+    name = backends.select(backend, spec, k.dtype, k.device)
+    if length == 0:
+        return replace(state, batch_size=rows)
+    layout = UniformLayout(rows, length, length, 0, 0, 0)
+    problem = _whole_call(
+        length,
+        state.stored_weights,
+        state.stored_momentum or (),
+        spec,
+        k=k,
+        v=v,
+        **_coefficients(layout, state, spec, lr, retention, momentum)._asdict(),
+    )
+    _, weights, speeds = _run(problem, name)
+    return replace(
+        state,
+        batch_size=rows,
+        stored_weights=weights,
+        stored_momentum=speeds or state.stored_momentum,
+        position=state.position + length,
+        chunk_index=state.chunk_index + 1,
+        has_retention=retention is not None,
+        has_momentum=momentum is not None,
+    )
+
+
+def _state_of(
+    memory: Memory,
+    spec: MemorySpec,
+    chunk_size: int | None,
+    tokens: Tensor,
+    rows: int,
+    initial_chunk_size: int | None = None,
+) -> MemoryState:
+    """The state a call starts from, checked against the call."""
+    if isinstance(memory, MemoryState):
+        check.check_state(memory, spec, chunk_size, tokens, rows)
+        return memory
+    weights = check.check_weights("memory", memory, spec)
+    check.check_memory_fits(weights, None, spec, tokens, rows)
+    return MemoryState(spec, chunk_size or initial_chunk_size or 1, weights, None, rows)
+
+
+def _coefficients(
+    layout: UniformLayout | TableLayout,
+    state: MemoryState,
+    spec: MemorySpec,
+    lr: Tensor,
+    retention: Tensor | None,
+    momentum: Tensor | None,
+) -> Coefficients:
+    def chunks_of(pending: Tensor | None, gate: Tensor | None, fill: float) -> Tensor | None:
+        return None if gate is None else layout.chunks_of(pending, gate, fill)
+
+    return chunk_coefficients(
+        spec.rule,
+        layout.chunks_of(state.pending_lr, lr, 0.0),
+        chunks_of(state.pending_retention, retention, 1.0),
+        chunks_of(state.pending_momentum, momentum, 0.0),
+    )
+
+
+def _whole_call(length: int, weights: Weights, momentum: Weights, spec: MemorySpec, **tensors: Tensor) -> ScanProblem:
+    """The problem of a call that only reads or only writes: all tokens are one chunk."""
+    names = ("q", "k", "v", "pending_k", "pending_v", *Coefficients._fields)
+    return ScanProblem(
+        **{name: tensors.get(name) for name in names},
+        weights=weights,
+        momentum=momentum,
+        sequences=None,
+        spec=spec,
+        chunk_size=max(length, 1),
+        chunks=0 if "k" not in tensors else 1,
+        first_chunk=0,
+        bptt_chunks=0,
+        checkpoint_interval=1,
+    )
+
+
+def _run(problem: ScanProblem, backend: str) -> tuple[Tensor, Weights, Weights]:
+    if backend != "reference":
+        return ops.scan(problem, backend)
+    device = problem.tokens.device.type
+    # The reference rounds operands itself; autocast would round the state as well.
+    quiet = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+    with quiet:
+        return reference.chunked_scan(problem)
+
+
+def _under_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Token tensors in the autocast dtype, gates in float32, when autocast is on; float64 is left alone."""
+    first = tensors[0]
+    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(first.device.type)
+
+    def cast(x: Tensor | None) -> Tensor | None:
+        if not isinstance(x, Tensor) or x.dtype == torch.float64 or not x.is_floating_point():
+            return x
+        return x.to(dtype if x.dim() == 4 else torch.float32)
+
+    return [cast(x) for x in tensors]
