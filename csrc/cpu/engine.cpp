@@ -1,0 +1,178 @@
+// Picks the kernels for this processor, checks problems, and measures the machine's limits.
+#include "engine.h"
+
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#include "thread_pool.h"
+
+namespace hope::cpu {
+
+#if defined(HOPE_X86_VARIANTS)
+namespace avx512 {
+extern const Variant kVariant;
+}
+namespace avx2 {
+extern const Variant kVariant;
+}
+#endif
+namespace baseline {
+extern const Variant kVariant;
+}
+
+namespace {
+
+struct Candidate {
+  const Variant* variant;
+  bool usable;
+};
+
+constexpr int kMaxVariants = 3;
+
+// Newest first.
+int candidates(Candidate* list) {
+  int count = 0;
+#if defined(HOPE_X86_VARIANTS)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512cd");
+  list[count++] = {&avx512::kVariant, avx512};
+  list[count++] = {&avx2::kVariant, avx2};
+#endif
+  list[count++] = {&baseline::kVariant, true};
+  return count;
+}
+
+struct Choice {
+  const Variant* variant = nullptr;
+  const char* problem = "";
+};
+
+Choice choose() {
+  Candidate list[kMaxVariants];
+  const int count = candidates(list);
+  const char* wanted = std::getenv("HOPE_KERNELS_CPU_ISA");
+  for (int i = 0; i < count; ++i) {
+    if (wanted && *wanted) {
+      if (std::strcmp(wanted, list[i].variant->name) != 0) continue;
+      if (!list[i].usable) return {nullptr, "HOPE_KERNELS_CPU_ISA names an instruction set this processor lacks"};
+      return {list[i].variant, ""};
+    }
+    if (list[i].usable) return {list[i].variant, ""};
+  }
+  return {nullptr, "HOPE_KERNELS_CPU_ISA names no instruction set of this build; want avx512, avx2 or baseline"};
+}
+
+Status invalid(const char* message) { return {StatusCode::invalid_argument, message}; }
+
+Status check(const ScanProblem& p) {
+  if (p.dim < 1) return invalid("dim must be positive");
+  if (p.form != Form::linear && p.hidden < 1) return invalid("hidden must be positive");
+  if (p.chunk_size < 1) return invalid("chunk_size must be positive");
+  if (p.checkpoint_interval < 1) return invalid("checkpoint_interval must be positive");
+  if (p.threads < 1) return invalid("threads must be positive");
+  if (p.batch < 0 || p.tokens < 0 || p.heads < 0 || p.sequence_count < 0 || p.chunks < 0 || p.pending_capacity < 0)
+    return invalid("sizes must not be negative");
+  if (!p.q.data && !p.k.data && p.batch * p.tokens * p.heads > 0) return invalid("neither q nor k is given");
+  if (!p.k.data != !p.v.data && p.batch * p.tokens * p.heads > 0) return invalid("k and v are given together or not at all");
+  if (!p.sequences && p.sequence_count != p.batch) return invalid("without a table there is one sequence per batch row");
+  if (!p.sequences && p.k.data && p.chunks != (p.pending_capacity + p.tokens) / p.chunk_size)
+    return invalid("chunks must be the number of complete chunks");
+  if (p.chunks > 0 && !p.step) return invalid("step is missing");
+  if (p.pending_capacity > 0 && p.chunks > 0 && (!p.pending_k.data || !p.pending_v.data))
+    return invalid("pending_k and pending_v are missing");
+  if (p.rule == Rule::dgd && (p.momentum_step || p.decay)) return invalid("dgd takes neither momentum nor decay");
+  if (p.rule == Rule::gd && p.retention) return invalid("gd takes decay, not retention");
+  if (!p.momentum_step != !p.momentum_carry || !p.momentum_step != !p.momentum_decay)
+    return invalid("momentum needs all three of its coefficients");
+  for (int i = 0; i < weight_count(p.form); ++i)
+    if (!p.weights[i].data) return invalid("a weight is missing");
+  return {};
+}
+
+}  // namespace
+
+const Variant* variant(const char** problem) {
+  static const Choice choice = choose();
+  if (problem) *problem = choice.problem;
+  return choice.variant;
+}
+
+int usable_variants(const char** names, int capacity) {
+  Candidate list[kMaxVariants];
+  const int count = candidates(list);
+  int found = 0;
+  for (int i = 0; i < count && found < capacity; ++i)
+    if (list[i].usable) names[found++] = list[i].variant->name;
+  return found;
+}
+
+namespace {
+
+template <class Result>
+Status run(const ScanProblem& problem, const Result& result, Status (*Variant::*pass)(const ScanProblem&, const Result&)) {
+  const char* reason = "";
+  const Variant* chosen = variant(&reason);
+  if (!chosen) return {StatusCode::unsupported, reason};
+  const Status status = check(problem);
+  if (status.code != StatusCode::ok) return status;
+  if (problem.sequence_count == 0 || problem.heads == 0) return {};
+  return (chosen->*pass)(problem, result);
+}
+
+double seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// The best of several timed runs of `piece` on all threads.
+template <class F>
+double best_time(int threads, const F& piece) {
+  double best = 1e30;
+  for (int trial = 0; trial < 7; ++trial) {
+    const double start = seconds();
+    parallel_for(threads, threads, [](void* context, int64_t i) { (*static_cast<const F*>(context))(i); }, (void*)&piece);
+    const double taken = seconds() - start;
+    if (taken < best) best = taken;
+  }
+  return best;
+}
+
+}  // namespace
+
+Status scan_forward(const ScanProblem& problem, const ForwardResult& result) {
+  return run(problem, result, &Variant::scan_forward);
+}
+
+Status scan_backward(const ScanProblem& problem, const BackwardResult& result) {
+  return run(problem, result, &Variant::scan_backward);
+}
+
+double fma_peak(int threads) {
+  const Variant* chosen = variant();
+  if (!chosen || threads < 1) return 0;
+  constexpr int64_t kRounds = 1 << 20;
+  double operations = 0;
+  auto piece = [&](int64_t i) {
+    float sink[2] = {0.999f, 1e-3f};
+    const double done = chosen->multiply_add(kRounds, sink);
+    if (i == 0) operations = done;
+  };
+  const double time = best_time(threads, piece);
+  return operations * threads / time;
+}
+
+double copy_bandwidth(int threads) {
+  constexpr size_t kBytes = size_t(64) << 20;  // per thread and side: beyond any share of a last-level cache
+  if (threads < 1) return 0;
+  std::unique_ptr<char[]> from(new char[kBytes * size_t(threads)]), to(new char[kBytes * size_t(threads)]);
+  std::memset(from.get(), 1, kBytes * size_t(threads));
+  std::memset(to.get(), 0, kBytes * size_t(threads));
+  auto piece = [&](int64_t i) { std::memcpy(to.get() + size_t(i) * kBytes, from.get() + size_t(i) * kBytes, kBytes); };
+  return 2.0 * double(kBytes) * threads / best_time(threads, piece);
+}
+
+}  // namespace hope::cpu

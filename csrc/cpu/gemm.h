@@ -1,0 +1,229 @@
+// Register-blocked matrix products on panels. FLOPs: 2 M N K; a tile of 6 rows x kTileVectors vectors keeps its sums in
+// registers for a block of the contraction and reads 6 + kTileVectors values per 6 * kTileVectors multiply-adds.
+//
+//   gemm_nn   C = beta * Cin + alpha * A B         activations through weights
+//   gemm_tn   C = beta * Cin + alpha * A^T B       weight updates
+//   gemm_nt   C = beta * Cin + alpha * A B^T       errors through weights: gemm_nn on a transposed copy, or, for the few
+//                                                  rows of a tiny chunk, dot products along B's rows
+//
+// Every element of C is one sum in the order of the contraction index, cut into blocks whose size depends on the
+// contraction's length only: it does not depend on M, on N, nor on the threads that share the work.
+#pragma once
+
+#include "matrix.h"
+
+namespace hope::cpu::HOPE_ISA {
+
+constexpr idx kContractionBlock = 256;  // 256 rows of a 256-byte panel: 64 KiB, an eighth of a small L2
+constexpr idx kRowChunk = 96;           // rows of C per piece of a team
+
+// Operand A of a tile: element (row i, contraction k) of segment s.
+template <class T>
+struct Strip {
+  const T* data;
+  idx stride;  // not transposed: between rows i; transposed: between contraction steps k
+  idx segments, length, last_length, segment_stride;
+};
+
+template <class T, int kRows, int kVectors, bool kTransposed>
+void tile(const Strip<T>& a, const T* b, idx ldb, const T* cin, idx ldcin, T* c, idx ldc, T alpha, T beta) {
+  using V = Vec<T>;
+  constexpr int L = kLanes<T>;
+  V sum[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; ++j) sum[i][j] = zero<T>();
+  const T* segment = a.data;
+  for (idx s = 0; s < a.segments; ++s, segment += a.segment_stride) {
+    const idx length = s + 1 == a.segments ? a.last_length : a.length;
+    const T* ak = segment;
+    for (idx k = 0; k < length; ++k) {
+      V bk[kVectors];
+#pragma GCC unroll 8
+      for (int j = 0; j < kVectors; ++j) bk[j] = load(b + j * L);
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+        const T x = kTransposed ? ak[i] : ak[i * a.stride];
+#pragma GCC unroll 8
+        for (int j = 0; j < kVectors; ++j) sum[i][j] += x * bk[j];
+      }
+      b += ldb;
+      ak += kTransposed ? a.stride : 1;
+    }
+  }
+  if (beta == T(0)) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+      for (int j = 0; j < kVectors; ++j) store(c + i * ldc + j * L, alpha * sum[i][j]);
+  } else {
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+      for (int j = 0; j < kVectors; ++j)
+        store(c + i * ldc + j * L, beta * load(cin + i * ldcin + j * L) + alpha * sum[i][j]);
+  }
+}
+
+template <class T>
+using TileFunction = void (*)(const Strip<T>&, const T*, idx, const T*, idx, T*, idx, T, T);
+
+template <class T, bool kTransposed>
+constexpr TileFunction<T> kTiles[kTileRows][4] = {
+    {tile<T, 1, 1, kTransposed>, tile<T, 1, 2, kTransposed>, tile<T, 1, 3, kTransposed>, tile<T, 1, 4, kTransposed>},
+    {tile<T, 2, 1, kTransposed>, tile<T, 2, 2, kTransposed>, tile<T, 2, 3, kTransposed>, tile<T, 2, 4, kTransposed>},
+    {tile<T, 3, 1, kTransposed>, tile<T, 3, 2, kTransposed>, tile<T, 3, 3, kTransposed>, tile<T, 3, 4, kTransposed>},
+    {tile<T, 4, 1, kTransposed>, tile<T, 4, 2, kTransposed>, tile<T, 4, 3, kTransposed>, tile<T, 4, 4, kTransposed>},
+    {tile<T, 5, 1, kTransposed>, tile<T, 5, 2, kTransposed>, tile<T, 5, 3, kTransposed>, tile<T, 5, 4, kTransposed>},
+    {tile<T, 6, 1, kTransposed>, tile<T, 6, 2, kTransposed>, tile<T, 6, 3, kTransposed>, tile<T, 6, 4, kTransposed>},
+};
+
+// Runs tiles over rows [0, rows) and `vectors` vectors of one panel of C.
+template <class T, bool kTransposed>
+void tile_rows(const Strip<T>& a, idx row_step, const T* b, idx ldb, const T* cin, idx ldcin, T* c, idx ldc, idx rows,
+               idx vectors, T alpha, T beta) {
+  const idx count = ceil_div(rows, kTileRows);
+  if (count == 0) return;
+  // Few rows leave registers for wider tiles, which hide the latency of the multiply-adds.
+  const idx wide = rows <= kTileRows / 2 ? 4 : kTileVectors;
+  idx row = 0;
+  for (idx t = 0; t < count; ++t) {
+    const idx height = rows / count + (t < rows % count ? 1 : 0);
+    Strip<T> strip = a;
+    strip.data += row * row_step;
+    for (idx v = 0; v < vectors; v += wide) {
+      const idx column = v * kLanes<T>;
+      kTiles<T, kTransposed>[height - 1][min(wide, vectors - v) - 1](
+          strip, b + column, ldb, cin + row * ldcin + column, ldcin, c + row * ldc + column, ldc, alpha, beta);
+    }
+    row += height;
+  }
+}
+
+template <class T>
+HOPE_INLINE idx panel_vectors(const Axis& axis, idx panel) {
+  return ceil_div(axis.valid(panel), kLanes<T>);
+}
+
+// C = beta * Cin + alpha * A[:, 0:depth] B[0:depth, :], rows of A; depth defaults to all columns of A.
+template <class T>
+void gemm_nn(const Team& team, const Mat<T>& a, const Mat<T>& b, const Mat<T>& cin, const Mat<T>& c, T alpha, T beta,
+             idx depth = -1) {
+  if (depth < 0) depth = a.axis.n;
+  const idx width = a.axis.width, block = max(1, kContractionBlock / width) * width;
+  const idx chunk = team.threads > 1 ? kRowChunk : max(1, a.rows);
+  const idx chunks = ceil_div(a.rows, chunk);
+  team.each(c.axis.panels * chunks, [&](idx piece) {
+    const idx p = piece / chunks, first = piece % chunks * chunk, rows = min(chunk, a.rows - first);
+    for (idx k = 0; k < depth; k += block) {
+      const idx length = min(block, depth - k), segments = ceil_div(length, width);
+      Strip<T> strip{a.at(k / width, first), a.ld, segments, width, length - (segments - 1) * width, a.panel_stride};
+      const Mat<T>& from = k == 0 ? cin : c;
+      tile_rows<T, false>(strip, a.ld, b.at(p, k), b.ld, from.at(p, first), from.ld, c.at(p, first), c.ld, rows,
+                          panel_vectors<T>(c.axis, p), alpha, k == 0 ? beta : T(1));
+    }
+  });
+}
+
+template <class T>
+HOPE_INLINE void gemm_nn(const Team& team, const Mat<T>& a, const Mat<T>& b, const Mat<T>& c, T alpha = 1, T beta = 0) {
+  gemm_nn(team, a, b, c, c, alpha, beta);
+}
+
+// C = beta * Cin + alpha * A[:, first:first + count]^T B; rows of C are those columns of A (count < 0: all of them).
+template <class T>
+void gemm_tn(const Team& team, const Mat<T>& a, const Mat<T>& b, const Mat<T>& cin, const Mat<T>& c, T alpha, T beta,
+             idx first = 0, idx count = -1) {
+  if (count < 0) count = a.axis.n;
+  const idx width = a.axis.width, panel0 = first / width, panel1 = ceil_div(first + count, width);
+  const idx panels = panel1 - panel0;
+  team.each(c.axis.panels * panels, [&](idx piece) {
+    const idx p = piece / panels, q = panel0 + piece % panels;
+    const idx m0 = max(first, q * width), m1 = min(first + count, (q + 1) * width);
+    for (idx k = 0; k < a.rows; k += kContractionBlock) {
+      const idx length = min(kContractionBlock, a.rows - k);
+      Strip<T> strip{a.at(q, k) + (m0 - q * width), a.ld, 1, length, length, 0};
+      const Mat<T>& from = k == 0 ? cin : c;
+      tile_rows<T, true>(strip, 1, b.at(p, k), b.ld, from.at(p, m0 - first), from.ld, c.at(p, m0 - first), c.ld,
+                         m1 - m0, panel_vectors<T>(c.axis, p), alpha, k == 0 ? beta : T(1));
+    }
+  });
+}
+
+template <class T>
+HOPE_INLINE void gemm_tn(const Team& team, const Mat<T>& a, const Mat<T>& b, const Mat<T>& c, T alpha = 1, T beta = 1) {
+  gemm_tn(team, a, b, c, c, alpha, beta);
+}
+
+// to [columns of from, rows of from] = from^T, in square blocks of registers.
+template <class T>
+void transpose(const Team& team, const Mat<T>& to, const Mat<T>& from) {
+  constexpr int L = kLanes<T>;
+  team.each(from.axis.panels, [&](idx p) {
+    const idx valid = from.axis.valid(p), row0 = p * from.axis.width;
+    for (idx r = 0; r < from.rows; r += L) {
+      const idx rows = min(L, from.rows - r);
+      T* target = to.at(r / to.axis.width, row0) + r % to.axis.width;
+      for (idx c = 0; c < valid; c += L) {
+        Vec<T> block[L];
+        for (int i = 0; i < L; ++i) block[i] = i < rows ? load(from.at(p, r + i) + c) : zero<T>();
+        transpose_block<T>(block);
+        const idx columns = min(L, valid - c);
+        for (int i = 0; i < columns; ++i) store(target + (c + i) * to.ld, block[i]);
+      }
+    }
+  });
+}
+
+// C = beta * C + alpha * A B^T by dot products along the rows of B, which are read once per row of A.
+template <class T>
+void gemm_nt_dots(const Team& team, const Mat<T>& a, const Mat<T>& b, const Mat<T>& c, T alpha, T beta) {
+  constexpr int L = kLanes<T>;
+  team.each(ceil_div(b.rows, L), [&](idx block) {
+    const idx n0 = block * L, count = min(L, b.rows - n0);
+    for (idx i = 0; i < a.rows; ++i) {
+      Vec<T> sum[L];
+      for (int n = 0; n < L; ++n) sum[n] = zero<T>();
+      T tail[L] = {};
+      for (idx p = 0; p < a.axis.panels; ++p) {
+        const T* x = a.at(p, i);
+        const T* y = b.at(p, n0);
+        const idx valid = a.axis.valid(p);
+        idx k = 0;
+        if (count == L) {
+          for (; k + L <= valid; k += L) {
+            const Vec<T> xv = load(x + k);
+#pragma GCC unroll 16
+            for (int n = 0; n < L; ++n) sum[n] += xv * load(y + n * b.ld + k);
+          }
+        } else {
+          for (; k + L <= valid; k += L)
+            for (idx n = 0; n < count; ++n) sum[n] += load(x + k) * load(y + n * b.ld + k);
+        }
+        for (; k < valid; ++k)
+          for (idx n = 0; n < count; ++n) tail[n] += x[k] * y[n * b.ld + k];
+      }
+      T* o = c.at(n0 / c.axis.width, i) + n0 % c.axis.width;
+      const Vec<T> total = alpha * (sum_each<T>(sum) + load(tail));
+      store(o, beta == T(0) ? total : total + beta * load(o));
+    }
+  });
+}
+
+// A product with B^T that is used more than once shares one transposed copy of B.
+template <class T>
+struct Transposed {
+  Mat<T> original, copy;  // copy absent: dot products along the original's rows
+};
+
+template <class T>
+HOPE_INLINE void gemm_nt(const Team& team, const Mat<T>& a, const Transposed<T>& b, const Mat<T>& c, T alpha = 1,
+                         T beta = 0) {
+  if (b.copy)
+    gemm_nn(team, a, b.copy, c, c, alpha, beta);
+  else
+    gemm_nt_dots(team, a, b.original, c, alpha, beta);
+}
+
+}  // namespace hope::cpu::HOPE_ISA

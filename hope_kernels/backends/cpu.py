@@ -1,0 +1,248 @@
+"""The compiled CPU engine: describes a problem to ``hope_kernels._core`` and allocates its results.
+
+The engine reads tokens and weights where they lie, through element strides; only token tensors whose last
+dimension is not contiguous are copied first. It works in the state dtype (float64 for float64 tokens, else
+float32), converts bfloat16 and float16 tokens as it loads and stores them, and runs on as many threads as
+``torch.get_num_threads()`` says. Results do not depend on that number, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from importlib import import_module, resources
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+
+from hope_kernels.backends.interface import BackendStatus, ScanGradients, ScanProblem
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hope_kernels.memory.spec import MemorySpec
+
+_FORMS = {"linear": 0, "mlp": 1, "glu": 2}
+_ACTIVATIONS = {"gelu_tanh": 0, "gelu": 1, "silu": 2, "relu2": 3}
+_OBJECTIVES = {"l2": 0, "dot": 1, "error": 2, "self": 3}
+_RULES = {"gd": 0, "dgd": 1}
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+_TokenTuple = tuple[int, int, int, int]
+_MatrixTuple = tuple[int, int, int, int, int, int]
+
+
+def _missing_reason() -> str:
+    advice = "install a C++17 compiler and reinstall hope_kernels (pip install --force-reinstall .)"
+    try:
+        info = json.loads(resources.files("hope_kernels").joinpath("_build_info.json").read_text())
+    except (OSError, ValueError):
+        return f"the compiled core hope_kernels._core is missing; {advice}"
+    return f"the compiled core was not built: {info.get('reason') or 'no reason recorded'}; {advice}"
+
+
+@lru_cache(maxsize=None)
+def _load() -> tuple[ModuleType | None, BackendStatus]:
+    """The compiled module, or None, and what there is to say about it."""
+    try:
+        _core = import_module("hope_kernels._core")
+    except ModuleNotFoundError:
+        return None, BackendStatus("cpu", False, _missing_reason())
+    except ImportError as error:
+        return None, BackendStatus("cpu", False, f"the compiled core does not load: {error}")
+    try:
+        return _core, BackendStatus("cpu", True, f"compiled engine, {_core.isa()} instructions")
+    except RuntimeError as error:
+        return None, BackendStatus("cpu", False, str(error))
+
+
+def status() -> BackendStatus:
+    """Whether the compiled core is here, which instruction set it uses, or why it is not."""
+    return _load()[1]
+
+
+def refuses(spec: MemorySpec, dtype: torch.dtype, device: torch.device) -> str | None:
+    """None when this engine can run tokens of ``dtype`` on ``device``, else the reason it cannot."""
+    state = status()
+    if not state:
+        return state.reason
+    if device.type != "cpu":
+        return f"it needs CPU tensors, got {device}"
+    if dtype not in _DTYPES:
+        return f"it takes float32, float64, bfloat16 or float16 tokens, got {dtype}"
+    return None
+
+
+def _readable(x: Tensor | None) -> Tensor | None:
+    """``x`` with a contiguous last dimension."""
+    return x if x is None or x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+
+
+def _tokens(x: Tensor | None) -> _TokenTuple | None:
+    if x is None:
+        return None
+    row, token, head, _ = x.stride()
+    return x.data_ptr(), row, token, head
+
+
+def _matrix(x: Tensor | None) -> _MatrixTuple | None:
+    if x is None:
+        return None
+    strides = x.stride() if x.dim() == 4 else (0, *x.stride())
+    return x.data_ptr(), _DTYPES[x.dtype], *strides
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+class _Description:
+    """A problem as the tuples the core takes. Keeps alive every tensor whose address is in them."""
+
+    def __init__(self, problem: ScanProblem) -> None:
+        spec, tokens = problem.spec, problem.tokens
+        self.problem = problem
+        self.device, self.dtype = tokens.device, tokens.dtype
+        self.state_dtype = torch.float64 if tokens.dtype == torch.float64 else torch.float32
+        self.batch, self.length, self.heads, self.dim = tokens.shape
+        self.sequence_count = problem.sequence_count
+        self.shapes = [tuple(w.shape[-2:]) for w in problem.weights]
+        self.read = [_readable(x) for x in (problem.q, problem.k, problem.v, problem.pending_k, problem.pending_v)]
+        self.given = (
+            problem.step,
+            problem.retention,
+            problem.decay,
+            problem.momentum_step,
+            problem.momentum_carry,
+            problem.momentum_decay,
+        )
+        self.vocabulary = (
+            _FORMS[spec.form],
+            _ACTIVATIONS[spec.activation],
+            _OBJECTIVES[spec.objective],
+            _RULES[spec.rule],
+            int(spec.residual),
+            _DTYPES[tokens.dtype],
+        )
+        self.sizes = (
+            self.batch,
+            self.length,
+            self.heads,
+            self.dim,
+            self.shapes[0][1],
+            self.sequence_count,
+            problem.pending_k.shape[1] if problem.pending_k is not None else 0,
+            problem.chunk_size,
+            problem.chunks,
+            problem.first_chunk,
+            problem.bptt_chunks,
+            problem.checkpoint_interval,
+        )
+        self.tokens = tuple(_tokens(x) for x in self.read)
+        self.coefficients = tuple(_pointer(x) for x in self.given)
+        self.states = (
+            tuple(_matrix(w) for w in problem.weights),
+            tuple(_matrix(m) for m in problem.momentum),
+            _pointer(problem.sequences),
+        )
+
+    @property
+    def arguments(self) -> tuple[tuple, ...]:
+        return self.vocabulary, self.sizes, self.tokens, self.coefficients, self.states
+
+    def empty_states(self, rows: int) -> list[Tensor]:
+        """One uninitialised ``[rows, N, in, out]`` per weight, in the state dtype."""
+        return [torch.empty((rows, self.heads, *shape), dtype=self.state_dtype) for shape in self.shapes]
+
+    def like_tokens(self, x: Tensor | None) -> Tensor | None:
+        """A contiguous result in the shape of ``x``; zero where a table may leave tokens out."""
+        if x is None:
+            return None
+        make = torch.empty if self.problem.sequences is None else torch.zeros
+        return make(x.shape, dtype=x.dtype)
+
+
+def _pointers(tensors: list[Tensor]) -> tuple[int, ...]:
+    return tuple(t.data_ptr() for t in tensors)
+
+
+def scan_forward(
+    problem: ScanProblem, *, save: bool
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    """Output ``[B, T, N, D]``, final weights, final momentum and checkpoints.
+
+    As :meth:`hope_kernels.backends.interface.Backend.scan_forward` says. Keeps one state per
+    ``checkpoint_interval`` chunks when ``save``; scratch is one state and one chunk of activations per thread.
+    """
+    core, state = _load()
+    if core is None:
+        raise RuntimeError(f"backend 'cpu' is not available: {state.reason}")
+    d = _Description(problem)
+    output = d.like_tokens(problem.q)
+    weights: list[Tensor] = []
+    momentum: list[Tensor] = []
+    checkpoints: list[Tensor] = []
+    if problem.k is not None:
+        weights = d.empty_states(d.sequence_count)
+        momentum = d.empty_states(d.sequence_count) if problem.has_momentum else []
+        if save:
+            rows = problem.chunk_rows // problem.checkpoint_interval
+            checkpoints = d.empty_states(rows) + (d.empty_states(rows) if problem.has_momentum else [])
+    count = len(problem.weights)
+    core.scan_forward(
+        *d.arguments,
+        (
+            _tokens(output),
+            _pointers(weights),
+            _pointers(momentum),
+            _pointers(checkpoints[:count]),
+            _pointers(checkpoints[count:]),
+        ),
+        torch.get_num_threads(),
+    )
+    return output if output is not None else torch.empty(0, dtype=d.dtype), weights, momentum, checkpoints
+
+
+def scan_backward(
+    problem: ScanProblem,
+    checkpoints: list[Tensor],
+    grad_output: Tensor | None,
+    grad_weights: list[Tensor | None],
+    grad_momentum: list[Tensor | None],
+) -> ScanGradients:
+    """Gradients of a scan, as :meth:`hope_kernels.backends.interface.Backend.scan_backward` says.
+
+    Rebuilds the chunk states of one segment of ``checkpoint_interval`` chunks at a time from its checkpoint and
+    walks its chunks in reverse: scratch per thread is that many states and one chunk of activations.
+    """
+    core, state = _load()
+    if core is None:
+        raise RuntimeError(f"backend 'cpu' is not available: {state.reason}")
+    d = _Description(problem)
+    grad_output = _readable(grad_output)
+    # The rows of a table's coefficients that no sequence uses keep gradient 0.
+    make = torch.empty_like if problem.sequences is None else torch.zeros_like
+    tokens = [d.like_tokens(x) for x in (problem.q, problem.k, problem.v, problem.pending_k, problem.pending_v)]
+    coefficients = [None if x is None else make(x) for x in d.given]
+    weights = d.empty_states(d.sequence_count)
+    momentum = d.empty_states(d.sequence_count) if problem.momentum else []
+    count = len(problem.weights)
+    core.scan_backward(
+        *d.arguments,
+        (
+            _pointers(checkpoints[:count]),
+            _pointers(checkpoints[count:]),
+            _tokens(grad_output),
+            tuple(_matrix(g) for g in grad_weights),
+            tuple(_matrix(g) for g in grad_momentum),
+        ),
+        (
+            *(_tokens(x) for x in tokens),
+            *(_pointer(x) for x in coefficients),
+            _pointers(weights),
+            _pointers(momentum),
+        ),
+        torch.get_num_threads(),
+    )
+    return ScanGradients(*tokens, *coefficients, weights, momentum)
