@@ -1,0 +1,64 @@
+# One command for each habit; `make help` lists them. Each makes the virtual environment .venv when it is not there,
+# with the versions in constraints.txt, and rebuilds the compiled core when its sources have changed.
+
+# The first Python on PATH that is new enough; `make PYTHON=/path/to/python3.12 test` names another.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 && echo $$p && break; done)
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip --disable-pip-version-check --quiet
+INSTALLED := $(VENV)/installed.stamp
+NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+
+# Passed on to the command of the same name, as in `make demo DEMO_ARGS=--quick` or `make test TEST_ARGS="-k split -x"`.
+DEMO_ARGS ?=
+TEST_ARGS ?=
+BENCH_ARGS ?=
+
+.PHONY: help install demo test test-slow lint format bench bench-suite doctor clean
+.DELETE_ON_ERROR:
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## make .venv with everything in it, the core built
+
+# The build tools are installed first and used as they are (no build isolation): so they too have pinned versions.
+$(INSTALLED): pyproject.toml constraints.txt $(NATIVE)
+	@test -n "$(PYTHON)" || { echo "No Python 3.10 or newer on PATH; name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, not " + sys.version)'
+	@echo "Installing the pinned requirements into $(VENV), and building the core: a few minutes the first time."
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install pip setuptools cmake ninja pybind11
+	@HOPE_KERNELS_REQUIRE_CORE=1 $(PIP) install --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## verify, benchmark and train on real text, into demo_output/ (DEMO_ARGS=--quick: shorter)
+	$(BIN)/hope-kernels demo $(DEMO_ARGS)
+
+test: $(INSTALLED) ## the test-suite but its slow tier (TEST_ARGS: more for pytest)
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+test-slow: $(INSTALLED) ## the slow tier alone
+	$(BIN)/python -m pytest -m slow $(TEST_ARGS)
+
+lint: $(INSTALLED) ## ruff over everything
+	$(BIN)/ruff check .
+
+format: $(INSTALLED) ## let ruff repair what it can
+	$(BIN)/ruff check --fix .
+
+bench: $(INSTALLED) ## every backend against the naive path (BENCH_ARGS="--shape S64")
+	$(BIN)/hope-kernels bench $(BENCH_ARGS)
+
+bench-suite: $(INSTALLED) ## the regression benchmarks, pytest-benchmark's tables
+	$(BIN)/python -m pytest benchmarks $(BENCH_ARGS)
+
+doctor: $(INSTALLED) ## this machine, its versions and backends, and what is missing
+	$(BIN)/hope-kernels doctor
+
+clean: ## remove what builds and runs leave behind, .venv included
+	rm -rf $(VENV) build dist *.egg-info demo_output .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -f hope_kernels/_core*.so hope_kernels/_build_info.json
+	find . -type d -name __pycache__ -prune -exec rm -rf {} +
