@@ -1,0 +1,333 @@
+"""One level of a Continuum Memory System: what it is (``CMSLevel``) and the modules that run it.
+
+``MemoryLevel`` is written once per chunk, with weights of its own for every sequence; ``PlainLevel`` (chunk size
+None) is an ordinary MLP. Both map ``[B, T, dim]`` to ``[B, T, dim]`` and know nothing of the other levels.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hope_kernels import backends
+from hope_kernels.layers.cms_state import LevelBuffer
+from hope_kernels.layers.primitives import GateProjection, inverse_sigmoid, inverse_softplus, l2_norm, rms_norm
+from hope_kernels.memory import MemorySpec, MemoryState, memory_read, memory_scan, memory_write
+from hope_kernels.memory.reference import memory_forward
+from hope_kernels.memory.spec import Activation, Form, Rule
+
+# Where the gates start, before any training. The step starts in the middle of its range, where its gradient is
+# largest. A chunk's retention is exp(-sum lr * softplus): with sum lr <= 1 a forgetting rate of 0.02 keeps 98 % of
+# the learned initial weights per chunk. Momentum multiplies a lasting gradient's step by 1 / (1 - momentum) = 1.33.
+START_STEP = 0.5
+START_FORGETTING = 0.02
+START_MOMENTUM = 0.25
+
+
+@dataclass(frozen=True)
+class CMSLevel:
+    """One level of a :class:`hope_kernels.CMS`: a memory per head, and how often it is written.
+
+    Args:
+        chunk_size: tokens per write. None: a level that is never written, one full-width plain MLP.
+        form, activation, rule: as in :class:`hope_kernels.MemorySpec`; objective ``"l2"``, with residual.
+        expansion: hidden features ``H = expansion * D`` of ``mlp`` and ``glu``, with ``D = dim / heads`` (a plain
+            level: ``D = dim``).
+        lr_max: upper bound of a token's inner learning rate. None takes ``min(0.1, 1 / chunk_size)``: all steps of
+            a chunk are taken at its start and add up, so a chunk of C tokens with one and the same unit key moves
+            the memory by up to ``C lr_max``. At 1 that is one full step towards the target, beyond 2 gradient
+            descent on a linear memory overshoots more than it corrects. 0.1 bounds levels with small chunks.
+        retention: whether old weights decay with a learned, data-dependent factor.
+        momentum: whether a learned, data-dependent momentum carries gradients on to later writes (``gd`` only).
+        bptt_chunks: n: the outer gradient does not flow through the state written into chunk ``n, 2n, ..``
+            (``nested``: counted from the last reset). None: it flows through all writes.
+
+    Raises:
+        ValueError, TypeError: a field is out of range, or an option of a written level is given to a plain one.
+    """
+
+    chunk_size: int | None
+    form: Form = "mlp"
+    activation: Activation = "gelu_tanh"
+    expansion: int = 4
+    rule: Rule = "gd"
+    lr_max: float | None = None
+    retention: bool = True
+    momentum: bool = False
+    bptt_chunks: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, optional in (("chunk_size", True), ("expansion", False), ("bptt_chunks", True)):
+            value = getattr(self, name)
+            if value is None and optional:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(
+                    f"CMSLevel: {name} is {value!r}; want a positive int{' or None' if optional else ''}"
+                )
+            if value < 1:
+                raise ValueError(f"CMSLevel: {name} is {value}; want at least 1")
+        for name in ("retention", "momentum"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"CMSLevel: {name} is {getattr(self, name)!r}; want True or False")
+        if self.lr_max is not None:
+            if not isinstance(self.lr_max, (int, float)) or isinstance(self.lr_max, bool):
+                raise TypeError(f"CMSLevel: lr_max is {self.lr_max!r}; want a positive float or None")
+            if not (math.isfinite(self.lr_max) and self.lr_max > 0):
+                raise ValueError(f"CMSLevel: lr_max is {self.lr_max}; want a finite number above 0")
+        _ = self.spec  # validates form, activation and rule
+        if self.rule == "dgd" and self.momentum:
+            raise ValueError("CMSLevel: momentum is True with rule 'dgd'; momentum goes with rule 'gd' only")
+        if self.chunk_size is None:
+            for name, default in (("rule", "gd"), ("lr_max", None), ("momentum", False), ("bptt_chunks", None)):
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"CMSLevel: {name} is {getattr(self, name)!r} with chunk_size None; such a level is never "
+                        f"written, want {name}={default!r} or a chunk size"
+                    )
+
+    @property
+    def spec(self) -> MemorySpec:
+        """What each of the level's memories is."""
+        return MemorySpec(self.form, self.activation, residual=True, objective="l2", rule=self.rule)
+
+    @property
+    def step_bound(self) -> float:
+        """The bound of a token's learning rate: ``lr_max``, or its default; 0 for a plain level."""
+        if self.chunk_size is None:
+            return 0.0
+        return min(0.1, 1 / self.chunk_size) if self.lr_max is None else float(self.lr_max)
+
+    def describe(self) -> str:
+        """``mlp x4, C=16, gd, lr<=0.0625, retention``."""
+        size = self.form if self.form == "linear" else f"{self.form} x{self.expansion}"
+        if self.chunk_size is None:
+            return f"{size}, never written"
+        parts = [size, f"C={self.chunk_size}", self.rule, f"lr<={self.step_bound:g}"]
+        parts += [name for name in ("retention", "momentum") if getattr(self, name)]
+        if self.bptt_chunks is not None:
+            parts.append(f"bptt={self.bptt_chunks}")
+        return ", ".join(parts)
+
+
+class Tokens(NamedTuple):
+    """What a memory is given of each token: ``q`` is ``k [B, T, N, D]``, ``v`` likewise, gates ``[B, T, N]``."""
+
+    k: Tensor
+    v: Tensor
+    lr: Tensor
+    retention: Tensor | None
+    momentum: Tensor | None
+
+    def span(self, start: int, length: int) -> Tokens:
+        """Tokens ``start .. start + length`` of every row."""
+        return Tokens(*(None if x is None else x.narrow(1, start, length) for x in self))
+
+    def folded(self, segments: int, length: int) -> Tokens:
+        """``[B, segments * length, ..]`` as ``[B * segments, length, ..]``: every segment a row of its own."""
+        return Tokens(*(None if x is None else x.unflatten(1, (segments, length)).flatten(0, 1) for x in self))
+
+
+class MemoryLevel(nn.Module):
+    """A level with a chunk size: a memory per sequence and head, read by every token, written once per chunk.
+
+    With ``x [B, T, dim]`` cut into heads ``x_n [D]``::
+
+        q = k = x_n / |x_n|        v = (x W_v)_n        lr = step_bound * sigmoid(x w_lr + b_lr)
+        retention = exp(-lr * softplus(x w_r + b_r))    momentum = sigmoid(x w_m + b_m)
+
+    and the output is ``f_{W_c}(q)`` at the chunk-start weights, see :func:`hope_kernels.memory_scan`.
+
+    Args:
+        dim, heads: features and memories of a token.
+        level: what the memories are.
+        segment: start again from the initial weights and zero momentum every so many tokens (a multiple of the
+            chunk size), or None.
+        input_rms: the size of the input's entries that the target projection is initialised for, so that targets
+            start at about the norm of the (unit) keys.
+        backend: as in :func:`hope_kernels.memory_scan`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        level: CMSLevel,
+        *,
+        segment: int | None = None,
+        input_rms: float = 1.0,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        assert level.chunk_size is not None
+        self.level, self.spec, self.chunk_size = level, level.spec, level.chunk_size
+        self.heads, self.head_dim, self.segment = heads, dim // heads, segment
+        self.input_rms, self.backend = input_rms, backend
+        starts = [inverse_sigmoid(START_STEP)]
+        starts += [inverse_softplus(START_FORGETTING)] if level.retention else []
+        starts += [inverse_sigmoid(START_MOMENTUM)] if level.momentum else []
+        shapes = self.spec.weight_shapes(self.head_dim, level.expansion * self.head_dim)
+        self.weights = nn.ParameterList(
+            nn.Parameter(torch.empty(heads, *shape, device=device, dtype=dtype)) for shape in shapes
+        )
+        self.target = nn.Linear(dim, dim, bias=False, device=device, dtype=dtype)
+        self.gates = GateProjection(dim, heads, tuple(starts), device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for weight in self.weights:
+            nn.init.normal_(weight, std=weight.shape[-2] ** -0.5)
+        # Entries of a unit key are 1 / sqrt(D): so are those of v for inputs of the stated size.
+        std = (self.target.in_features * self.head_dim) ** -0.5 / self.input_rms
+        nn.init.normal_(self.target.weight, std=std)
+        self.gates.reset_parameters()
+
+    def extra_repr(self) -> str:
+        reset = "" if self.segment is None else f", reset every {self.segment} tokens"
+        return f"{self.level.describe()}{reset}"
+
+    def initial_state(self, batch_size: int) -> MemoryState:
+        """The state before the first token; it refers to the parameters, so gradients reach them."""
+        return MemoryState.initial(
+            tuple(self.weights), spec=self.spec, chunk_size=self.chunk_size, batch_size=batch_size
+        )
+
+    def tokens(self, x: Tensor) -> Tokens:
+        """Keys, targets and gates of ``x [B, T, dim]``."""
+        v = self.target(x)
+        # The dtype of a linear map's result is the dtype to compute in, under autocast and without it.
+        k = l2_norm(x.unflatten(-1, (self.heads, self.head_dim))).to(v.dtype)
+        gates = iter(self.gates(x).unbind(-2))
+        lr = self.level.step_bound * torch.sigmoid(next(gates))
+        retention = torch.exp(-lr * F.softplus(next(gates))) if self.level.retention else None
+        momentum = torch.sigmoid(next(gates)) if self.level.momentum else None
+        return Tokens(k, v.unflatten(-1, (self.heads, self.head_dim)), lr, retention, momentum)
+
+    def forward(self, x: Tensor, state: MemoryState | None = None) -> tuple[Tensor, MemoryState | None]:
+        """``x [B, T, dim]`` and the state before it (None: a fresh one) -> output and the state after it.
+
+        A fresh level (``state`` None) returns None for a state that is again the initial one.
+        """
+        tokens = self.tokens(x)
+        if self.segment is None:
+            output, state = self._scan(tokens, state)
+        else:
+            output, state = self._scan_segments(tokens, state, self.segment)
+        return output.flatten(-2), state
+
+    def _scan(self, tokens: Tokens, state: MemoryState | None) -> tuple[Tensor, MemoryState]:
+        """One stretch without a reset; ``state`` None starts every row from the parameters."""
+        return memory_scan(
+            tokens.k,
+            tokens.k,
+            tokens.v,
+            tokens.lr,
+            tuple(self.weights) if state is None else state,
+            spec=self.spec,
+            chunk_size=self.chunk_size,
+            retention=tokens.retention,
+            momentum=tokens.momentum,
+            bptt_chunks=self.level.bptt_chunks,
+            backend=self.backend,
+        )
+
+    def _scan_segments(
+        self, tokens: Tokens, state: MemoryState | None, segment: int
+    ) -> tuple[Tensor, MemoryState | None]:
+        """Segments are independent: all complete ones run in one call, folded into the batch.
+
+        The tokens are the rest of a segment begun in an earlier call, whole segments, and the beginning of one.
+        """
+        batch, length = tokens.k.shape[:2]
+        begun = 0 if state is None else state.position
+        head = min(length, segment - begun) if begun else 0
+        whole = (length - head) // segment
+        tail = length - head - whole * segment
+        outputs = []
+        if head:
+            output, state = self._scan(tokens.span(0, head), state)
+            outputs.append(output)
+            if begun + head == segment:
+                state = self.initial_state(batch)
+        if whole:
+            folded = tokens.span(head, whole * segment).folded(whole, segment)
+            output, _ = self._scan(folded, None)
+            outputs.append(output.unflatten(0, (batch, whole)).flatten(1, 2))
+        if tail:
+            output, state = self._scan(tokens.span(length - tail, tail), None)
+            outputs.append(output)
+        return (torch.cat(outputs, 1) if outputs else tokens.k), state
+
+    def make_buffer(self, state: MemoryState, dtype: torch.dtype) -> LevelBuffer:
+        """A copy of ``state`` that :meth:`step` updates in place, for tokens of ``dtype``."""
+        # Asked here, a backend that cannot run the level says so before any buffer exists to be left half updated.
+        backends.select(self.backend, self.spec, dtype, self.target.weight.device)
+        return LevelBuffer(state, dtype, retention=self.level.retention, momentum=self.level.momentum)
+
+    def step(self, x: Tensor, buffer: LevelBuffer) -> Tensor:
+        """One token per sequence, ``x [B, 1, dim]``: read, keep the token, write when it completes a chunk."""
+        tokens = self.tokens(x)
+        output = memory_read(tokens.k, buffer.weights, spec=self.spec, backend=self.backend)
+        if buffer.append(tokens):
+            written = memory_write(
+                buffer.k,
+                buffer.v,
+                buffer.lr,
+                buffer.memory,
+                spec=self.spec,
+                retention=buffer.retention,
+                momentum=buffer.momentum_gate,
+                backend=self.backend,
+            )
+            buffer.replace(written)
+            if self.segment is not None and buffer.position == self.segment:
+                buffer.restart(tuple(self.weights))
+        return output.flatten(-2)
+
+
+class PlainLevel(nn.Module):
+    """A level that is never written (frequency 0): ``x + f(x / rms(x))`` with one network over the full width.
+
+    Weights ``[in, out]`` are shared by all sequences, as in any MLP; there is no state.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        level: CMSLevel,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.level = level
+        # The residual is around the norm, as in a pre-normed Transformer block: inside it, the input's scale is lost.
+        self.spec = MemorySpec(level.form, level.activation, residual=False)
+        shapes = self.spec.weight_shapes(dim, level.expansion * dim)
+        self.weights = nn.ParameterList(
+            nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) for shape in shapes
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for weight in self.weights:
+            nn.init.normal_(weight, std=weight.shape[-2] ** -0.5)
+
+    def extra_repr(self) -> str:
+        return self.level.describe()
+
+    def forward(self, x: Tensor, state: None = None) -> tuple[Tensor, None]:
+        """``x [B, T, dim]`` -> output of the same shape; there is no state."""
+        output, _ = memory_forward(self.spec, tuple(self.weights), rms_norm(x).to(x.dtype))
+        return x.to(output.dtype) + output, None
+
+    def step(self, x: Tensor, buffer: None) -> Tensor:
+        """One token per sequence: the same as :meth:`forward`."""
+        return self(x)[0]

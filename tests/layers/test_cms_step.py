@@ -1,0 +1,165 @@
+"""Serving: one token at a time from a buffer that is updated in place gives what a stream gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hope_kernels import CMS, CMSLevel
+from tests.cases import BACKENDS
+from tests.layers.common import (
+    DIM,
+    HEADS,
+    VARIANTS,
+    assert_same,
+    make_cms,
+    positions_of,
+    results_of,
+    run_stream,
+    spread,
+    tokens,
+)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("momentum", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_steps_equal_the_stream_and_the_whole_call_at_every_token(variant, momentum, backend) -> None:
+    cms = make_cms(variant, momentum=momentum, backend=backend)
+    x = tokens(3, 15)
+    whole = cms(x)
+    buffer = cms.make_buffer(3)
+    state = cms.init_state(3)
+    for t in range(15):
+        output = cms.step(x[:, t], buffer)
+        streamed, state = cms.stream(x[:, t : t + 1], state)
+        torch.testing.assert_close(output, whole[:, t], rtol=1e-10, atol=1e-11)
+        now = buffer.to_state()
+        assert positions_of(now) == positions_of(state)
+        assert_same(results_of(output, now), results_of(streamed[:, 0], state))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("seen", [0, 1, 5, 6, 9])
+def test_steps_go_on_from_any_state_and_a_stream_from_any_buffer(variant, seen) -> None:
+    cms = make_cms(variant, momentum=True)
+    x = tokens(2, 24)
+    whole = cms(x)
+    _, state = cms.stream(x[:, :seen], cms.init_state(2))
+    buffer = cms.make_buffer(state)
+    stepped = torch.stack([cms.step(x[:, t], buffer) for t in range(seen, seen + 7)], 1)
+    torch.testing.assert_close(stepped, whole[:, seen : seen + 7], rtol=1e-10, atol=1e-11)
+    rest, _ = cms.stream(x[:, seen + 7 :], buffer.to_state())
+    torch.testing.assert_close(rest, whole[:, seen + 7 :], rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_steps_change_neither_the_state_the_parameters_nor_a_state_taken_earlier(variant) -> None:
+    cms = make_cms(variant, momentum=True)
+    x = tokens(2, 20)
+    with torch.no_grad():
+        _, state = cms.stream(x[:, :5], cms.init_state(2))
+        before = {k: v.clone() for k, v in results_of(x, state).items()}
+        parameters = {k: v.clone() for k, v in cms.state_dict().items()}
+        buffer = cms.make_buffer(state)
+        for t in range(5, 10):
+            cms.step(x[:, t], buffer)
+        middle = buffer.to_state()
+        copy = {k: v.clone() for k, v in results_of(x, middle).items()}
+        for t in range(10, 20):
+            cms.step(x[:, t], buffer)
+        assert_same(results_of(x, state), before, tolerance=0.0)
+        assert_same(results_of(x, middle), copy, tolerance=0.0)
+        assert_same(dict(cms.state_dict()), parameters, tolerance=0.0)
+        # the buffer did move on
+        late, early = buffer.to_state().levels[2].weights[0], middle.levels[2].weights[0]
+        assert (late - early).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_steps_update_storage_in_place(variant) -> None:
+    cms = make_cms(variant, momentum=True)
+    buffer = cms.make_buffer(2)
+
+    def pointers() -> list[int]:
+        found = []
+        for level in buffer.levels[:3]:
+            held = [*level.weights, *(level.momentum or ()), level.k, level.v, level.lr]
+            found += [t.data_ptr() for t in held]
+        return found
+
+    before = pointers()
+    x = tokens(2, 13)
+    for t in range(13):
+        cms.step(x[:, t], buffer)
+    assert pointers() == before
+    assert buffer.position == 13
+
+
+def test_step_takes_both_shapes_and_builds_no_graph() -> None:
+    cms = make_cms("sequential")
+    x = tokens(2, 1).requires_grad_()
+    flat = cms.step(x[:, 0], cms.make_buffer(2))
+    kept = cms.step(x, cms.make_buffer(2))
+    assert flat.shape == (2, DIM)
+    assert kept.shape == (2, 1, DIM)
+    assert torch.equal(flat, kept[:, 0])
+    assert not flat.requires_grad
+
+
+def test_step_without_sequences() -> None:
+    cms = make_cms("nested")
+    buffer = cms.make_buffer(0)
+    for _ in range(7):
+        assert cms.step(tokens(0, 1)[:, 0], buffer).shape == (0, DIM)
+    assert positions_of(buffer.to_state()) == positions_of(run_stream(cms, tokens(0, 7), [7])[1])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_steps_equal_the_stream_in_bfloat16(autocast) -> None:
+    torch.manual_seed(0)
+    cms = spread(CMS(DIM, [CMSLevel(2, momentum=True), CMSLevel(4), CMSLevel(None)], heads=HEADS, variant="nested"))
+    x = tokens(2, 11, dtype=torch.float32)
+    if not autocast:
+        cms, x = cms.bfloat16(), x.bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        whole, state = cms.stream(x, cms.init_state(2))
+        buffer = cms.make_buffer(2)
+        stepped = torch.stack([cms.step(x[:, t], buffer) for t in range(11)], 1)
+    assert stepped.dtype == whole.dtype == torch.bfloat16
+    # A one-row product may sum in another order than a longer one: one unit of bfloat16 per operation, few of them.
+    torch.testing.assert_close(stepped.float(), whole.float(), rtol=0.05, atol=0.05)
+    kept, expected = buffer.to_state().levels[0], state.levels[0]
+    assert kept.pending_k.dtype == expected.pending_k.dtype == torch.bfloat16
+    assert kept.weights[0].dtype == torch.float32
+
+
+def test_a_buffer_is_refused_by_another_layer_batch_or_dtype_and_stays_as_it_was() -> None:
+    cms = make_cms("nested")
+    x = tokens(2, 3)
+    buffer = cms.make_buffer(2)
+    cms.step(x[:, 0], buffer)
+    before = {k: v.clone() for k, v in results_of(x, buffer.to_state()).items()}
+    with pytest.raises(ValueError, match=r"buffer has batch size 2, x has 3 rows"):
+        cms.step(tokens(3, 1), buffer)
+    with pytest.raises(ValueError, match=r"x has shape \(2, 3, 6\); want \[B, 6\] or \[B, 1, 6\]"):
+        cms.step(x, buffer)
+    with pytest.raises(TypeError, match="buffer is a CMSState; want a CMSBuffer"):
+        cms.step(x[:, 0], buffer.to_state())
+    with pytest.raises(TypeError, match=r"x is torch\.float32, the parameters are torch\.float64"):
+        cms.step(x[:, 0].float(), buffer)
+    with pytest.raises(ValueError, match="buffer has 4 levels; want 1"):
+        CMS(DIM, [CMSLevel(2)], heads=HEADS, dtype=torch.float64).step(x[:, 0], buffer)
+    buffer_of_six = make_cms("nested").make_buffer(2)
+    for t in range(3):
+        cms.step(x[:, t], buffer_of_six)
+    with pytest.raises(ValueError, match=r"buffer of level 0 is at token 1; want 3, where variant 'sequential'"):
+        make_cms("sequential").step(x[:, 0], buffer_of_six)
+    assert_same(results_of(x, buffer.to_state()), before, tolerance=0.0)
+    low = make_cms("nested").float()
+    with torch.autocast("cpu", torch.bfloat16):
+        made_under_autocast = low.make_buffer(2)
+    with pytest.raises(ValueError, match=r"buffer keeps torch\.bfloat16 tokens, this call has torch\.float32"):
+        low.step(x[:, 0].float(), made_under_autocast)
+    with pytest.raises(TypeError, match=r"state: weights are torch\.float64; want torch\.float32"):
+        low.make_buffer(make_cms("nested").init_state(2))
