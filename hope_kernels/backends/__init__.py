@@ -5,7 +5,7 @@ Backends are modules of this package that never import each other; their device 
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -29,7 +29,7 @@ _REFERENCE = BackendStatus("reference", True, "eager PyTorch, chunk by chunk")
 _PREFERENCE = {"cpu": ("cpu", "reference")}
 
 
-@lru_cache(maxsize=None)
+@cache
 def implementation(name: str) -> ModuleType:
     """The module of a compiled backend (see :class:`hope_kernels.backends.interface.Backend`)."""
     return import_module(f"hope_kernels.backends.{name}")
@@ -55,6 +55,8 @@ def _refusal(name: str, spec: MemorySpec, dtype: torch.dtype, device: torch.devi
     return None if name == "reference" else implementation(name).refuses(spec, dtype, device)
 
 
+# The answer depends on nothing a trace could change, and looking it up imports modules, which a trace cannot follow.
+@torch.compiler.assume_constant_result
 def select(backend: str | None, spec: MemorySpec, dtype: torch.dtype, device: torch.device) -> str:
     """Name of the backend that runs this call.
 

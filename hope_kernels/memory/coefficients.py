@@ -6,7 +6,8 @@ kernel only ever sees a weight per token and a factor per chunk. With ``A_t = pr
 
 * ``gd``:       ``W' = decay W - U^T diag(step) E``, ``step = A eta``, ``decay = prod alpha``;
 * with momentum: ``W' = decay W + carry S - U^T diag(step) E`` and ``S' = mdecay S - U^T diag(mstep) E`` with
-  ``step = a eta``, ``a_t = A_t + beta_{t+1} a_{t+1}``, ``carry = beta_1 a_1``, ``mstep = B eta``, ``mdecay = prod beta``;
+  ``a_t = A_t + beta_{t+1} a_{t+1}``, ``step = a eta``, ``carry = beta_1 a_1``, ``mstep = B eta`` and
+  ``mdecay = prod beta``;
 * ``dgd``:      its effective step depends on the layer's input, so the raw ``eta`` and ``alpha`` are handed on.
 """
 

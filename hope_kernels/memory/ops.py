@@ -149,7 +149,15 @@ def _backward(ctx: Any, grad_output: Tensor | None, grad_weights: Any, grad_mome
     momentum = [saved.pop(0) for _ in range(momentum_count)]
     sequences = saved.pop(0) if has_sequences else None
     d_tensors, d_weights, d_momentum = torch.ops.hope_kernels.scan_backward(
-        *tensors, weights, momentum, sequences, *ctx.settings, saved, grad_output, grad_weights or [], grad_momentum or []
+        *tensors,
+        weights,
+        momentum,
+        sequences,
+        *ctx.settings,
+        saved,
+        grad_output,
+        grad_weights or [],
+        grad_momentum or [],
     )
     d_tensors = iter(d_tensors)
     d_inputs = [next(d_tensors) if present else None for present in ctx.present]
@@ -159,7 +167,8 @@ def _backward(ctx: Any, grad_output: Tensor | None, grad_weights: Any, grad_mome
 
 def _refuse_double_backward(*_: Any) -> None:
     raise RuntimeError(
-        "hope_kernels: a compiled backend gives first derivatives only; for gradients of gradients use backend='reference'"
+        "hope_kernels: a compiled backend gives first derivatives only; for gradients of gradients use "
+        "backend='reference'"
     )
 
 

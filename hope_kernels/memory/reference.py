@@ -111,7 +111,8 @@ def recurrent_scan(
         bptt_chunks: detach weights and momentum when they are written into chunk ``n, 2n, ..``.
 
     Returns:
-        output ``[B, T, N, D]``; weights, and momentum (None without it), after the complete chunks, ``[B, N, in, out]``.
+        output ``[B, T, N, D]``; weights, and momentum (None without it), after the complete chunks, each
+        ``[B, N, in, out]``.
     """
     batch, length = q.shape[:2]
 

@@ -194,7 +194,9 @@ class MemoryState:
         names = {field.name for field in fields(MemoryState)}
         if set(state_dict) != names:
             missing, unknown = sorted(names - set(state_dict)), sorted(set(state_dict) - names)
-            raise ValueError(f"state_dict: missing {missing}, unknown {unknown}; want the result of MemoryState.state_dict()")
+            raise ValueError(
+                f"state_dict: missing {missing}, unknown {unknown}; want the result of MemoryState.state_dict()"
+            )
         values = dict(state_dict)
         values["spec"] = MemorySpec.from_key(values["spec"])
         for name in ("stored_weights", "stored_momentum"):

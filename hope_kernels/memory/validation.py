@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -156,7 +157,8 @@ def check_memory_fits(weights: Weights, momentum: Weights | None, spec: MemorySp
         raise TypeError(f"memory: got weights of {weights[0].dtype}; want float32 or the dtype of q, {tokens.dtype}")
     if momentum is not None and momentum[0].dtype != state_dtype(tokens.dtype):
         raise TypeError(
-            f"memory: got momentum of {momentum[0].dtype}; want {state_dtype(tokens.dtype)} with tokens of {tokens.dtype}"
+            f"memory: got momentum of {momentum[0].dtype}; want {state_dtype(tokens.dtype)} with tokens of "
+            f"{tokens.dtype}"
         )
 
 
@@ -212,7 +214,7 @@ def check_cu_seqlens(cu_seqlens: Any, tokens: Tensor) -> None:
         raise ValueError(f"cu_seqlens: got a batch of {tokens.shape[0]}; packed sequences want a batch of 1")
     if _values_at_hand(cu_seqlens):
         ends = cu_seqlens.tolist()
-        if ends[0] != 0 or ends[-1] != tokens.shape[1] or any(a > b for a, b in zip(ends, ends[1:], strict=False)):
+        if ends[0] != 0 or ends[-1] != tokens.shape[1] or any(a > b for a, b in pairwise(ends)):
             raise ValueError(
                 f"cu_seqlens: got {ends}; want 0 first, no decrease, and the number of tokens, {tokens.shape[1]}, last"
             )
