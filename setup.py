@@ -71,8 +71,8 @@ def compile_jobs() -> int:
 def find_tool(name: str, directory_attribute: str) -> Path:
     """CMake or ninja: from the Python package of that name where installed, else from PATH.
 
-    The package comes first because a virtual environment that is not activated has no scripts on PATH; PATH must
-    still be tried after it, because in pip's isolated builds ninja's package names a folder that is not its own.
+    The package comes first because a virtual environment that is not activated has no scripts on PATH. PATH
+    is still needed: in pip's isolated builds ninja's package cannot name its folder.
     """
     try:
         directory = str(getattr(importlib.import_module(name), directory_attribute))
@@ -100,7 +100,7 @@ def find_compiler() -> str | None:
         compiler = [word for word in shlex.split(named) if not word.startswith("-")][-1]
         found = shutil.which(compiler)
         if found is None:
-            raise CoreNotBuilt(f"the C++ compiler that CXX={named} names was not found.")
+            raise CoreNotBuilt(f"the C++ compiler that CXX={named} names was not found")
         return found
     if sys.platform == "win32":
         return None
@@ -109,7 +109,7 @@ def find_compiler() -> str | None:
             return found
     raise CoreNotBuilt(
         "no C++ compiler was found (looked for c++, g++ and clang++; CXX names another). Get one with apt "
-        "install g++ (Debian, Ubuntu), dnf install gcc-c++ (Fedora, RHEL) or xcode-select --install (macOS)."
+        "install g++ (Debian, Ubuntu), dnf install gcc-c++ (Fedora, RHEL) or xcode-select --install (macOS)"
     )
 
 

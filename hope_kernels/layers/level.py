@@ -216,11 +216,18 @@ class MemoryLevel(nn.Module):
         A fresh level (``state`` None) returns None for a state that is again the initial one.
         """
         tokens = self.tokens(x)
+        begun = 0 if state is None else state.position
         if self.segment is None:
             output, state = self._scan(tokens, state)
         else:
             output, state = self._scan_segments(tokens, state, self.segment)
-        return output.flatten(-2), state
+        output = output.flatten(-2)
+        if begun % self.chunk_size + x.shape[1] < self.chunk_size and torch.is_grad_enabled():
+            # No chunk was completed, so targets and gates had no part in the output. Which parameters have a
+            # gradient must not depend on the length of a sequence (data parallel training stops when it does):
+            # an empty sum adds 0 and gives them a gradient of zeros.
+            output = output + sum(p.flatten()[:0].sum() for p in (self.target.weight, *self.gates.parameters()))
+        return output, state
 
     def _scan(self, tokens: Tokens, state: MemoryState | None) -> tuple[Tensor, MemoryState]:
         """One stretch without a reset; ``state`` None starts every row from the parameters."""

@@ -138,9 +138,9 @@ def test_a_state_of_another_layer_is_refused_and_unchanged() -> None:
         make_cms("sequential").stream(x, state)
     with pytest.raises(ValueError, match=r"state of level 2 is for MemorySpec\(.*rule='dgd'\).*; want MemorySpec\(.*'gd'\)"):
         make_cms("nested", momentum=True).stream(x, state)
-    levels = [CMSLevel(2), CMSLevel(4), CMSLevel(8), CMSLevel(16)]
+    levels = [x.level for x in cms.levels[:3]]
     with pytest.raises(ValueError, match="state has no memory for level 3; want one"):
-        CMS(DIM, levels, heads=HEADS, dtype=torch.float64).stream(x, state)
+        CMS(DIM, [*levels, CMSLevel(12)], heads=HEADS, variant="nested", dtype=torch.float64).stream(x, state)
     chunks = [CMSLevel(3), CMSLevel(6)]
     held = CMS(DIM, chunks, heads=HEADS).init_state(2)
     with pytest.raises(ValueError, match=r"state of level 0 is for .* and chunk size 3; want .* and 2"):

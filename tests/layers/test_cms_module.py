@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from hope_kernels import CMS, CMSLevel
-from tests.cases import BACKENDS
+from tests.cases import BACKENDS, COMPILED_BACKENDS
 from tests.layers.common import DIM, HEADS, VARIANTS, assert_same, make_cms, results_of, run_stream, spread, tokens
 
 
-def make_float(variant: str = "sequential", backend: str | None = None, **options) -> CMS:
-    torch.manual_seed(0)
+def make_float(variant: str = "sequential", backend: str | None = None, seed: int = 0) -> CMS:
+    torch.manual_seed(seed)
     levels = [CMSLevel(2, momentum=True), CMSLevel(4, form="glu", expansion=2), CMSLevel(None)]
-    return spread(CMS(DIM, levels, heads=HEADS, variant=variant, backend=backend, **options))
+    return spread(CMS(DIM, levels, heads=HEADS, variant=variant, backend=backend), seed)
 
 
 def test_in_a_sequential_container_all_parameters_get_a_gradient() -> None:
@@ -61,17 +61,13 @@ def test_state_dict_brings_all_parameters_and_nothing_else(variant) -> None:
     assert torch.equal(other(x), cms(x))
 
 
-def test_reset_parameters_draws_what_construction_draws() -> None:
-    torch.manual_seed(3)
-    built = make_structure()
-    other = spread(make_structure())
-    torch.manual_seed(3)
-    other.reset_parameters()
-    assert_same(dict(other.state_dict()), dict(built.state_dict()), tolerance=0.0)
-
-
-def make_structure() -> CMS:
-    return CMS(DIM, [CMSLevel(2, momentum=True), CMSLevel(4), CMSLevel(None)], heads=HEADS, variant="independent")
+def test_reset_parameters_leaves_nothing_of_the_old_ones() -> None:
+    fresh, used = (make_float("independent", seed=seed) for seed in (0, 1))
+    for cms in (fresh, used):
+        torch.manual_seed(3)
+        cms.reset_parameters()
+    assert_same(dict(used.state_dict()), dict(fresh.state_dict()), tolerance=0.0)
+    assert torch.equal(used.mix, torch.zeros(3))
 
 
 def test_forward_and_backward_hooks_run_once() -> None:
@@ -98,15 +94,15 @@ from tests.layers.test_cms_module import make_float
 
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 plain, wrapped = make_float("nested"), DistributedDataParallel(make_float("nested"))
-# The middle length completes no chunk of 4 in the second level and none at all in the first: the parameters that
-# only a write uses must still take part, or the next iteration refuses to start.
+# The middle length completes no chunk: the parameters that only a write uses must still take part, or the next
+# iteration refuses to start.
 for length in (9, 1, 9):
     x = tokens(2, length, dtype=torch.float32)
     for model in (plain, wrapped):
         model.zero_grad()
         model(x).square().sum().backward()
     for a, b in zip(plain.parameters(), wrapped.parameters(), strict=True):
-        torch.testing.assert_close(a.grad if a.grad is not None else torch.zeros_like(a), b.grad)
+        torch.testing.assert_close(a.grad, b.grad)
 print("same")
 """
 
@@ -177,7 +173,8 @@ def test_autocast_rounds_tokens_and_keeps_gates_and_state(variant, backend) -> N
         assert parameter.grad.isfinite().all(), name
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+# Eager code unrolled over every chunk takes a compiler minutes: what is compiled in earnest is the operator.
+@pytest.mark.parametrize("backend", COMPILED_BACKENDS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_compiled_equals_eager_at_dynamic_lengths_forward_and_backward(variant, backend) -> None:
     torch.compiler.reset()

@@ -1,0 +1,57 @@
+"""The documents keep their word: the README's code runs, links lead somewhere, commands exist."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PLACES = ("*.md", "docs/**/*.md", "examples/**/*.md", "benchmarks/**/*.md", "tests/**/*.md")
+DOCUMENTS = sorted(path for place in PLACES for path in ROOT.glob(place))
+LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name)
+def test_relative_links_lead_to_files(document: Path) -> None:
+    text = FENCED.sub("", document.read_text())
+    relative = [target for target in LINK.findall(text) if "://" not in target]
+    assert [target for target in relative if not (document.parent / target).exists()] == []
+
+
+def test_the_readmes_code_runs_and_computes_what_it_says() -> None:
+    fenced = FENCED.findall((ROOT / "README.md").read_text())
+    (code,) = [body for language, body in fenced if language == "python"]
+    # In the README the second call goes on from the first; one call over both must give the same.
+    check = """
+both = lambda x: torch.cat([x, x], 1)
+whole = memory_scan(both(q), both(k), both(v), both(lr), weights, spec=spec, chunk_size=16)
+torch.testing.assert_close(torch.cat([output, more], 1), whole.output, rtol=1e-4, atol=1e-5)
+assert y.shape == (2, 100, 128) and y.isfinite().all()
+"""
+    result = subprocess.run([sys.executable, "-c", code + check], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name)
+def test_make_targets_named_in_documents_exist(document: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"(?:`|^)make ([a-z-]+)", document.read_text(), re.MULTILINE))
+    assert named - targets == set()
+
+
+def test_commands_of_the_readme_are_those_of_the_command_line() -> None:
+    pytest.importorskip("typer")
+    from hope_kernels.cli.app import app
+
+    commands = {command.name for command in app.registered_commands}
+    section = (ROOT / "README.md").read_text().split("## Command line")[1].split("\n## ")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == commands
