@@ -1,0 +1,14 @@
+"""Measuring and checking: what ``hope-kernels verify``, ``bench`` and ``demo`` and the suites in ``benchmarks/`` share.
+
+Needs torch only (plots need matplotlib), so that a script on a machine without a command line library can use it.
+
+* ``shapes``: the named problem sizes and the floating point operations each one stands for;
+* ``problems``: inputs for them;
+* ``implementations``: a backend (plain or through ``torch.compile``) as a function to call, and whether two agree;
+* ``timing``: several implementations timed side by side;
+* ``peak_memory``: peak memory of one call, in a process of its own;
+* ``machine``: what ran: processor, versions, measured peaks;
+* ``parity_cases``, ``parity``: every backend against the token-by-token oracle in float64;
+* ``speed``: the comparison of backends over the shapes;
+* ``plots``: pictures of the above.
+"""
