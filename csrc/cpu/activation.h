@@ -1,9 +1,9 @@
 // Activations of a memory's hidden layer with their first and second derivatives, a vector at a time.
 //
-// float: exp by range reduction and a polynomial; sigmoid and tanh from exp(-|x|), so that both tails keep their relative
-// accuracy; the normal distribution function as exp(-y^2) erfcx(y) with a polynomial erfcx. double: the standard library's
-// functions. Maximum error of the float versions over all finite inputs, against the exact function at the same float:
-// act and act' within 4e-7 * max(1, |act|), act'' within 2e-6. NaN in gives NaN out.
+// float: 2^t by range reduction and a polynomial; sigmoid and tanh from it with both tails accurate; the normal
+// distribution function as exp(-y^2) erfcx(y) with a polynomial erfcx. double: the standard library's functions.
+// Error of the float versions over all finite inputs, against the exact function at the same float: act, act' and act''
+// within 4e-7 max(1, |exact|). NaN in gives NaN out.
 #pragma once
 
 #include <cmath>
@@ -13,38 +13,33 @@
 
 namespace hope::cpu::HOPE_ISA {
 
-// exp(x) for x <= 0 (0 below the smallest normal float).
-HOPE_INLINE vfloat exp_nonpositive(vfloat x) {
-  constexpr float kLog2e = 1.44269502f, kLog2eLow = 1.92596298e-8f, kRound = 12582912.0f;  // 1.5 * 2^23
-  const vint32 tiny = x < -87.0f;
-  const vfloat clamped = select(tiny, broadcast(-87.0f), x);
-  const vfloat shifted = clamped * kLog2e + kRound;
-  const vfloat n = shifted - kRound;
-  const vfloat f = (clamped * kLog2e - n) + clamped * kLog2eLow;
-  vfloat p = 1.5370976e-4f * f + 1.3399868e-3f;
-  p = p * f + 9.6183727e-3f;
-  p = p * f + 5.5503290e-2f;
-  p = p * f + 2.4022649e-1f;
-  p = p * f + 6.9314721e-1f;
+// 2^t for |t| <= 125, relative error 1.1e-7 (t itself is rounded: add 4e-8 |t|).
+HOPE_INLINE vfloat exp2_bounded(vfloat t) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const vfloat shifted = t + kRound;
+  const vfloat f = t - (shifted - kRound);
+  vfloat p = 1.3221359e-3f * f + 9.6716977e-3f;
+  p = p * f + 5.5508835e-2f;
+  p = p * f + 2.4022238e-1f;
+  p = p * f + 6.9314686e-1f;
   p = p * f + 1.0f;
-  const vint32 power = ((vint32)shifted << 23) + (vint32)broadcast(1.0f);
-  return select(tiny, vfloat{}, p * (vfloat)power);
+  return (vfloat)((vint32)p + ((vint32)shifted << 23));
 }
 
-HOPE_INLINE vdouble exp_nonpositive(vdouble x) {
-  vdouble out;
-  for (int i = 0; i < kLanes<double>; ++i) out[i] = std::exp(x[i]);
-  return out;
+// s = sigmoid(x / log2(e)), c = 1 - s, each to full relative accuracy; x comes scaled by log2(e). Beyond |x| = 125 both stay
+// at the values they have there: 2^-125 and 1.
+HOPE_INLINE void sigmoid2(vfloat x, vfloat& s, vfloat& c) {
+  const vfloat e = exp2_bounded(at_most<float>(at_least<float>(-x, -125.0f), 125.0f));
+  s = reciprocal(1 + e);
+  c = e * s;
 }
 
-// s = sigmoid(x), c = 1 - s, each to full relative accuracy.
-template <class V>
-HOPE_INLINE void sigmoid(V x, V& s, V& c) {
-  const V e = exp_nonpositive(-absolute(x));
-  const V large = 1 / (1 + e), small = e * large;
-  const auto positive = x > 0;
-  s = select(positive, large, small);
-  c = select(positive, small, large);
+HOPE_INLINE void sigmoid2(vdouble x, vdouble& s, vdouble& c) {
+  for (int i = 0; i < kLanes<double>; ++i) {
+    const double e = std::exp(-std::abs(x[i]) * 0.69314718055994530942), large = 1 / (1 + e);
+    s[i] = x[i] > 0 ? large : e * large;
+    c[i] = x[i] > 0 ? e * large : large;
+  }
 }
 
 // erfcx(y) = t * sum_i kErfcx[i] t^i with t = 1 / (1 + 0.4 y), y >= 0: relative error 2.3e-8.
@@ -55,8 +50,9 @@ constexpr float kErfcx[11] = {2.256758362e-01f, 2.256760746e-01f,  2.076080590e-
 // P = standard normal distribution function at x, p = its density.
 HOPE_INLINE void normal(vfloat x, vfloat& P, vfloat& p) {
   const vfloat y = absolute(x) * 0.707106781f;
-  const vfloat e = exp_nonpositive(-0.5f * x * x);
-  const vfloat t = 1 / (1 + 0.4f * y);
+  const vfloat t2 = x * x * -0.721347520f;  // -x^2 / 2 in powers of 2
+  const vfloat e = exp2_bounded(at_least<float>(t2, -125.0f));
+  const vfloat t = reciprocal(1 + 0.4f * y);
   vfloat q = broadcast(kErfcx[10]);
 #pragma GCC unroll 10
   for (int i = 9; i >= 0; --i) q = q * t + kErfcx[i];
@@ -80,17 +76,15 @@ template <class T>
 struct Act<T, Activation::gelu_tanh> {
   template <int kOrder>
   static HOPE_INLINE void eval(Vec<T> x, Vec<T>& a, Vec<T>& d1, Vec<T>& d2) {
-    constexpr T k = T(1.59576912160573071176), cubic = T(0.044715);
-    // Far out the sigmoid is 0 or 1: the clamp keeps its argument's powers finite.
-    const Vec<T> y = select(x > T(40), broadcast(T(40)), select(x < T(-40), broadcast(T(-40)), x));
-    const Vec<T> y2 = y * y;
+    constexpr T k = T(1.59576912160573071176), cubic = k * T(0.044715), log2e = T(1.44269504088896340736);
+    const Vec<T> low = at_least<T>(x, T(-1000)), y = at_most<T>(low, T(1000)), y2 = y * y;
     Vec<T> s, c;
-    sigmoid<Vec<T>>(y * (k + k * cubic * y2), s, c);
-    a = x * s;
+    sigmoid2(y * (k * log2e + cubic * log2e * y2), s, c);
+    a = low * s;
     if constexpr (kOrder >= 1) {
-      const Vec<T> u1 = k + 3 * k * cubic * y2, slope = s * c * u1;
+      const Vec<T> u1 = k + 3 * cubic * y2, sc = s * c, slope = sc * u1;
       d1 = s + y * slope;
-      if constexpr (kOrder >= 2) d2 = slope * (2 + y * u1 * (c - s)) + y * s * c * (6 * k * cubic * y);
+      if constexpr (kOrder >= 2) d2 = slope * (2 + y * (u1 * (c - s))) + sc * (6 * cubic * y2);
     }
   }
 };
@@ -99,10 +93,10 @@ template <class T>
 struct Act<T, Activation::gelu> {
   template <int kOrder>
   static HOPE_INLINE void eval(Vec<T> x, Vec<T>& a, Vec<T>& d1, Vec<T>& d2) {
-    const Vec<T> y = select(x > T(40), broadcast(T(40)), select(x < T(-40), broadcast(T(-40)), x));
+    const Vec<T> low = at_least<T>(x, T(-40)), y = at_most<T>(low, T(40));
     Vec<T> P, p;
     normal(y, P, p);
-    a = x * P;
+    a = low * P;
     if constexpr (kOrder >= 1) d1 = P + y * p;
     if constexpr (kOrder >= 2) d2 = p * (2 - y * y);
   }
@@ -112,12 +106,11 @@ template <class T>
 struct Act<T, Activation::silu> {
   template <int kOrder>
   static HOPE_INLINE void eval(Vec<T> x, Vec<T>& a, Vec<T>& d1, Vec<T>& d2) {
-    // exp(-745) is the smallest positive double.
-    const Vec<T> y = select(x > T(800), broadcast(T(800)), select(x < T(-800), broadcast(T(-800)), x));
+    const Vec<T> low = at_least<T>(x, T(-1000)), y = at_most<T>(low, T(1000));
     Vec<T> s, c;
-    sigmoid<Vec<T>>(y, s, c);
-    a = x * s;
-    if constexpr (kOrder >= 1) d1 = s + y * s * c;
+    sigmoid2(y * T(1.44269504088896340736), s, c);
+    a = low * s;
+    if constexpr (kOrder >= 1) d1 = s + y * (s * c);
     if constexpr (kOrder >= 2) d2 = s * c * (2 + y * (c - s));
   }
 };

@@ -4,6 +4,8 @@
 // the activations of the chunk (about 4 C H values) stay in the core's own cache between the products.
 #pragma once
 
+#include <initializer_list>
+
 #include "delta_rule.h"
 
 namespace hope::cpu::HOPE_ISA {
@@ -50,6 +52,14 @@ struct Activations {
     if (keys > 0 && (net.momentum || keep)) weighted = arena.matrix<T>(keys, make_axis<T>(max(net.dim, net.hidden)));
     if (keys > 0 && net.delta()) rule.layout(arena, net, keep);
   }
+
+  // The same matrices from row `first` on: what the network's layers read and write.
+  Activations from_row(idx first) const {
+    Activations view = *this;
+    for (Mat<T>* m : {&view.x, &view.z[0], &view.z[1], &view.gate, &view.hidden, &view.slope, &view.out})
+      if (m->data) m->data += first * m->ld;
+    return view;
+  }
 };
 
 // f(x) for rows [0, rows.total()) from x: z, hidden, slope, out. Rows of `out` before the first one that is wanted are not
@@ -94,15 +104,13 @@ Transposed<T> transposed(const Team& team, const Net& net, const Mat<T>& m, cons
   return result;
 }
 
-// Errors of the input layers from delta, given W_out^T.
+// Errors of the input layers from error_hidden; those of an mlp come multiplied by `weights` where these are given.
 template <class T>
-void form_errors(const Team& team, const Net& net, const Activations<T>& a, const Transposed<T>& w_out, idx keys) {
-  if (!net.has_hidden()) return;
+void form_errors(const Team& team, const Net& net, const Activations<T>& a, idx keys, const T* weights = nullptr) {
   const Mat<T> eh = a.error_hidden.rows_from(0, keys);
-  gemm_nt(team, a.delta.rows_from(0, keys), w_out, eh);
   if (net.form == Form::mlp)
-    multiply(team, a.error[0].rows_from(0, keys), eh, a.slope);
-  else
+    multiply(team, a.error[0].rows_from(0, keys), eh, a.slope, weights);
+  else if (net.form == Form::glu)
     glu_errors(team, eh, a.z[1], a.gate, a.slope, a.error[0].rows_from(0, keys), a.error[1]);
 }
 
@@ -120,6 +128,9 @@ Mat<T> layer_product(const Net& net, const Activations<T>& a, int i, idx keys) {
   return (net.has_hidden() && i < net.inputs ? a.z[i] : a.product).rows_from(0, keys);
 }
 
+// Plain gradient descent of an mlp needs the input layer's errors only multiplied by their steps: one pass fewer.
+inline bool weighs_errors_early(const Net& net) { return net.form == Form::mlp && !net.delta() && !net.momentum; }
+
 // The state after the chunk, from the errors; `to` may be `from`.
 template <class T>
 void write_state(const Team& team, const Net& net, Activations<T>& a, const Coefficients<T>& coef, const State<T>& from,
@@ -132,8 +143,9 @@ void write_state(const Team& team, const Net& net, Activations<T>& a, const Coef
       a.rule.update(team, e, layer_product(net, a, i, keys), from.w[i], to.w[i]);
       continue;
     }
-    const Mat<T> we = a.weighted ? a.weighted.reshaped(keys, e.axis) : e;
-    scale_rows<false>(team, we, T(1), coef.step, e);
+    const bool weighted = i < net.inputs && weighs_errors_early(net);
+    const Mat<T> we = a.weighted && !weighted ? a.weighted.reshaped(keys, e.axis) : e;
+    if (!weighted) scale_rows<false>(team, we, T(1), coef.step, e);
     if (!net.momentum) {
       gemm_tn(team, u, we, from.w[i], to.w[i], T(-1), coef.decay);
       continue;
@@ -146,12 +158,16 @@ void write_state(const Team& team, const Net& net, Activations<T>& a, const Coef
 }
 
 // One complete chunk whose rows are loaded in a.x and a.target: f at the rows from first_out on, then the next state.
-template <class T>
+// kOrder 2 leaves act'' at the keys in `curve`, for the backward.
+template <class T, int kOrder>
 void chunk_forward(const Team& team, const Net& net, Activations<T>& a, Rows rows, const Coefficients<T>& coef,
-                   const State<T>& from, const State<T>& to, idx first_out) {
-  apply_network<T, 1>(team, net, from, a, rows, first_out, rows.keys);
+                   const State<T>& from, const State<T>& to, idx first_out, const Mat<T>& curve = {}) {
+  apply_network<T, kOrder>(team, net, from, a, rows, first_out, kOrder == 2 ? rows.total() : rows.keys, curve);
   form_delta(team, net, a, rows.keys);
-  if (net.has_hidden()) form_errors(team, net, a, transposed(team, net, from.w[net.weights - 1], a.turned), rows.keys);
+  if (net.has_hidden()) {
+    gemm_nt(team, a.delta, transposed(team, net, from.w[net.weights - 1], a.turned), a.error_hidden);
+    form_errors(team, net, a, rows.keys, weighs_errors_early(net) ? coef.step : nullptr);
+  }
   write_state(team, net, a, coef, from, to, rows.keys);
 }
 

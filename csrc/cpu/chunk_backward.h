@@ -65,6 +65,52 @@ struct Adjoints {
   }
 };
 
+// What the backward of a chunk would otherwise recompute: the forward's intermediates at the keys (and values of `self`),
+// kept while the states of a segment are rebuilt.
+template <class T>
+struct Kept {
+  static constexpr int kCount = 9;
+  Mat<T> store[kCount];
+
+  // Whether the intermediates of a chunk are no larger than a few states: scratch stays proportional to the state.
+  static bool worthwhile(const Net& net) { return net.chunk <= 2 * net.dim; }
+
+  void layout(Arena& arena, const Net& net, const Activations<T>& a, const Adjoints<T>& d, idx keys) {
+    Mat<T> live[kCount];
+    select(net, a, d, keys, live);
+    for (int i = 0; i < kCount; ++i)
+      if (live[i].rows > 0) store[i] = arena.matrix<T>(live[i].rows, live[i].axis);
+  }
+  void save(const Team& team, const Net& net, const Activations<T>& a, const Adjoints<T>& d, idx keys) const {
+    Mat<T> live[kCount];
+    select(net, a, d, keys, live);
+    for (int i = 0; i < kCount; ++i)
+      if (live[i].rows > 0) copy(team, store[i], live[i]);
+  }
+  void restore(const Team& team, const Net& net, const Activations<T>& a, const Adjoints<T>& d, idx keys) const {
+    Mat<T> live[kCount];
+    select(net, a, d, keys, live);
+    for (int i = 0; i < kCount; ++i)
+      if (live[i].rows > 0) copy(team, live[i], store[i]);
+  }
+
+ private:
+  static void select(const Net& net, const Activations<T>& a, const Adjoints<T>& d, idx keys, Mat<T>* live) {
+    const idx rows = keys * (net.self() ? 2 : 1);
+    live[0] = a.delta.rows_from(0, keys);
+    if (net.delta()) live[1] = a.product.rows_from(0, keys);
+    if (!net.has_hidden()) return;
+    live[2] = a.hidden.rows_from(0, rows);
+    live[3] = a.slope.rows_from(0, rows);
+    live[4] = d.curve.rows_from(0, keys);
+    live[5] = a.error_hidden.rows_from(0, keys);
+    if (net.delta()) live[6] = a.z[0].rows_from(0, keys);
+    if (net.form != Form::glu) return;
+    live[7] = a.z[1].rows_from(0, rows);
+    live[8] = a.gate.rows_from(0, rows);
+  }
+};
+
 // Adjoint of W' = decay W + carry S - U^T diag(step) E, S' = momentum_decay S - U^T diag(momentum_step) E for layer i:
 // d_inputs += dL/dU, d_errors = dL/dE, the adjoint state g in place.
 template <class T>
@@ -218,30 +264,36 @@ void activation_adjoint(const Team& team, const Net& net, const Activations<T>& 
 
 // Adjoint of one chunk whose rows are loaded in a.x, a.target and, for the queries, d.d_out. rows.keys == 0: only read.
 // On return d.d_x holds the gradients of all rows, d.d_target those of v, and g, dL/d(next state) before, dL/d(state).
-// d_coef.step, retention and momentum_step are added to.
+// d_coef.step, retention and momentum_step are added to. known: the intermediates at the keys are there already (see Kept).
 template <class T>
 void chunk_backward(const Team& team, const Net& net, Activations<T>& a, Adjoints<T>& d, Rows rows,
                     const Coefficients<T>& coef, const CoefficientGradients<T>& d_coef, const State<T>& state,
-                    const State<T>& g) {
-  const idx total = rows.total(), keys = rows.keys;
+                    const State<T>& g, bool known) {
+  const idx total = rows.total(), keys = rows.keys, written = keys + rows.self;
   const int last = net.weights - 1;
   const bool writes = keys > 0;
-  // Only the keys' outputs (and the values' of `self`) matter here.
-  const idx outputs = writes && net.needs_key_output() ? keys + rows.self : 0;
-  apply_network<T, 2>(team, net, state, a, rows, total, total, d.curve);
-  if (outputs > 0) {
-    const Mat<T> out = a.out.rows_from(0, outputs), x = a.x.rows_from(0, outputs);
-    gemm_nn(team, net.has_hidden() ? a.hidden.rows_from(0, outputs) : x, state.w[last], out);
-    if (net.delta()) copy(team, a.product, a.out.rows_from(0, keys));
-    if (net.residual) add(team, out, x);
+  // Of the outputs only those at the keys (and the values of `self`) matter here.
+  if (known) {
+    Rows queries;
+    queries.queries = rows.queries;
+    apply_network<T, 1>(team, net, state, a.from_row(written), queries, queries.total(), queries.total());
+  } else {
+    apply_network<T, 2>(team, net, state, a, rows, total, total, d.curve);
+    if (writes && net.needs_key_output()) {
+      const Mat<T> out = a.out.rows_from(0, written), x = a.x.rows_from(0, written);
+      gemm_nn(team, net.has_hidden() ? a.hidden.rows_from(0, written) : x, state.w[last], out);
+      if (net.delta()) copy(team, a.product, a.out.rows_from(0, keys));
+      if (net.residual) add(team, out, x);
+    }
+    if (writes) form_delta(team, net, a, keys);
   }
   Transposed<T> w_out;
   if (net.has_hidden()) w_out = transposed(team, net, state.w[last], a.turned);
 
   Mat<T> d_products[kMaxWeights];
   if (writes) {
-    form_delta(team, net, a, keys);
-    form_errors(team, net, a, w_out, keys);
+    if (net.has_hidden() && !known) gemm_nt(team, a.delta, w_out, a.error_hidden);
+    form_errors(team, net, a, keys);
     if (net.delta()) {
       for (int i = 0; i < net.inputs && net.has_hidden(); ++i) d_products[i] = d.d_z[i].rows_from(0, keys);
       d_products[last] = d.d_product;

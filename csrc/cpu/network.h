@@ -146,14 +146,15 @@ void activate_glu(const Team& team, Activation activation, const Mat<T>& z, cons
   });
 }
 
-// out = x * y.
+// Row t of out = w[t] * x * y, with w absent for 1.
 template <class T>
-void multiply(const Team& team, const Mat<T>& out, const Mat<T>& x, const Mat<T>& y) {
+void multiply(const Team& team, const Mat<T>& out, const Mat<T>& x, const Mat<T>& y, const T* w = nullptr) {
   team.blocks(out.rows, out.axis, [&](idx p, idx r0, idx r1) {
     for (idx r = r0; r < r1; ++r) {
       T* o = out.at(p, r);
       const T *xs = x.at(p, r), *ys = y.at(p, r);
-      for (idx c = 0; c < out.axis.width; c += kLanes<T>) store(o + c, load(xs + c) * load(ys + c));
+      const T a = w ? w[r] : T(1);
+      for (idx c = 0; c < out.axis.width; c += kLanes<T>) store(o + c, a * load(xs + c) * load(ys + c));
     }
   });
 }

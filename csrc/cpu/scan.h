@@ -59,6 +59,15 @@ class Task {
         if (i == 0) state_ = slot;
         if (i == 1) second_slot_ = slot;
       }
+      keeps_ = slots_ > 1 && Kept<T>::worthwhile(net_);
+      if (keeps_) {
+        kept_ = arena.array<Kept<T>>(slots_ - 1);
+        Kept<T> unused;
+        for (idx i = 0; i + 1 < slots_; ++i) {
+          if (kept_) kept_[i] = Kept<T>{};
+          (kept_ ? kept_[i] : unused).layout(arena, net_, acts_, adjoints_, keys);
+        }
+      }
     } else {
       state_ = make_state<T>(arena, net_);
     }
@@ -68,7 +77,7 @@ class Task {
     State<T> state = place_.chunks == 0 && !result.weights[0] ? initial_view() : load_initial();
     for (idx c = 0; c < place_.chunks; ++c) {
       if (c > 0 && c % problem_.checkpoint_interval == 0) save_checkpoint(result, state, c);
-      write_chunk(state, state, c, &result.output);
+      write_chunk(state, c, result.output);
     }
     if (place_.chunks > 0 && place_.chunks % problem_.checkpoint_interval == 0)
       save_checkpoint(result, state, place_.chunks);
@@ -88,12 +97,12 @@ class Task {
         load_initial();
       else
         load_checkpoint(result, first);
-      for (idx c = first; c < last; ++c) write_chunk(slot(c - first), slot(c + 1 - first), c, nullptr);
+      for (idx c = first; c < last; ++c) rebuild_chunk(c - first, c);
       for (idx c = last; c >= first; --c) {
         if (c == count)
           read_tail_backward(slot(c - first), result);
         else
-          backward_chunk(slot(c - first), c, result);
+          backward_chunk(c - first, c, c < last, result);
         const idx index = place_.seq.first_chunk + c;
         if (c > 0 && problem_.bptt_chunks > 0 && index % problem_.bptt_chunks == 0) clear_adjoint();
       }
@@ -284,6 +293,17 @@ class Task {
 
   // ---- chunks -------------------------------------------------------------------------------------------------------
 
+  // Asks for token rows of a later chunk: they come from main memory, and a chunk of work hides that.
+  void prefetch(const TokenView& view, idx j, idx count) const {
+    const idx first = max(j, place_.seq.pending), end = min(j + count, place_.end());
+    const idx bytes = net_.dim * element_size(problem_.dtype);
+    if (!view.data) return;
+    for (idx t = first; t < end; ++t) {
+      const char* row = static_cast<const char*>(new_token(view, t));
+      for (idx b = 0; b < bytes; b += 64) __builtin_prefetch(row + b, 0, 2);
+    }
+  }
+
   // Loads keys, values and, with `queries`, the queries of a complete chunk.
   Rows load_chunk(idx chunk, bool queries) {
     const idx C = net_.chunk, j = chunk * C;
@@ -293,6 +313,9 @@ class Task {
     load_tokens(acts_.x.rows_from(0, C), problem_.pending_k, problem_.k, j, C);
     load_tokens(net_.self() ? acts_.x.rows_from(C, C) : acts_.target, problem_.pending_v, problem_.v, j, C);
     const idx first = max(j, place_.seq.pending);
+    prefetch(problem_.k, j + C, C);
+    prefetch(problem_.v, j + C, C);
+    if (queries) prefetch(problem_.q, j + C, C);
     if (queries && first < j + C) {
       rows.queries = j + C - first;
       load_rows(acts_.x.rows_from(rows.keys + rows.self, rows.queries), new_token(problem_.q, first), problem_.dtype,
@@ -301,17 +324,30 @@ class Task {
     return rows;
   }
 
-  // Writes chunk `chunk` from one state to the next (which may be the same); with `output`, reads it too.
-  void write_chunk(const State<T>& from, const State<T>& to, idx chunk, const TokenView* output) {
-    const bool reads = output && output->data, shared = reads && shared_read();
+  // Reads chunk `chunk` into `output` (if that is wanted) and writes the state after it over the state before it.
+  void write_chunk(const State<T>& state, idx chunk, const TokenView& output) {
+    const bool reads = output.data, shared = reads && shared_read();
     const Rows rows = load_chunk(chunk, reads && !shared);
     const bool keys_out = net_.needs_key_output() || shared;
-    chunk_forward(team_, net_, acts_, rows, coefficients(chunk), from, to, keys_out ? 0 : rows.keys + rows.self);
+    chunk_forward<T, 1>(team_, net_, acts_, rows, coefficients(chunk), state, state, keys_out ? 0 : rows.keys + rows.self);
     if (!reads) return;
     const idx j = chunk * net_.chunk, first = max(j, place_.seq.pending), count = j + net_.chunk - first;
     if (count <= 0) return;
     const idx row = shared ? first - j : rows.keys + rows.self;
-    store_rows(new_token(*output, first), problem_.dtype, output->token, acts_.out.rows_from(row, count));
+    store_rows(new_token(output, first), problem_.dtype, output.token, acts_.out.rows_from(row, count));
+  }
+
+  // The state after chunk `chunk`, from the slot of the state before it into the next slot.
+  void rebuild_chunk(idx i, idx chunk) {
+    const Rows rows = load_chunk(chunk, false);
+    const idx first_out = net_.needs_key_output() ? 0 : rows.total();
+    if (!keeps_) {
+      chunk_forward<T, 1>(team_, net_, acts_, rows, coefficients(chunk), slot(i), slot(i + 1), first_out);
+      return;
+    }
+    const Mat<T>& curve = adjoints_.curve;
+    chunk_forward<T, 2>(team_, net_, acts_, rows, coefficients(chunk), slot(i), slot(i + 1), first_out, curve);
+    kept_[i].save(team_, net_, acts_, adjoints_, rows.keys);
   }
 
   // Calls body(first token, number of tokens) over the tokens behind the last complete chunk.
@@ -348,20 +384,22 @@ class Task {
       load_rows(acts_.x.rows_from(0, count), new_token(problem_.q, j), problem_.dtype, problem_.q.token);
       load_rows(adjoints_.d_out.rows_from(0, count), new_token(result.grad_output, j), problem_.dtype,
                 result.grad_output.token);
-      chunk_backward(team_, net_, acts_, adjoints_, rows, {}, {}, state, adjoint_state_);
+      chunk_backward(team_, net_, acts_, adjoints_, rows, {}, {}, state, adjoint_state_, false);
       store_rows(new_token(result.q, j), problem_.dtype, result.q.token, adjoints_.d_x.rows_from(0, count));
     });
   }
 
-  void backward_chunk(const State<T>& state, idx chunk, const BackwardResult& result) {
+  void backward_chunk(idx i, idx chunk, bool rebuilt, const BackwardResult& result) {
+    const bool known = rebuilt && keeps_;
     const bool reads = problem_.q.data && result.grad_output.data;
     const Rows rows = load_chunk(chunk, reads);
     const idx C = net_.chunk, j = chunk * C, first = max(j, place_.seq.pending), query = rows.keys + rows.self;
     if (rows.queries > 0)
       load_rows(adjoints_.d_out.rows_from(query, rows.queries), new_token(result.grad_output, first), problem_.dtype,
                 result.grad_output.token);
-    chunk_backward(team_, net_, acts_, adjoints_, rows, coefficients(chunk), coefficient_gradients(result, chunk), state,
-                   adjoint_state_);
+    if (known) kept_[i].restore(team_, net_, acts_, adjoints_, rows.keys);
+    chunk_backward(team_, net_, acts_, adjoints_, rows, coefficients(chunk), coefficient_gradients(result, chunk), slot(i),
+                   adjoint_state_, known);
     store_tokens(result.pending_k, result.k, j, adjoints_.d_x.rows_from(0, C));
     store_tokens(result.pending_v, result.v, j, net_.self() ? adjoints_.d_x.rows_from(C, C) : adjoints_.d_target);
     if (!problem_.q.data || first >= j + C) return;
@@ -379,6 +417,9 @@ class Task {
   Activations<T> acts_;
   Adjoints<T> adjoints_;
   State<T> state_, second_slot_, adjoint_state_;
+  // Intermediates of the chunks a segment rebuilds, one per slot but the last.
+  Kept<T>* kept_ = nullptr;
+  bool keeps_ = false;
   idx slots_ = 1, capacity_ = 1;
 };
 

@@ -158,7 +158,7 @@ void parallel_for(int threads, int64_t pieces, PieceFunction function, void* con
 void* thread_scratch(size_t bytes) {
   if (bytes > scratch.capacity) {
     std::free(scratch.data);
-    const size_t unit = bytes >= kHugePage ? kHugePage : size_t(4096);
+    const size_t unit = bytes >= kHugePage / 8 ? kHugePage : size_t(4096);
     const size_t capacity = (bytes + unit - 1) / unit * unit;
     scratch.data = std::aligned_alloc(unit, capacity);
     scratch.capacity = scratch.data ? capacity : 0;

@@ -55,8 +55,6 @@ def _refusal(name: str, spec: MemorySpec, dtype: torch.dtype, device: torch.devi
     return None if name == "reference" else implementation(name).refuses(spec, dtype, device)
 
 
-# The answer depends on nothing a trace could change, and looking it up imports modules, which a trace cannot follow.
-@torch.compiler.assume_constant_result
 def select(backend: str | None, spec: MemorySpec, dtype: torch.dtype, device: torch.device) -> str:
     """Name of the backend that runs this call.
 
@@ -77,3 +75,8 @@ def select(backend: str | None, spec: MemorySpec, dtype: torch.dtype, device: to
     if reason is not None:
         raise RuntimeError(f"backend={backend!r} cannot run this: {reason}")
     return backend
+
+
+# The answer depends on nothing a trace could change, and looking it up imports modules, which a trace cannot follow.
+# This is all that `torch.compiler.assume_constant_result` does; calling it would import the compiler, and NumPy with it.
+select._dynamo_marked_constant = True  # type: ignore[attr-defined]

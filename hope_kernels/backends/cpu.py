@@ -9,7 +9,7 @@ float32), converts bfloat16 and float16 tokens as it loads and stores them, and 
 from __future__ import annotations
 
 import json
-from functools import lru_cache
+from functools import cache
 from importlib import import_module, resources
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -42,7 +42,7 @@ def _missing_reason() -> str:
     return f"the compiled core was not built: {info.get('reason') or 'no reason recorded'}; {advice}"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _load() -> tuple[ModuleType | None, BackendStatus]:
     """The compiled module, or None, and what there is to say about it."""
     try:
@@ -167,9 +167,7 @@ def _pointers(tensors: list[Tensor]) -> tuple[int, ...]:
     return tuple(t.data_ptr() for t in tensors)
 
 
-def scan_forward(
-    problem: ScanProblem, *, save: bool
-) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+def scan_forward(problem: ScanProblem, *, save: bool) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     """Output ``[B, T, N, D]``, final weights, final momentum and checkpoints.
 
     As :meth:`hope_kernels.backends.interface.Backend.scan_forward` says. Keeps one state per
@@ -189,6 +187,8 @@ def scan_forward(
         if save:
             rows = problem.chunk_rows // problem.checkpoint_interval
             checkpoints = d.empty_states(rows) + (d.empty_states(rows) if problem.has_momentum else [])
+    if d.sequence_count == 0:  # empty tensors have no address, and there is nothing to do
+        return output if output is not None else torch.empty(0, dtype=d.dtype), weights, momentum, checkpoints
     count = len(problem.weights)
     core.scan_forward(
         *d.arguments,
@@ -227,6 +227,8 @@ def scan_backward(
     coefficients = [None if x is None else make(x) for x in d.given]
     weights = d.empty_states(d.sequence_count)
     momentum = d.empty_states(d.sequence_count) if problem.momentum else []
+    if d.sequence_count == 0:
+        return ScanGradients(*tokens, *coefficients, weights, momentum)
     count = len(problem.weights)
     core.scan_backward(
         *d.arguments,

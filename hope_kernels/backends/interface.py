@@ -147,7 +147,7 @@ class Backend(Protocol):
         """Output ``[B, T, N, D]``, final weights, final momentum, checkpoints (empty unless ``save``).
 
         The output of tokens outside every sequence is 0 and an empty tensor when ``q`` is None. Final weights
-        are ``[S, N, in, out]``, an empty list when ``chunks`` is 0; final momentum likewise, an empty list
+        are ``[S, N, in, out]``, an empty list when nothing is written (``k`` is None); final momentum likewise, or
         without momentum. Checkpoints, one tensor ``[M // K, N, in, out]`` per weight, then per momentum, hold
         the state at the start of chunk ``jK``, ``j >= 1``, of sequence ``s`` in row
         ``chunk_row_s // K + j - 1``.

@@ -148,6 +148,8 @@ def _backward(ctx: Any, grad_output: Tensor | None, grad_weights: Any, grad_mome
     weights = [saved.pop(0) for _ in range(weight_count)]
     momentum = [saved.pop(0) for _ in range(momentum_count)]
     sequences = saved.pop(0) if has_sequences else None
+    if not ctx.present[0]:
+        grad_output = None  # without q the output is a placeholder of no elements
     d_tensors, d_weights, d_momentum = torch.ops.hope_kernels.scan_backward(
         *tensors,
         weights,
