@@ -17,12 +17,7 @@ from torch import Tensor, nn
 
 from hope_kernels import CMS, CMSLevel
 
-# Bytes of one text have much the same keys, and the steps of a chunk add up along them: a quarter of the default step.
-LEVELS = (
-    CMSLevel(chunk_size=16, lr_max=1 / 64),
-    CMSLevel(chunk_size=64, lr_max=1 / 256),
-    CMSLevel(chunk_size=None),
-)
+LEVELS = (CMSLevel(chunk_size=16), CMSLevel(chunk_size=64), CMSLevel(chunk_size=None))
 
 
 class MLP(nn.Module):

@@ -1,7 +1,7 @@
 """The compiled CPU engine: describes a problem to ``hope_kernels._core`` and allocates its results.
 
-The engine reads tokens and weights where they lie, through element strides; only token tensors whose last
-dimension is not contiguous are copied first. It works in the state dtype (float64 for float64 tokens, else
+The engine reads tokens and weights where they lie, through element strides; copied first are only token tensors
+whose last dimension is not contiguous, and coefficients and checkpoints that are not. It works in the state dtype (float64 for float64 tokens, else
 float32), converts bfloat16 and float16 tokens as it loads and stores them, and runs on as many threads as
 ``torch.get_num_threads()`` says. Results do not depend on that number, bit for bit.
 """
@@ -109,14 +109,18 @@ class _Description:
         self.sequence_count = problem.sequence_count
         self.shapes = [tuple(w.shape[-2:]) for w in problem.weights]
         self.read = [_readable(x) for x in (problem.q, problem.k, problem.v, problem.pending_k, problem.pending_v)]
-        self.given = (
-            problem.step,
-            problem.retention,
-            problem.decay,
-            problem.momentum_step,
-            problem.momentum_carry,
-            problem.momentum_decay,
+        self.given = tuple(
+            None if x is None else x.contiguous()
+            for x in (
+                problem.step,
+                problem.retention,
+                problem.decay,
+                problem.momentum_step,
+                problem.momentum_carry,
+                problem.momentum_decay,
+            )
         )
+        self.sequences = None if problem.sequences is None else problem.sequences.contiguous()
         self.vocabulary = (
             _FORMS[spec.form],
             _ACTIVATIONS[spec.activation],
@@ -144,7 +148,7 @@ class _Description:
         self.states = (
             tuple(_matrix(w) for w in problem.weights),
             tuple(_matrix(m) for m in problem.momentum),
-            _pointer(problem.sequences),
+            _pointer(self.sequences),
         )
 
     @property
@@ -220,6 +224,7 @@ def scan_backward(
     if core is None:
         raise RuntimeError(f"backend 'cpu' is not available: {state.reason}")
     d = _Description(problem)
+    checkpoints = [x.contiguous() for x in checkpoints]
     grad_output = _readable(grad_output)
     # The rows of a table's coefficients that no sequence uses keep gradient 0.
     make = torch.empty_like if problem.sequences is None else torch.zeros_like

@@ -220,9 +220,7 @@ class CMS(nn.Module):
         if not cast or torch.float64 in (x.dtype, parameter.dtype):
             raise TypeError(f"CMS: x is {x.dtype}, the parameters are {parameter.dtype}; want one dtype")
 
-    def _check_carried(
-        self, name: str, carried: CMSState | CMSBuffer, kind: type, x: Tensor | None = None
-    ) -> None:
+    def _check_carried(self, name: str, carried: CMSState | CMSBuffer, kind: type, x: Tensor | None = None) -> None:
         """That a state or buffer was made by a layer like this one, and for as many sequences as ``x`` has."""
         if not isinstance(carried, kind):
             raise TypeError(f"CMS: {name} is a {type(carried).__name__}; want a {kind.__name__}")

@@ -16,14 +16,20 @@ from torch import Tensor, nn
 
 from hope_kernels import backends
 from hope_kernels.layers.cms_state import LevelBuffer
-from hope_kernels.layers.primitives import GateProjection, inverse_sigmoid, inverse_softplus, l2_norm, rms_norm
+from hope_kernels.layers.primitives import (
+    GateProjection,
+    inverse_sigmoid,
+    inverse_softplus,
+    l2_norm,
+    rms_norm,
+)
 from hope_kernels.memory import MemorySpec, MemoryState, memory_read, memory_scan, memory_write
 from hope_kernels.memory.reference import memory_forward
 from hope_kernels.memory.spec import Activation, Form, Rule
 
 # Where the gates start, before any training. The step starts in the middle of its range, where its gradient is
-# largest. A chunk's retention is exp(-sum lr * softplus): with sum lr <= 1 a forgetting rate of 0.02 keeps 98 % of
-# the learned initial weights per chunk. Momentum multiplies a lasting gradient's step by 1 / (1 - momentum) = 1.33.
+# largest. A chunk's retention is exp(-sum lr * softplus): with sum lr <= 1/4 a forgetting rate of 0.02 keeps 99.5 %
+# of the learned initial weights per chunk. Momentum multiplies a lasting gradient's step by 1 / (1 - momentum) = 1.33.
 START_STEP = 0.5
 START_FORGETTING = 0.02
 START_MOMENTUM = 0.25
@@ -38,10 +44,12 @@ class CMSLevel:
         form, activation, rule: as in :class:`hope_kernels.MemorySpec`; objective ``"l2"``, with residual.
         expansion: hidden features ``H = expansion * D`` of ``mlp`` and ``glu``, with ``D = dim / heads`` (a plain
             level: ``D = dim``).
-        lr_max: upper bound of a token's inner learning rate. None takes ``min(0.1, 1 / chunk_size)``: all steps of
-            a chunk are taken at its start and add up, so a chunk of C tokens with one and the same unit key moves
+        lr_max: upper bound of a token's inner learning rate. None takes ``min(0.1, 0.25 / chunk_size)``: all steps
+            of a chunk are taken at its start and add up, so a chunk of C tokens with one and the same unit key moves
             the memory by up to ``C lr_max``. At 1 that is one full step towards the target, beyond 2 gradient
-            descent on a linear memory overshoots more than it corrects. 0.1 bounds levels with small chunks.
+            descent on a linear memory overshoots more than it corrects. The curvature of a deep memory starts near
+            that of a linear one and grows in training, hence the quarter; it is not bounded: where long training
+            diverges, lower this first. 0.1 bounds levels with small chunks.
         retention: whether old weights decay with a learned, data-dependent factor.
         momentum: whether a learned, data-dependent momentum carries gradients on to later writes (``gd`` only).
         bptt_chunks: n: the outer gradient does not flow through the state written into chunk ``n, 2n, ..``
@@ -67,9 +75,7 @@ class CMSLevel:
             if value is None and optional:
                 continue
             if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(
-                    f"CMSLevel: {name} is {value!r}; want a positive int{' or None' if optional else ''}"
-                )
+                raise TypeError(f"CMSLevel: {name} is {value!r}; want a positive int{' or None' if optional else ''}")
             if value < 1:
                 raise ValueError(f"CMSLevel: {name} is {value}; want at least 1")
         for name in ("retention", "momentum"):
@@ -84,7 +90,12 @@ class CMSLevel:
         if self.rule == "dgd" and self.momentum:
             raise ValueError("CMSLevel: momentum is True with rule 'dgd'; momentum goes with rule 'gd' only")
         if self.chunk_size is None:
-            for name, default in (("rule", "gd"), ("lr_max", None), ("momentum", False), ("bptt_chunks", None)):
+            for name, default in (
+                ("rule", "gd"),
+                ("lr_max", None),
+                ("momentum", False),
+                ("bptt_chunks", None),
+            ):
                 if getattr(self, name) != default:
                     raise ValueError(
                         f"CMSLevel: {name} is {getattr(self, name)!r} with chunk_size None; such a level is never "
@@ -101,10 +112,10 @@ class CMSLevel:
         """The bound of a token's learning rate: ``lr_max``, or its default; 0 for a plain level."""
         if self.chunk_size is None:
             return 0.0
-        return min(0.1, 1 / self.chunk_size) if self.lr_max is None else float(self.lr_max)
+        return min(0.1, 0.25 / self.chunk_size) if self.lr_max is None else float(self.lr_max)
 
     def describe(self) -> str:
-        """``mlp x4, C=16, gd, lr<=0.0625, retention``."""
+        """``mlp x4, C=16, gd, lr<=0.015625, retention``."""
         size = self.form if self.form == "linear" else f"{self.form} x{self.expansion}"
         if self.chunk_size is None:
             return f"{size}, never written"

@@ -33,7 +33,15 @@ def make_cms(variant: str, *, momentum: bool = False, seed: int = 0, **options) 
     rule = "gd" if momentum else "dgd"
     levels = [
         CMSLevel(1, momentum=momentum, lr_max=0.3),
-        CMSLevel(2, form="glu", activation="silu", expansion=2, momentum=momentum, retention=not momentum, lr_max=0.3),
+        CMSLevel(
+            2,
+            form="glu",
+            activation="silu",
+            expansion=2,
+            momentum=momentum,
+            retention=not momentum,
+            lr_max=0.3,
+        ),
         CMSLevel(6, form="mlp", expansion=2, rule=rule, lr_max=0.2),
         CMSLevel(None, expansion=2),
     ]

@@ -186,8 +186,8 @@ def test_gates_start_where_the_documentation_says_and_stay_in_range() -> None:
     cms = CMS(DIM, [CMSLevel(4, momentum=True), CMSLevel(32)], heads=HEADS, dtype=torch.float64)
     x = tokens(1, 5)
     first, second = (level.tokens(x) for level in cms.levels)
-    torch.testing.assert_close(first.lr, torch.full_like(first.lr, 0.05))
-    torch.testing.assert_close(second.lr, torch.full_like(second.lr, 1 / 64))
+    torch.testing.assert_close(first.lr, torch.full_like(first.lr, 1 / 32))
+    torch.testing.assert_close(second.lr, torch.full_like(second.lr, 1 / 256))
     torch.testing.assert_close(first.retention, torch.exp(-first.lr * 0.02))
     torch.testing.assert_close(first.momentum, torch.full_like(first.lr, 0.25))
     assert second.momentum is None
@@ -198,11 +198,11 @@ def test_gates_start_where_the_documentation_says_and_stay_in_range() -> None:
     assert torch.equal(closed.retention, torch.ones_like(closed.lr))
 
 
-@pytest.mark.parametrize(("chunk_size", "bound"), [(1, 0.1), (10, 0.1), (16, 1 / 16), (512, 1 / 512)])
-def test_the_default_bound_of_the_step_limits_a_chunk_to_one_full_step(chunk_size, bound) -> None:
+@pytest.mark.parametrize(("chunk_size", "bound"), [(1, 0.1), (2, 0.1), (16, 1 / 64), (512, 1 / 2048)])
+def test_the_default_bound_of_the_step_limits_a_chunk_to_a_quarter_of_a_full_step(chunk_size, bound) -> None:
     level = CMSLevel(chunk_size)
     assert level.step_bound == bound
-    assert chunk_size * level.step_bound <= 1
+    assert chunk_size * level.step_bound <= 0.25
     assert CMSLevel(chunk_size, lr_max=0.5).step_bound == 0.5
 
 

@@ -76,8 +76,16 @@ GOOD = {"dim": DIM, "levels": [CMSLevel(2), CMSLevel(4)], "heads": HEADS}
         ({"heads": 0}, ValueError, "heads is 0; want at least 1"),
         ({"dim": -6}, ValueError, "dim is -6; want at least 1"),
         ({"dim": 6.0}, TypeError, r"dim is 6\.0; want a positive int"),
-        ({"variant": "parallel"}, ValueError, "variant is 'parallel'; want one of 'sequential', 'independent', 'nested'"),
-        ({"backend": "gpu"}, ValueError, "backend is 'gpu'; want None or one of 'reference', 'cpu', 'triton', 'cuda'"),
+        (
+            {"variant": "parallel"},
+            ValueError,
+            "variant is 'parallel'; want one of 'sequential', 'independent', 'nested'",
+        ),
+        (
+            {"backend": "gpu"},
+            ValueError,
+            "backend is 'gpu'; want None or one of 'reference', 'cpu', 'triton', 'cuda'",
+        ),
     ],
 )
 def test_a_bad_layer_is_refused(options, error, message) -> None:
@@ -101,10 +109,26 @@ def test_a_backend_that_cannot_run_here_says_why() -> None:
         ([[1.0]], TypeError, r"x is a list; want a tensor \[B, T, dim\]"),
         (torch.zeros(2, DIM), ValueError, r"x has shape \(2, 6\); want \[B, T, 6\]"),
         (torch.zeros(2, 3, DIM + 1), ValueError, r"x has shape \(2, 3, 7\); want \[B, T, 6\]"),
-        (torch.zeros(2, 3, DIM, dtype=torch.float64), TypeError, r"x is torch\.float64, the parameters are torch\.float32"),
-        (torch.zeros(2, 3, DIM, dtype=torch.bfloat16), TypeError, r"x is torch\.bfloat16, the parameters are torch\.float32"),
-        (torch.zeros(2, 3, DIM, dtype=torch.int64), TypeError, r"x is torch\.int64, the parameters are torch\.float32"),
-        (torch.zeros(2, 3, DIM, device="meta"), ValueError, "x is on meta, the parameters on cpu; want one device"),
+        (
+            torch.zeros(2, 3, DIM, dtype=torch.float64),
+            TypeError,
+            r"x is torch\.float64, the parameters are torch\.float32",
+        ),
+        (
+            torch.zeros(2, 3, DIM, dtype=torch.bfloat16),
+            TypeError,
+            r"x is torch\.bfloat16, the parameters are torch\.float32",
+        ),
+        (
+            torch.zeros(2, 3, DIM, dtype=torch.int64),
+            TypeError,
+            r"x is torch\.int64, the parameters are torch\.float32",
+        ),
+        (
+            torch.zeros(2, 3, DIM, device="meta"),
+            ValueError,
+            "x is on meta, the parameters on cpu; want one device",
+        ),
     ],
 )
 def test_a_bad_input_is_refused(call, x, error, message) -> None:
@@ -136,7 +160,9 @@ def test_a_state_of_another_layer_is_refused_and_unchanged() -> None:
         CMS(**GOOD, dtype=torch.float64).stream(x, state)
     with pytest.raises(ValueError, match=r"state of level 0 is at token 1; want 7, where variant 'sequential'"):
         make_cms("sequential").stream(x, state)
-    with pytest.raises(ValueError, match=r"state of level 2 is for MemorySpec\(.*rule='dgd'\).*; want MemorySpec\(.*'gd'\)"):
+    with pytest.raises(
+        ValueError, match=r"state of level 2 is for MemorySpec\(.*rule='dgd'\).*; want MemorySpec\(.*'gd'\)"
+    ):
         make_cms("nested", momentum=True).stream(x, state)
     levels = [x.level for x in cms.levels[:3]]
     with pytest.raises(ValueError, match="state has no memory for level 3; want one"):

@@ -13,7 +13,17 @@ from torch import nn
 
 from hope_kernels import CMS, CMSLevel
 from tests.cases import BACKENDS, COMPILED_BACKENDS
-from tests.layers.common import DIM, HEADS, VARIANTS, assert_same, make_cms, results_of, run_stream, spread, tokens
+from tests.layers.common import (
+    DIM,
+    HEADS,
+    VARIANTS,
+    assert_same,
+    make_cms,
+    results_of,
+    run_stream,
+    spread,
+    tokens,
+)
 
 
 def make_float(variant: str = "sequential", backend: str | None = None, seed: int = 0) -> CMS:
@@ -110,7 +120,10 @@ print("same")
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
 def test_distributed_data_parallel_trains_through_short_and_long_sequences() -> None:
     result = subprocess.run(
-        [sys.executable, "-c", DATA_PARALLEL], capture_output=True, text=True, env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+        [sys.executable, "-c", DATA_PARALLEL],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "same"
@@ -186,7 +199,9 @@ def test_compiled_equals_eager_at_dynamic_lengths_forward_and_backward(variant, 
         got, want = compiled(x), cms(x)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
         for a, b in zip(
-            torch.autograd.grad(got.sin().sum(), leaves), torch.autograd.grad(want.sin().sum(), leaves), strict=True
+            torch.autograd.grad(got.sin().sum(), leaves),
+            torch.autograd.grad(want.sin().sum(), leaves),
+            strict=True,
         ):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 

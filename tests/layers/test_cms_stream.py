@@ -73,7 +73,9 @@ def test_a_fresh_call_is_a_stream_from_the_initial_state(variant) -> None:
     output, _ = cms.stream(x, cms.init_state(2))
     torch.testing.assert_close(output, cms(x), rtol=0, atol=0)
     for a, b in zip(
-        torch.autograd.grad(output.sin().sum(), leaves), torch.autograd.grad(cms(x).sin().sum(), leaves), strict=True
+        torch.autograd.grad(output.sin().sum(), leaves),
+        torch.autograd.grad(cms(x).sin().sum(), leaves),
+        strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 

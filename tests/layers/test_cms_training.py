@@ -66,7 +66,7 @@ def train(variant: str, steps: int, **options) -> list[float]:
 def test_recall_within_the_context_is_learned_in_a_hundred_steps(variant, options) -> None:
     losses = train(variant, 100, **options)
     assert losses[0] > 0.9
-    assert sum(losses[-10:]) / 10 < 0.3, losses[::10]
+    assert sum(losses[-10:]) / 10 < 0.5, losses[::10]
 
 
 def test_without_writes_nothing_is_recalled() -> None:

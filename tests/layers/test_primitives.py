@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hope_kernels.layers.primitives import GateProjection, inverse_sigmoid, inverse_softplus, l2_norm, rms_norm
+from hope_kernels.layers.primitives import (
+    GateProjection,
+    inverse_sigmoid,
+    inverse_softplus,
+    l2_norm,
+    rms_norm,
+)
 
 
 @pytest.mark.parametrize(("norm", "size"), [(l2_norm, 1.0), (rms_norm, 7**0.5)])
