@@ -78,5 +78,5 @@ def select(backend: str | None, spec: MemorySpec, dtype: torch.dtype, device: to
 
 
 # The answer depends on nothing a trace could change, and looking it up imports modules, which a trace cannot follow.
-# This is all that `torch.compiler.assume_constant_result` does; calling it would import the compiler, and NumPy with it.
+# This is all that `torch.compiler.assume_constant_result` does; calling it would import the compiler and NumPy here.
 select._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,9 +1,9 @@
 """The compiled CPU engine: describes a problem to ``hope_kernels._core`` and allocates its results.
 
 The engine reads tokens and weights where they lie, through element strides; copied first are only token tensors
-whose last dimension is not contiguous, and coefficients and checkpoints that are not. It works in the state dtype (float64 for float64 tokens, else
-float32), converts bfloat16 and float16 tokens as it loads and stores them, and runs on as many threads as
-``torch.get_num_threads()`` says. Results do not depend on that number, bit for bit.
+whose last dimension is not contiguous, and coefficients and checkpoints that are not. It works in the state dtype
+(float64 for float64 tokens, else float32), converts bfloat16 and float16 tokens as it loads and stores them, and runs
+on as many threads as ``torch.get_num_threads()`` says. Results do not depend on that number, bit for bit.
 """
 
 from __future__ import annotations
