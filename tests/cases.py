@@ -308,8 +308,8 @@ def assert_equal_to_rounding(actual: Evaluation, expected: Evaluation, tolerance
 def rounding_band(dtype: torch.dtype, summation: float) -> float:
     """What a budget allows beside twice the eager error, relative to a tensor's largest, or typical, entry.
 
-    One rounding of the result to the dtype of the tokens (half an eps), and `summation` eps of float32, the dtype of the
-    state, for the order of summation: the eager reference may happen to be nearly exact.
+    One rounding of the result to the dtype of the tokens (half an eps), and `summation` eps of float32, the dtype of
+    the state, for the order of summation: the eager reference may happen to be nearly exact.
     """
     return 0.5 * torch.finfo(dtype).eps + summation * torch.finfo(torch.float32).eps
 

@@ -240,6 +240,12 @@ class CMS(nn.Module):
                     f"CMS: {name} of level {index} is for {held.spec} and chunk size {held.chunk_size}; want "
                     f"{level.spec} and {level.chunk_size}"
                 )
+            came, want = ([tuple(w.shape[-3:]) for w in x.weights] for x in (held, level))
+            if came != want:
+                raise ValueError(f"CMS: {name} of level {index} has weights {came}; want {want}")
+            came, want = held.gates, (level.level.retention, level.level.momentum)
+            if came is not None and came != want:
+                raise ValueError(f"CMS: {name} of level {index} has (retention, momentum) {came}; want {want}")
             position = carried.position if level.segment is None else carried.position % level.segment
             if held.position != position:
                 raise ValueError(

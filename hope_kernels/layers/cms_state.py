@@ -79,7 +79,7 @@ class LevelBuffer:
         weights, momentum: ``[B, N, in, out]`` in the state dtype; ``momentum`` is None for a level without.
         k, v: ``[B, C, N, D]``, of which the first ``pending`` tokens belong to the chunk in progress.
         lr, retention, momentum_gate: ``[B, C, N]`` gates of those tokens, None where the level has none.
-        position, chunk_index, pending: tokens seen, chunks written, tokens kept, as in a ``MemoryState``.
+        position: tokens seen.
     """
 
     def __init__(self, state: MemoryState, dtype: torch.dtype, *, retention: bool, momentum: bool) -> None:
@@ -94,7 +94,7 @@ class LevelBuffer:
             return x.detach().to(gate_dtype, copy=True, memory_format=torch.contiguous_format)
 
         self.spec, self.chunk_size = state.spec, state.chunk_size
-        self.position, self.chunk_index, self.pending = state.position, state.chunk_index, state.pending_count
+        self.position = state.position
         self.weights: Weights = tuple(owned(w) for w in state.weights)
         self.momentum: Weights | None = None
         if momentum:
@@ -116,6 +116,21 @@ class LevelBuffer:
         self.momentum_gate = storage(state.pending_momentum, dtype=gate_dtype) if momentum else None
 
     @property
+    def chunk_index(self) -> int:
+        """Chunks written."""
+        return self.position // self.chunk_size
+
+    @property
+    def pending(self) -> int:
+        """Tokens kept of the chunk in progress."""
+        return self.position % self.chunk_size
+
+    @property
+    def gates(self) -> tuple[bool, bool]:
+        """Whether the level has a retention and a momentum gate."""
+        return self.retention is not None, self.momentum_gate is not None
+
+    @property
     def memory(self) -> MemoryState:
         """The weights and momentum as a state at the end of a chunk, sharing this buffer's storage."""
         return MemoryState(self.spec, self.chunk_size, self.weights, self.momentum, self.weights[0].shape[0])
@@ -132,23 +147,20 @@ class LevelBuffer:
             if kept is not None:
                 kept[:, self.pending].copy_(new[:, 0])
         self.position += 1
-        self.pending += 1
-        return self.pending == self.chunk_size
+        return self.pending == 0
 
     def replace(self, written: MemoryState) -> None:
         """Take over the weights and momentum after the write of a chunk."""
         _copy(self.weights, written.stored_weights)
         if self.momentum is not None:
             _copy(self.momentum, written.stored_momentum)
-        self.chunk_index += 1
-        self.pending = 0
 
     def restart(self, weights: Sequence[Tensor]) -> None:
         """Back to initial weights ``[N, in, out]``, zero momentum, and token 0."""
         _copy(self.weights, weights)
         for momentum in self.momentum or ():
             momentum.zero_()
-        self.position = self.chunk_index = self.pending = 0
+        self.position = 0
 
     def to_state(self) -> MemoryState:
         """The same as a value, sharing nothing with this buffer."""

@@ -8,10 +8,12 @@ neither a compiled core nor a GPU.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from hope_kernels import backends
 from hope_kernels.backends.interface import ScanProblem
@@ -189,6 +191,16 @@ torch.library.register_autograd(
 )
 
 
+def _refuse_forward_mode(tensors: Iterable[Tensor | None]) -> None:
+    """Forward-mode derivatives would come out as silent zeros: the operator has no formula for them."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise RuntimeError(
+            "hope_kernels: a compiled backend has no forward-mode derivatives; for those use backend='reference'"
+        )
+
+
 def scan(problem: ScanProblem, backend: str) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Run a problem on a compiled backend: output, final weights, final momentum, with gradients."""
     tensors = (
@@ -204,6 +216,7 @@ def scan(problem: ScanProblem, backend: str) -> tuple[Tensor, tuple[Tensor, ...]
         problem.momentum_carry,
         problem.momentum_decay,
     )
+    _refuse_forward_mode((*tensors, *problem.weights, *problem.momentum))
     save = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (*tensors, *problem.weights, *problem.momentum)
     )

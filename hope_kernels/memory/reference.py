@@ -169,10 +169,13 @@ def recurrent_scan(
 
 
 def _product(a: Tensor, b: Tensor, operand: torch.dtype) -> Tensor:
-    """``a @ b`` with both operands rounded to ``operand``, returned in the state dtype (that of ``a``)."""
+    """``a @ b`` with both operands rounded to ``operand``, accumulated in the state dtype (that of ``a``).
+
+    The operands go back to the state dtype for the product: a 16-bit product would round its result as well.
+    """
     if operand == a.dtype:
-        return a @ b.to(operand)
-    return (a.to(operand) @ b.to(operand)).to(a.dtype)
+        return a @ b
+    return a.to(operand).to(a.dtype) @ b.to(operand).to(a.dtype)
 
 
 def activation_derivative(z: Tensor, activation: Activation) -> Tensor:
@@ -339,8 +342,8 @@ def chunked_scan(problem: ScanProblem) -> tuple[Tensor, Weights, Weights]:
     read_until(None)
     if outputs:
         output = torch.cat(outputs, 1).to(operand)
-    else:
-        output = problem.tokens.new_zeros(0 if problem.q is None else problem.q.shape)
+    else:  # no token to read; a copy of an empty q keeps its gradient
+        output = problem.tokens.new_zeros(0) if problem.q is None else problem.q.clone()
     return (output, weights, momentum or ()) if chunks else (output, (), ())
 
 

@@ -233,6 +233,8 @@ def _state_of(
 ) -> MemoryState:
     """The state a call starts from, checked against the call."""
     if isinstance(memory, MemoryState):
+        if chunk_size != memory.chunk_size:  # also a write of one chunk of any size
+            memory = check.without_empty_pending(memory)
         check.check_state(memory, spec, chunk_size, tokens, rows)
         return memory
     weights = check.check_weights("memory", memory, spec)

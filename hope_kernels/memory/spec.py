@@ -92,6 +92,13 @@ class MemorySpec:
     @staticmethod
     @lru_cache(maxsize=512)
     def from_key(key: str) -> MemorySpec:
-        """The inverse of :attr:`key`."""
-        form, activation, residual, objective, rule = key.split("/")
+        """The inverse of :attr:`key`.
+
+        Raises:
+            ValueError: ``key`` is not such a string.
+        """
+        parts = key.split("/")
+        if len(parts) != 5 or parts[2] not in ("residual", "plain"):
+            raise ValueError(f"key: got {key!r}; want form/activation/residual or plain/objective/rule")
+        form, activation, residual, objective, rule = parts
         return MemorySpec(form, activation, residual == "residual", objective, rule)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from hope_kernels.memory.spec import MemorySpec
 
 Weights = tuple[Tensor, ...]
 
-_PENDING = ("pending_k", "pending_v", "pending_lr", "pending_retention", "pending_momentum")
+PENDING = ("pending_k", "pending_v", "pending_lr", "pending_retention", "pending_momentum")
 
 
 def state_dtype(tokens: torch.dtype) -> torch.dtype:
@@ -109,14 +109,20 @@ class MemoryState:
 
     @property
     def momentum(self) -> Weights | None:
-        """The current momentum, each ``[B, N, in, out]``; None when there is none (yet)."""
-        if self.stored_momentum is None:
-            return None
+        """The current momentum, each ``[B, N, in, out]``, zeros before the first write; None when not in use."""
+        if self.stored_momentum is None:  # in use but not yet written: zero at first
+            return tuple(torch.zeros_like(w) for w in self.weights) if self.has_momentum else None
         return tuple(self._per_sequence(m) for m in self.stored_momentum)
 
     def _per_sequence(self, x: Tensor) -> Tensor:
-        x = x.to(state_dtype(x.dtype))
+        # float32 weights may meet float64 tokens: pending gates tell the state dtype before the first write does.
+        x = x.to(state_dtype(x.dtype) if self.pending_lr is None else self.pending_lr.dtype)
         return x if x.dim() == 4 else x.expand(1 if self.batch_size is None else self.batch_size, *x.shape)
+
+    @property
+    def gates(self) -> tuple[bool, bool] | None:
+        """Whether the stream has a retention and a momentum gate; None before the first call."""
+        return None if self.has_retention is None else (self.has_retention, bool(self.has_momentum))
 
     @property
     def has_row_positions(self) -> bool:
@@ -149,13 +155,9 @@ class MemoryState:
             ValueError: ``indices`` is not one-dimensional or not of an integer dtype.
             IndexError: an index is out of range.
         """
-        device = self.stored_weights[0].device
-        indices = torch.as_tensor(indices, device=device)
-        if indices.dim() != 1 or (indices.is_floating_point() or indices.dtype == torch.bool):
-            raise ValueError(
-                f"indices: got shape {tuple(indices.shape)}, dtype {indices.dtype}; want a 1-D tensor of integers"
-            )
-        indices = indices.long()
+        from hope_kernels.memory.validation import check_indices
+
+        indices = check_indices(indices, self.batch_size, self.stored_weights[0].device)
 
         def select(name: str, x: Tensor) -> Tensor:
             shared = name.startswith("stored") and x.dim() == 3
@@ -169,7 +171,7 @@ class MemoryState:
             value = getattr(self, name)
             if value is not None:
                 changes[name] = tuple(function(name, x) for x in value)
-        for name in ("position", "chunk_index", "pending_count", *_PENDING):
+        for name in ("position", "chunk_index", "pending_count", *PENDING):
             value = getattr(self, name)
             if isinstance(value, Tensor):
                 changes[name] = function(name, value)
@@ -198,6 +200,8 @@ class MemoryState:
                 f"state_dict: missing {missing}, unknown {unknown}; want the result of MemoryState.state_dict()"
             )
         values = dict(state_dict)
+        if not isinstance(values["spec"], str):
+            raise ValueError(f"state_dict: spec is {values['spec']!r}; want the key of a MemorySpec, a string")
         values["spec"] = MemorySpec.from_key(values["spec"])
         for name in ("stored_weights", "stored_momentum"):
             if values[name] is not None:

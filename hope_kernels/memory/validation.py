@@ -6,8 +6,10 @@ values only where that costs no synchronisation: on CPU tensors, and on a GPU un
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -15,8 +17,9 @@ import torch
 from torch import Tensor
 
 from hope_kernels.memory.spec import MemorySpec
-from hope_kernels.memory.state import MemoryState, Weights, state_dtype
+from hope_kernels.memory.state import PENDING, MemoryState, Weights, state_dtype
 
+_RANGE_SLACK = 1e-3
 TOKEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -35,8 +38,8 @@ def check_positive(name: str, value: Any) -> None:
     """A Python int (or a symbolic one) of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
         raise TypeError(f"{name}: got {_got(value)}; want a positive int")
-    if value < 1:
-        raise ValueError(f"{name}: got {value}; want a positive int")
+    if not 1 <= value < 2**63:
+        raise ValueError(f"{name}: got {value}; want a positive int below 2^63")
 
 
 def check_chunk_size(chunk_size: Any) -> None:
@@ -85,9 +88,12 @@ def check_weights(name: str, weights: Any, spec: MemorySpec, like: Weights | Non
             raise ValueError(
                 f"{name}[{i}] ({spec.weight_names[i]}): got {_got(weight)}; want shape {(*lead, *shape)}"
             )
+    if min(*lead[-1:], dim, hidden) < 1:
+        raise ValueError(f"{name}[0]: got {_got(weights[0])}; want at least one head, input and output")
     if like is not None:
         for i, (m, w) in enumerate(zip(weights, like, strict=True)):
-            if m.shape[-3:] != w.shape[-3:] or m.device != w.device:
+            other_batch = m.dim() == w.dim() == 4 and m.shape[0] != w.shape[0]
+            if m.shape[-3:] != w.shape[-3:] or other_batch or m.device != w.device:
                 raise ValueError(f"{name}[{i}]: got {_got(m)}; want the shape and device of its weight, {_got(w)}")
             if m.dtype != state_dtype(m.dtype):
                 raise TypeError(f"{name}[{i}]: got {_got(m)}; want float32 (float64 for float64 tokens)")
@@ -104,6 +110,8 @@ def check_tokens(named: dict[str, Tensor]) -> Tensor:
             raise TypeError(f"{name}: got {_got(x)}; want float32, bfloat16, float16 or float64")
         if x.dim() != 4:
             raise ValueError(f"{name}: got {_got(x)}; want [batch, tokens, heads, dim]")
+        if min(x.shape[2:]) < 1:
+            raise ValueError(f"{name}: got {_got(x)}; want at least one head and one feature")
         if x.dtype != first.dtype:
             raise TypeError(f"{name}: got {_got(x)}; want the dtype of {first_name}, {first.dtype}")
         if x.shape != first.shape:
@@ -128,16 +136,16 @@ def check_gate(name: str, gate: Any, tokens: Tensor) -> None:
 
 def check_gates(spec: MemorySpec, lr: Any, retention: Any, momentum: Any, tokens: Tensor) -> None:
     check_gate("lr", lr, tokens)
+    if spec.rule == "dgd":  # a proximal step backwards has a pole; `gd` holds for any sign
+        _check_range("lr", lr, 0.0, math.inf)
     if retention is not None:
         check_gate("retention", retention, tokens)
-        if _values_at_hand(retention) and _debug():
-            _check_range("retention", retention, "[0, 1]", (retention < 0) | (retention > 1))
+        _check_range("retention", retention, 0.0, 1.0)
     if momentum is not None:
         if spec.rule == "dgd":
             raise ValueError("momentum: got a gate with rule 'dgd'; delta gradient descent has no momentum: pass None")
         check_gate("momentum", momentum, tokens)
-        if _values_at_hand(momentum) and _debug():
-            _check_range("momentum", momentum, "[0, 1)", (momentum < 0) | (momentum >= 1))
+        _check_range("momentum", momentum, 0.0, 1.0)
 
 
 def check_memory_fits(weights: Weights, momentum: Weights | None, spec: MemorySpec, tokens: Tensor, rows: int) -> None:
@@ -168,13 +176,11 @@ def check_state(state: MemoryState, spec: MemorySpec, chunk_size: int | None, to
         raise ValueError(f"memory: got a state of {state.spec}; want one of the call's spec, {spec}")
     if state.batch_size is not None and state.batch_size != rows:
         raise ValueError(f"memory: got a state of {state.batch_size} sequences; want {rows}")
+    held, want = state.stored_weights[0].dtype, state_dtype(tokens.dtype)
+    written = state.has_row_positions or state.chunk_index > 0
+    if held != want and (written or held not in (torch.float32, tokens.dtype)):
+        raise ValueError(f"memory: got a state of {held}; want {want} with tokens of {tokens.dtype}")
     check_memory_fits(state.stored_weights, state.stored_momentum, spec, tokens, rows)
-    seen = state.has_row_positions or state.chunk_index > 0
-    if seen and state.stored_weights[0].dtype != state_dtype(tokens.dtype) and state.stored_weights[0].dim() == 4:
-        raise ValueError(
-            f"memory: got a state written in {state.stored_weights[0].dtype}; want {state_dtype(tokens.dtype)} "
-            f"with tokens of {tokens.dtype}"
-        )
     if chunk_size is None:
         return
     pending = state.pending_k is not None
@@ -189,6 +195,31 @@ def check_state(state: MemoryState, spec: MemorySpec, chunk_size: int | None, to
         )
     if pending and state.pending_k.device != tokens.device:
         raise ValueError(f"memory: got a state with pending tokens on {state.pending_k.device}; want {tokens.device}")
+
+
+def check_indices(indices: Any, rows: int | None, device: torch.device) -> Tensor:
+    """Row numbers as an int64 tensor on ``device``; in range, where looking is free and ``rows`` is known."""
+    empty = isinstance(indices, Sequence) and not len(indices)
+    indices = torch.as_tensor(indices, device=device, dtype=torch.long if empty else None)
+    if indices.dim() != 1 or indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+        raise ValueError(f"indices: got {_got(indices)}; want a 1-D tensor of integers")
+    if rows is not None and indices.numel() and _values_at_hand(indices):
+        least, most = (bound.item() for bound in indices.aminmax())
+        if least < 0 or most >= rows:
+            raise IndexError(f"indices: got values from {least} to {most}; want all in [0, {rows - 1}]")
+    return indices.long()
+
+
+def without_empty_pending(state: MemoryState) -> MemoryState:
+    """``state`` without its pending storage when rows differ in position but none has a token pending.
+
+    Whether that is so is looked at where looking is free; elsewhere the state counts as having tokens pending.
+    """
+    if not state.has_row_positions or state.pending_k is None or not _values_at_hand(state.pending_count):
+        return state
+    if bool(state.pending_count.any()):
+        return state
+    return replace(state, **dict.fromkeys(PENDING))
 
 
 def check_stream_gates(state: MemoryState, retention: Tensor | None, momentum: Tensor | None) -> None:
@@ -242,12 +273,18 @@ def _debug() -> bool:
 
 def _values_at_hand(x: Tensor) -> bool:
     """Whether looking at values neither synchronises nor breaks a trace."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x):
         return False
     return x.device.type == "cpu" or _debug()
 
 
-def _check_range(name: str, x: Tensor, want: str, outside: Tensor) -> None:
-    # Only under HOPE_KERNELS_DEBUG: a finite-difference probe at a bound is legitimate, and NaN compares false.
-    if bool(outside.any()):
-        raise ValueError(f"{name}: got values from {x.min().item()} to {x.max().item()}; want all in {want}")
+def _check_range(name: str, x: Tensor, low: float, high: float) -> None:
+    """Values in ``[low, high]``, with room for a finite-difference probe at a bound.
+
+    NaN and inf pass: in one sequence they are that sequence's affair and must not stop the others.
+    """
+    if not x.numel() or not _values_at_hand(x):
+        return
+    least, most = (bound.item() for bound in x.detach().aminmax())
+    if -math.inf < least < low - _RANGE_SLACK or high + _RANGE_SLACK < most < math.inf:
+        raise ValueError(f"{name}: got values from {least} to {most}; want all in [{low:g}, {high:g}]")

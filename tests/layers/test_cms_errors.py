@@ -160,10 +160,14 @@ def test_a_state_of_another_layer_is_refused_and_unchanged() -> None:
         CMS(**GOOD, dtype=torch.float64).stream(x, state)
     with pytest.raises(ValueError, match=r"state of level 0 is at token 1; want 7, where variant 'sequential'"):
         make_cms("sequential").stream(x, state)
-    with pytest.raises(
-        ValueError, match=r"state of level 2 is for MemorySpec\(.*rule='dgd'\).*; want MemorySpec\(.*'gd'\)"
-    ):
+    with pytest.raises(ValueError, match=r"state of level 0 has .* \(True, False\); want \(True, True\)"):
         make_cms("nested", momentum=True).stream(x, state)
+    wide = CMS(DIM, [CMSLevel(2, expansion=3), CMSLevel(4)], heads=HEADS, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"state of level 0 has weights .* want "):
+        CMS(**GOOD, dtype=torch.float64).stream(x, wide.init_state(2))
+    delta = CMS(DIM, [CMSLevel(2, rule="dgd"), CMSLevel(4)], heads=HEADS, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"state of level 0 is for .*rule=.dgd.*; want .*rule=.gd"):
+        CMS(**GOOD, dtype=torch.float64).stream(x, delta.init_state(2))
     levels = [x.level for x in cms.levels[:3]]
     with pytest.raises(ValueError, match="state has no memory for level 3; want one"):
         CMS(DIM, [*levels, CMSLevel(12)], heads=HEADS, variant="nested", dtype=torch.float64).stream(x, state)
@@ -188,3 +192,16 @@ def test_a_bad_batch_size_is_refused(size, error, message) -> None:
     for make in (cms.init_state, cms.make_buffer):
         with pytest.raises(error, match=message):
             make(size)
+
+
+@pytest.mark.parametrize("other", [{"momentum": True}, {"retention": False}, {"expansion": 2}], ids=str)
+def test_a_buffer_of_another_layer_is_refused_before_any_level_moves(other) -> None:
+    levels = [CMSLevel(2), CMSLevel(4)]
+    cms = CMS(DIM, levels, heads=HEADS, dtype=torch.float64)
+    stranger = CMS(DIM, [levels[0], CMSLevel(4, **other)], heads=HEADS, dtype=torch.float64)
+    x = torch.ones(2, DIM, dtype=torch.float64)
+    for layer, buffer in ((cms, stranger.make_buffer(2)), (stranger, cms.make_buffer(2))):
+        with pytest.raises(ValueError, match=r"buffer of level 1 has .*; want "):
+            layer.step(x, buffer)
+        assert buffer.position == 0
+        assert [level.position for level in buffer.levels] == [0, 0]

@@ -73,6 +73,17 @@ BAD = {
     "bptt_chunks zero": ({"bptt_chunks": 0}, ValueError, ["bptt_chunks", "0", "positive"]),
     "bptt_chunks negative": ({"bptt_chunks": -1}, ValueError, ["bptt_chunks", "-1", "positive"]),
     "bptt_chunks a fraction": ({"bptt_chunks": 1.5}, TypeError, ["bptt_chunks", "1.5", "int"]),
+    "chunk_size beyond 64 bits": ({"chunk_size": 2**63}, ValueError, ["chunk_size", str(2**63), "2^63"]),
+    "retention above 1": ({"retention": P["lr"] + 1.5}, ValueError, ["retention", "1.5", "[0, 1]"]),
+    "momentum below 0": ({"momentum": P["lr"] - 0.5}, ValueError, ["momentum", "-0.4", "[0, 1]"]),
+    "lr below 0 with dgd": (
+        {"spec": MemorySpec("mlp", "silu", rule="dgd"), "lr": P["lr"] - 0.5},
+        ValueError,
+        ["lr", "-0.4", "[0, inf]"],
+    ),
+    "no heads": ({name: P[name][:, :, :0] for name in "qkv"}, ValueError, ["q", "(2, 6, 0, 5)", "head"]),
+    "no features": ({name: P[name][..., :0] for name in "qkv"}, ValueError, ["q", "(2, 6, 3, 0)", "feature"]),
+    "no hidden features": ({"memory": (W_IN[..., :0], W_OUT[:, :0])}, ValueError, ["memory", "(3, 5, 0)", "output"]),
     "dgd with momentum": (
         {"spec": MemorySpec("mlp", "silu", rule="dgd"), "momentum": P["lr"]},
         ValueError,
@@ -289,3 +300,53 @@ def test_the_default_backend_equals_the_fastest_available_one_bit_for_bit():
     assert torch.equal(found.output, expected.output)
     for result, want in state_results(expected.state).items():
         assert torch.equal(state_results(found.state)[result], want), result
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gate_at_its_bounds_or_not_finite_is_no_bad_input(backend):
+    gates = {"retention": torch.ones_like(P["lr"]), "momentum": torch.zeros_like(P["lr"])}
+    for value in (1 + 1e-6, -1e-6, float("nan"), float("inf")):  # a finite-difference probe; one sequence gone wrong
+        probed = {name: gate.clone() for name, gate in gates.items()}
+        probed["retention"][1] = value
+        output, _ = memory_scan(**arguments(P, **probed, backend=backend))
+        expected, _ = memory_scan(**arguments(P, **gates, backend=backend))
+        assert torch.equal(output[0], expected[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tokens", [4, 6], ids=["at a chunk's end", "with tokens pending"])
+def test_a_state_of_another_dtype_is_a_value_error(backend, tokens):
+    problem = problem_of(tokens=tokens)
+    double = problem.cast(torch.float64)
+    _, state = memory_scan(**arguments(double, backend=backend if backend in ("reference", "cpu") else "reference"))
+    with pytest.raises(ValueError, match=r"memory: got a state of torch.float64; want torch.float32"):
+        memory_scan(**arguments(problem, memory=state, backend=backend))
+    with pytest.raises(ValueError, match=r"memory: got a state of torch.float64; want torch.float32"):
+        memory_read(problem["q"], state, spec=SPEC, backend=backend)
+
+
+def test_initial_momentum_of_another_batch_is_refused():
+    weights = tuple(w.expand(2, *w.shape) for w in P.weights)
+    momentum = tuple(torch.zeros(3, *w.shape) for w in P.weights)
+    with pytest.raises(ValueError, match=r"momentum\[0\]: .*\(3, 3, 5, 7\).*\(2, 3, 5, 7\)"):
+        MemoryState.initial(weights, momentum, spec=SPEC, chunk_size=4)
+
+
+def test_a_state_dict_with_a_senseless_spec_is_refused():
+    state_dict = MemoryState.initial(P.weights, spec=SPEC, chunk_size=4).state_dict()
+    for spec in ("mlp", None, "mlp/silu/maybe/l2/gd"):
+        with pytest.raises(ValueError, match=r"spec|key"):
+            MemoryState.from_state_dict({**state_dict, "spec": spec})
+
+
+def test_forward_mode_derivatives_of_a_compiled_backend_are_refused_rather_than_zero():
+    if not available_backends()["cpu"]:
+        pytest.skip(available_backends()["cpu"].reason)
+
+    def output(k, backend):
+        return memory_scan(**arguments(P, k=k, backend=backend)).output
+
+    with pytest.raises(RuntimeError, match=r"forward-mode.*reference"):
+        torch.func.jvp(lambda k: output(k, "cpu"), (P["k"],), (P["k"],))
+    _, tangent = torch.func.jvp(lambda k: output(k, "reference"), (P["k"],), (P["k"],))
+    assert tangent.abs().max() > 0

@@ -83,6 +83,6 @@ def test_real_sizes_in_float32(spec, gates, backend, dim, hidden, chunk_size):
     options = {"batch": 1, "heads": 1, "dim": dim, "hidden": hidden, "max_lr": 0.1, "seed": 4, **gates}
     problem = make_problem(spec, chunk_size=chunk_size, tokens=tokens, **options).cast(torch.float32)
     eager, truth = evaluate_package(problem, "reference"), evaluate_oracle(problem)
-    # The gradient of a gate is a dot product of up to 64 x 256 terms: a blocked sum of them differs by some eps more from
-    # the exact one than eager PyTorch's pairwise sum.
+    # The gradient of a gate is a dot product of up to 64 x 256 terms: a blocked sum of them differs by some eps more
+    # from the exact one than eager PyTorch's pairwise sum.
     assert_within_budget(evaluate_package(problem, backend), eager, truth, torch.float32, summation=8)

@@ -9,7 +9,7 @@ import io
 import pytest
 import torch
 
-from hope_kernels import MemorySpec, MemoryState, memory_scan
+from hope_kernels import MemorySpec, MemoryState, memory_scan, memory_write
 from tests.cases import (
     BACKENDS,
     FLOAT64_BACKENDS,
@@ -162,8 +162,10 @@ def test_index_select_refuses_what_is_no_index():
         with pytest.raises((ValueError, TypeError), match="indices"):
             state.index_select(bad)
     written = MemoryState.initial(problem_of(shared=False).weights, spec=SPEC, chunk_size=4)
-    with pytest.raises(IndexError):
-        written.index_select([3])
+    for rows, bad in ((written, [3]), (state, [3]), (state, [0, -1])):
+        with pytest.raises(IndexError, match=r"indices: .* want all in \[0, 2\]"):
+            rows.index_select(bad)
+    assert state.index_select([]).batch_size == 0
 
 
 @pytest.mark.parametrize("backend", FLOAT64_BACKENDS)
@@ -176,7 +178,9 @@ def test_detach_keeps_the_values_and_cuts_the_gradient(stage, backend):
     assert_same_state(cut, state)
     assert not any(value.requires_grad for value in state_results(cut).values())
     if stage:
-        assert all(value.requires_grad for value in state_results(state).values())
+        # Before the first write there is no momentum to differentiate, only the zeros it starts from.
+        learned = {name for name in state_results(state) if stage >= 4 or not name.startswith("momentum")}
+        assert all(state_results(state)[name].requires_grad for name in learned)
     output, last = advance(leaves, cut, stage, 14, backend)
     (output.sum() + sum(w.sum() for w in last.weights)).backward()
     assert leaves["weight0"].grad is None
@@ -231,3 +235,49 @@ def test_the_text_of_a_state_says_where_it_stands():
     problem = problem_of()
     _, state = scan_stream(problem.span(0, 10), [10], backend="reference")
     assert "position=10" in repr(state) and "pending=2" in repr(state) and "mlp" in repr(state)
+
+
+@pytest.mark.parametrize("backend", FLOAT64_BACKENDS)
+def test_momentum_in_use_is_zero_before_the_first_write_however_the_rows_lie(backend):
+    problem = problem_of()
+    part = problem.span(0, 3)
+    call = {"spec": SPEC, "chunk_size": 4, "backend": backend}
+    tokens = [part[name] for name in ("q", "k", "v", "lr")]
+    gates = {"retention": part.get("retention"), "momentum": torch.full_like(part["lr"], 0.5)}
+    rows = torch.tensor([[0, 3]] * tokens[0].shape[0], dtype=torch.int32)
+    for valid in (None, rows):
+        state = memory_scan(*tokens, problem.weights, **call, **gates, valid=valid).state
+        assert [tuple(m.shape) for m in state.momentum] == [tuple(w.shape) for w in state.weights]
+        assert not any(m.any() for m in state.momentum)
+    gates["momentum"] = None
+    assert memory_scan(*tokens, problem.weights, **call, **gates).state.momentum is None
+
+
+@pytest.mark.parametrize("backend", FLOAT64_BACKENDS)
+def test_rows_at_different_positions_without_a_pending_token_may_be_written_or_change_chunk_size(backend):
+    problem = problem_of().span(0, 9)
+    tokens = [problem[name] for name in ("q", "k", "v", "lr")]
+    rows = len(tokens[0])
+    call = {"spec": SPEC, "backend": backend}
+    gates = {name: problem.get(name) for name in ("retention", "momentum")}
+    shifted = torch.tensor([[i % 2, i % 2 + 8] for i in range(rows)], dtype=torch.int32)
+    state = memory_scan(*tokens, problem.weights, **call, **gates, chunk_size=4, valid=shifted).state
+    written = memory_write(*tokens[1:], state, **call, **gates)
+    scanned = memory_scan(*tokens, state, **call, **gates, chunk_size=9).state
+    for one, other in zip(written.weights, scanned.weights, strict=True):
+        torch.testing.assert_close(one, other)
+    short = torch.tensor([[0, 8 - i] for i in range(rows)], dtype=torch.int32)
+    pending = memory_scan(*tokens, problem.weights, **call, **gates, chunk_size=4, valid=short).state
+    with pytest.raises(ValueError, match="pending"):
+        memory_write(*tokens[1:], pending, **call, **gates)
+    with pytest.raises(ValueError, match="pending"):
+        memory_scan(*tokens, pending, **call, **gates, chunk_size=9)
+
+
+def test_weights_take_the_dtype_of_the_state_once_the_tokens_tell_it():
+    problem = problem_of().span(0, 3).cast(torch.float64)
+    weights = [w.float() for w in problem.weights]
+    tokens = [problem[name] for name in ("q", "k", "v", "lr")]
+    gates = {name: problem.get(name) for name in ("retention", "momentum")}
+    state = memory_scan(*tokens, weights, spec=SPEC, chunk_size=4, **gates, backend="reference").state
+    assert all(w.dtype == torch.float64 for w in state.weights)
