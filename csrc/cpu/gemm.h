@@ -14,7 +14,7 @@
 
 namespace hope::cpu::HOPE_ISA {
 
-constexpr idx kContractionBlock = 256;  // 256 rows of a 256-byte panel: 64 KiB, an eighth of a small L2
+constexpr idx kContractionBlock = 512;  // 512 rows of a 256-byte panel: 128 KiB, a quarter of a small L2
 constexpr idx kRowChunk = 96;           // rows of C per piece of a team
 
 // Operand A of a tile: element (row i, contraction k) of segment s.
