@@ -67,13 +67,13 @@ def demo(
     ),
     seed: Annotated[int, typer.Option(help="Of all inputs, parameters and batches.")] = 0,
 ) -> None:
-    """Verify, measure, and train on real text with the naive and the fast path; exit 1 if a claim does not hold."""
+    """Verify, measure, and train on real text with the naive and the fast path; exit 1 if a result is wrong."""
     if not run_demo(QUICK if quick else FULL, out, seed):
         raise typer.Exit(1)
 
 
 def run_demo(size: DemoSize, out: Path, seed: int) -> bool:
-    """All three parts, the folder, the verdict: True when every claim held."""
+    """All three parts, the folder, the verdict: True when every result is right."""
     started = time.perf_counter()
     try:
         load_example("byte_transformer")  # before minutes are spent on what comes first
@@ -115,7 +115,8 @@ def run_demo(size: DemoSize, out: Path, seed: int) -> bool:
     seconds = time.perf_counter() - started
     lines.append(Text(f"\n{out / 'summary.md'} has it all on one page ({seconds:.0f} s).", style="dim"))
     console.print(Panel(Text("\n").join(lines), title="What was shown", title_align="left"))
-    return all(ok for ok, _ in checks)
+    # Speed is shown, not judged: on a busy machine a time says nothing about the code.
+    return parity.passed and training.curves_coincide
 
 
 def claims(parity: ParityReport, training: TrainingReport) -> list[tuple[bool, str]]:
