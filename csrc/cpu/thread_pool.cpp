@@ -23,7 +23,7 @@ namespace hope::cpu {
 namespace {
 
 constexpr int kSpins = 2000;  // about 50 microseconds of pause instructions
-constexpr size_t kKeepScratch = size_t(512) << 20;  // faulting it in anew took 5 % of a large memory's call
+constexpr size_t kKeepScratch = size_t(512) << 20;  // faulting it in anew took about 4 % of a large memory's call
 constexpr size_t kHugePage = size_t(2) << 20;
 
 void relax() {
