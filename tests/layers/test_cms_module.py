@@ -114,6 +114,9 @@ for length in (9, 1, 9):
     for a, b in zip(plain.parameters(), wrapped.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
 print("same")
+# Left to the interpreter's end, gloo's threads may release tensors while it is torn down, and abort the process.
+del wrapped
+dist.destroy_process_group()
 """
 
 
