@@ -76,6 +76,15 @@ class Items {
     if (items.size_ > hope::kMaxWeights) throw py::type_error(std::string(name) + " has too many matrices");
     for (Py_ssize_t i = 0; i < items.size_; ++i) views[i] = items.matrix();
   }
+  hope::SegmentMemory segment() {
+    PyObject* object = next();
+    hope::SegmentMemory memory;
+    if (object == Py_None) return memory;
+    Items items(object, "a segment", 2);
+    memory.data = items.pointer();
+    memory.bytes = items.number();
+    return memory;
+  }
   template <class Pointer>
   void pointers(Pointer* found, const char* name) {
     Items items(next(), name);
@@ -141,17 +150,18 @@ void raise(const hope::Status& status) {
   }
 }
 
-// results: output, weights, momentum, weight checkpoints, momentum checkpoints.
+// results: output, weights, momentum, weight checkpoints, momentum checkpoints, segment (None or address, bytes per task).
 void scan_forward(const py::tuple& vocabulary, const py::tuple& sizes, const py::tuple& tokens,
                   const py::tuple& coefficients, const py::tuple& states, const py::tuple& results, int threads) {
   const ScanProblem problem = read_problem(vocabulary, sizes, tokens, coefficients, states, threads);
   hope::ForwardResult result{};
-  Items r(results.ptr(), "results", 5);
+  Items r(results.ptr(), "results", 6);
   result.output = r.tokens();
   r.pointers(result.weights, "final weights");
   r.pointers(result.momentum, "final momentum");
   r.pointers(result.checkpoints, "weight checkpoints");
   r.pointers(result.checkpoints + hope::kMaxWeights, "momentum checkpoints");
+  result.segment = r.segment();
   hope::Status status;
   {
     py::gil_scoped_release release;
@@ -160,16 +170,17 @@ void scan_forward(const py::tuple& vocabulary, const py::tuple& sizes, const py:
   raise(status);
 }
 
-// given: weight checkpoints, momentum checkpoints, grad_output, grad_weights, grad_momentum.
+// given: weight checkpoints, momentum checkpoints, segment, grad_output, grad_weights, grad_momentum.
 // results: q, k, v, pending_k, pending_v; the six coefficients; weights; momentum.
 void scan_backward(const py::tuple& vocabulary, const py::tuple& sizes, const py::tuple& tokens,
                    const py::tuple& coefficients, const py::tuple& states, const py::tuple& given,
                    const py::tuple& results, int threads) {
   const ScanProblem problem = read_problem(vocabulary, sizes, tokens, coefficients, states, threads);
   hope::BackwardResult result{};
-  Items g(given.ptr(), "given", 5);
+  Items g(given.ptr(), "given", 6);
   g.pointers(result.checkpoints, "weight checkpoints");
   g.pointers(result.checkpoints + hope::kMaxWeights, "momentum checkpoints");
+  result.segment = g.segment();
   result.grad_output = g.tokens();
   g.matrices(result.grad_weights, "grad_weights");
   g.matrices(result.grad_momentum, "grad_momentum");

@@ -70,18 +70,28 @@ struct ScanProblem {
   const Sequence* sequences;         // nullptr: sequence s is batch row s
 };
 
-// Results of a forward scan. Weights, momentum [S, heads, in, out] and checkpoints [M / interval, heads, in, out] are
-// contiguous, in the state dtype; null where not wanted.
+// What the forward leaves for the backward of the last segment, so that nothing of it is rebuilt: `bytes` for each task,
+// whose layout is the engine's own. Uniform problems only; null where not wanted.
+struct SegmentMemory {
+  void* data = nullptr;
+  int64_t bytes = 0;
+};
+
+// Results of a forward scan. Weights, momentum [S, heads, in, out] and checkpoints [rows, heads, in, out] are contiguous, in
+// the state dtype; null where not wanted. Checkpoint row s * checkpoints_per_sequence + j - 1 (with a table: chunk_row /
+// interval + j - 1) holds the state at the start of local chunk j * interval, j >= 1, if anything is computed with it.
 struct ForwardResult {
   TokenView output;
   void* weights[kMaxWeights];
   void* momentum[kMaxWeights];
   void* checkpoints[2 * kMaxWeights];  // weights first, then momentum (at kMaxWeights)
+  SegmentMemory segment;
 };
 
 // Upstream gradients and results of a backward scan; null where absent or not wanted.
 struct BackwardResult {
   const void* checkpoints[2 * kMaxWeights];
+  SegmentMemory segment;
   TokenView grad_output;
   MatrixView grad_weights[kMaxWeights], grad_momentum[kMaxWeights];
 
@@ -97,6 +107,12 @@ struct Status {
   StatusCode code = StatusCode::ok;
   const char* message = "";  // static text
 };
+
+// Uniform problems: checkpoints of one sequence.
+inline int64_t checkpoints_per_sequence(const ScanProblem& problem) {
+  const int64_t tokens = problem.pending_capacity + problem.tokens;
+  return tokens > 0 ? (tokens - 1) / problem.chunk_size / problem.checkpoint_interval : 0;
+}
 
 inline int weight_count(Form form) { return form == Form::linear ? 1 : form == Form::mlp ? 2 : 3; }
 

@@ -16,6 +16,7 @@ struct Activations {
   Mat<T> x, target;            // inputs [rows, D]; v [keys, D] unless `self`
   Mat<T> z[2];                 // pre-activations of the input layers
   Mat<T> gate, hidden, slope;  // act(z) (glu), inputs of the last layer, act'(z)
+  Mat<T> curve;                // act''(z) at the keys, for the backward
   Mat<T> out;                  // f(x) [rows, D]
   Mat<T> product;              // out without the residual, keys only (dgd)
   Mat<T> delta;                // dl/df at the keys
@@ -29,6 +30,7 @@ struct Activations {
   void layout(Arena& arena, const Net& net, idx rows, idx keys, bool keep) {
     const bool hidden_layer = net.has_hidden(), glu = net.form == Form::glu;
     const Axis &d = net.dim_axis, &h = net.hidden_axis;
+    if (keep && hidden_layer && keys > 0) curve = arena.matrix<T>(keys, h);
     keep = keep || net.delta();
     x = arena.matrix<T>(rows, d);
     if (!net.self()) target = arena.matrix<T>(keys, d);
@@ -63,18 +65,19 @@ struct Activations {
 };
 
 // f(x) for rows [0, rows.total()) from x: z, hidden, slope, out. Rows of `out` before the first one that is wanted are not
-// computed. curve (backward only): act'' at the keys.
+// computed. kOrder 2 leaves act'' at the keys in a.curve.
 template <class T, int kOrder>
 void apply_network(const Team& team, const Net& net, const State<T>& state, const Activations<T>& a, Rows rows,
-                   idx first_out, idx sloped, const Mat<T>& curve = {}) {
+                   idx first_out, idx sloped) {
   const idx total = rows.total();
   const Mat<T> x = a.x.rows_from(0, total);
   const int last = net.weights - 1;
   for (int i = 0; i < net.inputs && net.has_hidden(); ++i) gemm_nn(team, x, state.w[i], a.z[i].rows_from(0, total));
   if (net.form == Form::mlp)
-    activate_mlp<T, kOrder>(team, net.activation, a.z[0], a.hidden.rows_from(0, total), a.slope, curve, sloped, rows.keys);
+    activate_mlp<T, kOrder>(team, net.activation, a.z[0], a.hidden.rows_from(0, total), a.slope, a.curve, sloped,
+                            rows.keys);
   if (net.form == Form::glu)
-    activate_glu<T, kOrder>(team, net.activation, a.z[0], a.z[1], a.gate, a.hidden.rows_from(0, total), a.slope, curve,
+    activate_glu<T, kOrder>(team, net.activation, a.z[0], a.z[1], a.gate, a.hidden.rows_from(0, total), a.slope, a.curve,
                             sloped, rows.keys);
   const idx count = total - first_out;
   if (count <= 0) return;
@@ -158,11 +161,11 @@ void write_state(const Team& team, const Net& net, Activations<T>& a, const Coef
 }
 
 // One complete chunk whose rows are loaded in a.x and a.target: f at the rows from first_out on, then the next state.
-// kOrder 2 leaves act'' at the keys in `curve`, for the backward.
+// kOrder 2 leaves what the backward needs of the keys (see Kept).
 template <class T, int kOrder>
 void chunk_forward(const Team& team, const Net& net, Activations<T>& a, Rows rows, const Coefficients<T>& coef,
-                   const State<T>& from, const State<T>& to, idx first_out, const Mat<T>& curve = {}) {
-  apply_network<T, kOrder>(team, net, from, a, rows, first_out, kOrder == 2 ? rows.total() : rows.keys, curve);
+                   const State<T>& from, const State<T>& to, idx first_out) {
+  apply_network<T, kOrder>(team, net, from, a, rows, first_out, kOrder == 2 ? rows.total() : rows.keys);
   form_delta(team, net, a, rows.keys);
   if (net.has_hidden()) {
     gemm_nt(team, a.delta, transposed(team, net, from.w[net.weights - 1], a.turned), a.error_hidden);

@@ -19,7 +19,6 @@ struct CoefficientGradients {
 
 template <class T>
 struct Adjoints {
-  Mat<T> curve;             // act''(z) at the keys
   Mat<T> d_x;               // [rows, D]
   Mat<T> d_out;             // dL/df at all rows; the caller fills in the queries' rows
   Mat<T> d_target;          // dL/dv [keys, D] unless `self`
@@ -56,7 +55,6 @@ struct Adjoints {
       d_error[0] = d_delta;
       return;
     }
-    curve = arena.matrix<T>(keys, h);
     d_error_hidden = arena.matrix<T>(keys, h);
     for (int i = 0; i < net.inputs; ++i) {
       d_error[i] = arena.matrix<T>(keys, h);
@@ -65,64 +63,64 @@ struct Adjoints {
   }
 };
 
-// What the backward of a chunk would otherwise recompute: the forward's intermediates at the keys (and values of `self`),
-// kept while the states of a segment are rebuilt.
+// What the backward of a chunk would otherwise recompute: the forward's intermediates, computed where they are kept, while
+// the states of a segment are rebuilt (queries excepted) or, for the last segment, by the forward.
 template <class T>
 struct Kept {
-  static constexpr int kCount = 9;
-  Mat<T> store[kCount];
+  Mat<T> delta, product, z[2], gate, hidden, slope, curve, error_hidden;
 
   // Whether the intermediates of a chunk are no larger than a few states: scratch stays proportional to the state.
   static bool worthwhile(const Net& net) { return net.chunk <= 2 * net.dim; }
 
-  void layout(Arena& arena, const Net& net, const Activations<T>& a, const Adjoints<T>& d, idx keys) {
-    Mat<T> live[kCount];
-    select(net, a, d, keys, live);
-    for (int i = 0; i < kCount; ++i)
-      if (live[i].rows > 0) store[i] = arena.matrix<T>(live[i].rows, live[i].axis);
-  }
-  void save(const Team& team, const Net& net, const Activations<T>& a, const Adjoints<T>& d, idx keys) const {
-    Mat<T> live[kCount];
-    select(net, a, d, keys, live);
-    for (int i = 0; i < kCount; ++i)
-      if (live[i].rows > 0) copy(team, store[i], live[i]);
-  }
-  void restore(const Team& team, const Net& net, const Activations<T>& a, const Adjoints<T>& d, idx keys) const {
-    Mat<T> live[kCount];
-    select(net, a, d, keys, live);
-    for (int i = 0; i < kCount; ++i)
-      if (live[i].rows > 0) copy(team, live[i], store[i]);
+  void layout(Arena& arena, const Net& net, idx rows, idx keys) {
+    const Axis &d = net.dim_axis, &h = net.hidden_axis;
+    delta = arena.matrix<T>(keys, d);
+    if (net.delta()) product = arena.matrix<T>(keys, d);
+    if (!net.has_hidden()) return;
+    hidden = arena.matrix<T>(rows, h);
+    slope = arena.matrix<T>(rows, h);
+    curve = arena.matrix<T>(keys, h);
+    error_hidden = arena.matrix<T>(keys, h);
+    if (net.delta()) z[0] = arena.matrix<T>(rows, h);
+    if (net.form != Form::glu) return;
+    z[1] = arena.matrix<T>(rows, h);
+    gate = arena.matrix<T>(rows, h);
   }
 
- private:
-  static void select(const Net& net, const Activations<T>& a, const Adjoints<T>& d, idx keys, Mat<T>* live) {
-    const idx rows = keys * (net.self() ? 2 : 1);
-    live[0] = a.delta.rows_from(0, keys);
-    if (net.delta()) live[1] = a.product.rows_from(0, keys);
-    if (!net.has_hidden()) return;
-    live[2] = a.hidden.rows_from(0, rows);
-    live[3] = a.slope.rows_from(0, rows);
-    live[4] = d.curve.rows_from(0, keys);
-    live[5] = a.error_hidden.rows_from(0, keys);
-    if (net.delta()) live[6] = a.z[0].rows_from(0, keys);
-    if (net.form != Form::glu) return;
-    live[7] = a.z[1].rows_from(0, rows);
-    live[8] = a.gate.rows_from(0, rows);
+  // `a` with these matrices in place of its own.
+  Activations<T> within(Activations<T> a) const {
+    const auto put = [](Mat<T>& to, const Mat<T>& kept) {
+      if (kept) to = kept;
+    };
+    put(a.delta, delta);
+    put(a.product, product);
+    put(a.z[0], z[0]);
+    put(a.z[1], z[1]);
+    put(a.gate, gate);
+    put(a.hidden, hidden);
+    put(a.slope, slope);
+    put(a.curve, curve);
+    put(a.error_hidden, error_hidden);
+    if (!a.hidden) a.error[0] = a.delta;
+    return a;
   }
 };
 
+// What a chunk's activations hold when its backward begins.
+enum class Known { nothing, keys, all };
+
 // Adjoint of W' = decay W + carry S - U^T diag(step) E, S' = momentum_decay S - U^T diag(momentum_step) E for layer i:
-// d_inputs += dL/dU, d_errors = dL/dE, the adjoint state g in place.
+// d_inputs = beta d_inputs + dL/dU, d_errors = dL/dE, the adjoint state g in place.
 template <class T>
 void gd_adjoint(const Team& team, const Net& net, const Activations<T>& a, const Adjoints<T>& d, int i,
                 const Coefficients<T>& coef, const CoefficientGradients<T>& d_coef, const State<T>& state,
-                const State<T>& g, const Mat<T>& d_inputs, const Mat<T>& d_errors, idx keys) {
+                const State<T>& g, const Mat<T>& d_inputs, T beta, const Mat<T>& d_errors, idx keys) {
   const Mat<T> u = layer_inputs(net, a, i, keys), e = layer_errors(net, a, i, keys);
   const Mat<T> we = a.weighted.reshaped(keys, e.axis);
   gemm_nn(team, u, g.w[i], d_errors);
   add_row_dots(team, d_coef.step, T(-1), d_errors, e);
   scale_rows<false>(team, we, T(1), coef.step, e);
-  gemm_nt(team, we, transposed(team, net, g.w[i], d.turned), d_inputs, T(-1), T(1));
+  gemm_nt(team, we, transposed(team, net, g.w[i], d.turned), d_inputs, T(-1), beta);
   scale_rows<false>(team, d_errors, T(-1), coef.step, d_errors);
   if (net.momentum) {
     const Mat<T> through = d.through_momentum.reshaped(keys, e.axis);
@@ -147,7 +145,7 @@ void glu_errors_adjoint(const Team& team, const Activations<T>& a, const Adjoint
   team.blocks(keys, a.error_hidden.axis, [&](idx p, idx r0, idx r1) {
     for (idx r = r0; r < r1; ++r) {
       const T *eh = a.error_hidden.at(p, r), *up = a.z[1].at(p, r), *gate = a.gate.at(p, r), *slope = a.slope.at(p, r),
-              *curve = d.curve.at(p, r), *dg = d.d_error[0].at(p, r), *du = d.d_error[1].at(p, r);
+              *curve = a.curve.at(p, r), *dg = d.d_error[0].at(p, r), *du = d.d_error[1].at(p, r);
       T *deh = d.d_error_hidden.at(p, r), *xz = d.extra_z[0].at(p, r), *xu = d.extra_z[1].at(p, r);
       for (idx c = 0; c < a.error_hidden.axis.width; c += kLanes<T>) {
         const Vec<T> e = load(eh + c), u = load(up + c), s = load(slope + c);
@@ -165,7 +163,7 @@ template <class T>
 void mlp_errors_adjoint(const Team& team, const Activations<T>& a, const Adjoints<T>& d, idx keys) {
   team.blocks(keys, a.error_hidden.axis, [&](idx p, idx r0, idx r1) {
     for (idx r = r0; r < r1; ++r) {
-      const T *eh = a.error_hidden.at(p, r), *slope = a.slope.at(p, r), *curve = d.curve.at(p, r),
+      const T *eh = a.error_hidden.at(p, r), *slope = a.slope.at(p, r), *curve = a.curve.at(p, r),
               *de = d.d_error[0].at(p, r);
       T *deh = d.d_error_hidden.at(p, r), *xz = d.extra_z[0].at(p, r);
       for (idx c = 0; c < a.error_hidden.axis.width; c += kLanes<T>) {
@@ -185,8 +183,6 @@ void write_adjoint(const Team& team, const Net& net, Activations<T>& a, Adjoints
                    idx keys) {
   const int last = net.weights - 1;
   const Mat<T> d_x = d.d_x.rows_from(0, keys);
-  fill_zero(team, d_x);
-  if (net.has_hidden()) fill_zero(team, d.d_hidden.rows_from(0, keys));
   if (net.delta()) {
     a.rule.begin_chunk(coef.step, coef.retention);
     a.rule.begin_chunk_adjoint();
@@ -195,16 +191,18 @@ void write_adjoint(const Team& team, const Net& net, Activations<T>& a, Adjoints
     const bool input = i < net.inputs;
     const Mat<T> d_inputs = input ? d_x : d.d_hidden.rows_from(0, keys);
     const Mat<T> d_errors = input ? d.d_error[i] : d.d_delta;
+    const bool first = i == 0 || i == net.inputs;  // of the layers with these inputs
     if (!net.delta()) {
-      gd_adjoint(team, net, a, d, i, coef, d_coef, state, g, d_inputs, d_errors, keys);
+      gd_adjoint(team, net, a, d, i, coef, d_coef, state, g, d_inputs, T(first ? 0 : 1), d_errors,
+                 keys);
       continue;
     }
-    if (i == 0 || i == net.inputs) {
+    if (first) {
       a.rule.begin_layer(team, layer_inputs(net, a, i, keys));
       a.rule.begin_layer_adjoint();
     }
     a.rule.update_adjoint(team, layer_errors(net, a, i, keys), layer_product(net, a, i, keys), state.w[i], g.w[i],
-                          transposed(team, net, g.w[i], d.turned), d_inputs, d_errors, d_products[i]);
+                          transposed(team, net, g.w[i], d.turned), d_inputs, T(first ? 0 : 1), d_errors, d_products[i]);
     if (i + 1 == net.inputs || i == last) a.rule.end_layer_adjoint(team, d_inputs, d_coef.step);
   }
   if (net.delta()) a.rule.end_chunk_adjoint(d_coef.retention);
@@ -251,34 +249,35 @@ void activation_adjoint(const Team& team, const Net& net, const Activations<T>& 
       const T* up = glu ? a.z[1].at(p, r) : nullptr;
       const T* gate = glu ? a.gate.at(p, r) : nullptr;
       T *dz = d.d_z[0].at(p, r), *du = glu ? d.d_z[1].at(p, r) : nullptr;
+      const T* xz = r < keys ? d.extra_z[0].at(p, r) : nullptr;
+      const T* xu = r < keys && glu ? d.extra_z[1].at(p, r) : nullptr;
       for (idx c = 0; c < d.d_hidden.axis.width; c += kLanes<T>) {
-        const Vec<T> h = load(dh + c);
-        store(dz + c, glu ? h * load(up + c) * load(slope + c) : h * load(slope + c));
-        if (glu) store(du + c, h * load(gate + c));
+        const Vec<T> h = load(dh + c), up_or_1 = glu ? load(up + c) : broadcast(T(1));
+        const Vec<T> from_hidden = h * up_or_1 * load(slope + c);
+        store(dz + c, xz ? from_hidden + load(xz + c) : from_hidden);
+        if (glu) store(du + c, xu ? h * load(gate + c) + load(xu + c) : h * load(gate + c));
       }
     }
   });
-  if (keys > 0)
-    for (int i = 0; i < net.inputs; ++i) add(team, d.d_z[i].rows_from(0, keys), d.extra_z[i]);
 }
 
 // Adjoint of one chunk whose rows are loaded in a.x, a.target and, for the queries, d.d_out. rows.keys == 0: only read.
 // On return d.d_x holds the gradients of all rows, d.d_target those of v, and g, dL/d(next state) before, dL/d(state).
-// d_coef.step, retention and momentum_step are added to. known: the intermediates at the keys are there already (see Kept).
+// d_coef.step, retention and momentum_step are added to. known: which rows' intermediates are there already (see Kept).
 template <class T>
 void chunk_backward(const Team& team, const Net& net, Activations<T>& a, Adjoints<T>& d, Rows rows,
                     const Coefficients<T>& coef, const CoefficientGradients<T>& d_coef, const State<T>& state,
-                    const State<T>& g, bool known) {
+                    const State<T>& g, Known known) {
   const idx total = rows.total(), keys = rows.keys, written = keys + rows.self;
   const int last = net.weights - 1;
   const bool writes = keys > 0;
   // Of the outputs only those at the keys (and the values of `self`) matter here.
-  if (known) {
+  if (known == Known::keys) {
     Rows queries;
     queries.queries = rows.queries;
     apply_network<T, 1>(team, net, state, a.from_row(written), queries, queries.total(), queries.total());
-  } else {
-    apply_network<T, 2>(team, net, state, a, rows, total, total, d.curve);
+  } else if (known == Known::nothing) {
+    apply_network<T, 2>(team, net, state, a, rows, total, total);
     if (writes && net.needs_key_output()) {
       const Mat<T> out = a.out.rows_from(0, written), x = a.x.rows_from(0, written);
       gemm_nn(team, net.has_hidden() ? a.hidden.rows_from(0, written) : x, state.w[last], out);
@@ -292,7 +291,7 @@ void chunk_backward(const Team& team, const Net& net, Activations<T>& a, Adjoint
 
   Mat<T> d_products[kMaxWeights];
   if (writes) {
-    if (net.has_hidden() && !known) gemm_nt(team, a.delta, w_out, a.error_hidden);
+    if (net.has_hidden() && known == Known::nothing) gemm_nt(team, a.delta, w_out, a.error_hidden);
     form_errors(team, net, a, keys);
     if (net.delta()) {
       for (int i = 0; i < net.inputs && net.has_hidden(); ++i) d_products[i] = d.d_z[i].rows_from(0, keys);

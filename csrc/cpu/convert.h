@@ -86,35 +86,35 @@ HOPE_INLINE void with_element(DType dtype, F&& body) {
 
 // Rows [0, to.rows) of `to` = token rows at `from`, `stride` elements apart. Padding becomes 0.
 template <class T>
-void load_rows(const Mat<T>& to, const void* from, DType dtype, idx stride) {
+void load_rows(const Team& team, const Mat<T>& to, const void* from, DType dtype, idx stride) {
   with_element(dtype, [&](auto element) {
     using E = decltype(element);
     const auto* source = static_cast<const typename E::Memory*>(from);
-    for (idx p = 0; p < to.axis.panels; ++p) {
+    team.blocks(to.rows, to.axis, [&](idx p, idx r0, idx r1) {
       const idx valid = to.axis.valid(p);
-      for (idx r = 0; r < to.rows; ++r) {
+      for (idx r = r0; r < r1; ++r) {
         T* o = to.at(p, r);
         const auto* s = source + r * stride + p * to.axis.width;
         for (idx c = 0; c < valid; ++c) o[c] = T(E::read(s[c]));
         for (idx c = valid; c < to.axis.width; ++c) o[c] = T(0);
       }
-    }
+    });
   });
 }
 
 template <class T>
-void store_rows(void* to, DType dtype, idx stride, const Mat<T>& from) {
+void store_rows(const Team& team, void* to, DType dtype, idx stride, const Mat<T>& from) {
   with_element(dtype, [&](auto element) {
     using E = decltype(element);
     auto* target = static_cast<typename E::Memory*>(to);
-    for (idx p = 0; p < from.axis.panels; ++p) {
+    team.blocks(from.rows, from.axis, [&](idx p, idx r0, idx r1) {
       const idx valid = from.axis.valid(p);
-      for (idx r = 0; r < from.rows; ++r) {
+      for (idx r = r0; r < r1; ++r) {
         const T* s = from.at(p, r);
         auto* o = target + r * stride + p * from.axis.width;
         for (idx c = 0; c < valid; ++c) o[c] = E::write(s[c]);
       }
-    }
+    });
   });
 }
 

@@ -107,17 +107,17 @@ class DeltaRule {
     fill_zero(Team{}, d_lower_);
   }
 
-  // Given g = dL/dW' and its transposed form: d_inputs += dL/dU (the part through W'), d_errors = dL/dE,
-  // d_product = dL/dZ; g becomes dL/dW.
+  // Given g = dL/dW' and its transposed form: d_inputs = beta d_inputs + dL/dU (the part through W'),
+  // d_errors = dL/dE, d_product = dL/dZ; g becomes dL/dW.
   void update_adjoint(const Team& team, const Mat<T>& errors, const Mat<T>& product, const Mat<T>& w, const Mat<T>& g,
-                      const Transposed<T>& g_turned, const Mat<T>& d_inputs, const Mat<T>& d_errors,
+                      const Transposed<T>& g_turned, const Mat<T>& d_inputs, T beta, const Mat<T>& d_errors,
                       const Mat<T>& d_product) {
     const Mat<T> r = corrected(team, errors, product);
     const Mat<T> ug = d_residual_.reshaped(count_, errors.axis);
     gemm_nn(team, inputs_, g, ug);
     add_row_dots(team, d_weight_, T(-1), ug, r);
     scale_rows<false>(team, d_errors, T(1), weight_, r);
-    gemm_nt(team, d_errors, g_turned, d_inputs, T(-1), T(1));
+    gemm_nt(team, d_errors, g_turned, d_inputs, T(-1), beta);
     d_gamma_ += dot(team, g, w, partial_);
     scale(team, g, gamma_, g);
     scale_rows<false>(team, d_errors, T(-1), weight_, ug);

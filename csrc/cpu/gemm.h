@@ -16,6 +16,7 @@ namespace hope::cpu::HOPE_ISA {
 
 constexpr idx kContractionBlock = 512;  // 512 rows of a 256-byte panel: 128 KiB, a quarter of a small L2
 constexpr idx kRowChunk = 96;           // rows of C per piece of a team
+constexpr idx kAheadLength = 32;        // contraction steps that hide the way of a tile of C from memory
 
 // Operand A of a tile: element (row i, contraction k) of segment s.
 template <class T>
@@ -29,18 +30,28 @@ template <class T, int kRows, int kVectors, bool kTransposed>
 void tile(const Strip<T>& a, const T* b, idx ldb, const T* cin, idx ldcin, T* c, idx ldc, T alpha, T beta) {
   using V = Vec<T>;
   constexpr int L = kLanes<T>;
+  constexpr bool kAhead = !kTransposed && kRows > kTileRows / 2;
   V sum[kRows][kVectors];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) sum[i][j] = zero<T>();
   const T* segment = a.data;
+  if (beta != T(0) && a.length >= kAheadLength) {  // needed when the sums are done
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+      for (int j = 0; j < kVectors; ++j) __builtin_prefetch(cin + i * ldcin + j * L, 0, 3);
+  }
   for (idx s = 0; s < a.segments; ++s, segment += a.segment_stride) {
     const idx length = s + 1 == a.segments ? a.last_length : a.length;
     const T* ak = segment;
+    // The next tile's rows follow in the panel; the hardware's own prefetch does not start for so few.
+    const char* ahead = reinterpret_cast<const char*>(segment + kRows * a.stride);
 // Two steps per turn: the loop's own instructions would cost several per cent of the multiply-adds.
 #pragma GCC unroll 2
     for (idx k = 0; k < length; ++k) {
+      if constexpr (kAhead) __builtin_prefetch(ahead + k * (kRows * sizeof(T)), 0, 2);
       V bk[kVectors];
 #pragma GCC unroll 8
       for (int j = 0; j < kVectors; ++j) bk[j] = load(b + j * L);

@@ -66,6 +66,8 @@ class Arena {
     return Mat<T>{data, axis.width, rows * axis.width, rows, axis};
   }
   size_t used() const { return used_ + 64; }
+  // Bytes of equal layouts one after the other.
+  size_t stride() const { return (used_ + 63) & ~size_t(63); }
 
  private:
   char* base_;

@@ -83,19 +83,19 @@ struct Rows {
   idx total() const { return keys + self + queries; }
 };
 
-// hidden = act(z), slope = act'(z) over all rows; curve = act''(z) over the first `curved` rows. hidden may be z.
-template <class T, int kOrder>
-void activate_mlp(const Team& team, Activation activation, const Mat<T>& z, const Mat<T>& hidden, const Mat<T>& slope,
-                  const Mat<T>& curve, idx sloped, idx curved) {
+// act(z), slope = act'(z) over the first `sloped` rows, curve = act''(z) (kOrder 2) over the first `curved` of them. Each
+// vector of act(z) goes to finish(panel, row, column, act); z may be what it writes.
+template <class T, int kOrder, class F>
+void activate(const Team& team, Activation activation, const Mat<T>& z, const Mat<T>& slope, const Mat<T>& curve, idx sloped,
+              idx curved, const F& finish) {
   with_activation<T>(activation, [&](auto act) {
     using A = decltype(act);
-    team.blocks(hidden.rows, hidden.axis, [&](idx p, idx r0, idx r1) {
+    team.blocks(z.rows, z.axis, [&](idx p, idx r0, idx r1) {
       for (idx r = r0; r < r1; ++r) {
         const T* zs = z.at(p, r);
-        T* hs = hidden.at(p, r);
         T* d1s = r < sloped ? slope.at(p, r) : nullptr;
         T* d2s = kOrder >= 2 && r < curved ? curve.at(p, r) : nullptr;
-        for (idx c = 0; c < hidden.axis.width; c += kLanes<T>) {
+        for (idx c = 0; c < z.axis.width; c += kLanes<T>) {
           Vec<T> a, d1, d2;
           if (d2s) {
             A::template eval<kOrder>(load(zs + c), a, d1, d2);
@@ -107,43 +107,30 @@ void activate_mlp(const Team& team, Activation activation, const Mat<T>& z, cons
           } else {
             A::template eval<0>(load(zs + c), a, d1, d2);
           }
-          store(hs + c, a);
+          finish(p, r, c, a);
         }
       }
     });
   });
 }
 
-// gate = act(z), hidden = gate * up, slope = act'(z), curve = act''(z) over the first `curved` rows. gate may be z.
+// hidden = act(z).
+template <class T, int kOrder>
+void activate_mlp(const Team& team, Activation activation, const Mat<T>& z, const Mat<T>& hidden, const Mat<T>& slope,
+                  const Mat<T>& curve, idx sloped, idx curved) {
+  activate<T, kOrder>(team, activation, z.rows_from(0, hidden.rows), slope, curve, sloped, curved,
+                      [&](idx p, idx r, idx c, Vec<T> a) { store(hidden.at(p, r) + c, a); });
+}
+
+// gate = act(z), hidden = gate * up.
 template <class T, int kOrder>
 void activate_glu(const Team& team, Activation activation, const Mat<T>& z, const Mat<T>& up, const Mat<T>& gate,
                   const Mat<T>& hidden, const Mat<T>& slope, const Mat<T>& curve, idx sloped, idx curved) {
-  with_activation<T>(activation, [&](auto act) {
-    using A = decltype(act);
-    team.blocks(hidden.rows, hidden.axis, [&](idx p, idx r0, idx r1) {
-      for (idx r = r0; r < r1; ++r) {
-        const T *zs = z.at(p, r), *us = up.at(p, r);
-        T *gs = gate.at(p, r), *hs = hidden.at(p, r);
-        T* d1s = r < sloped ? slope.at(p, r) : nullptr;
-        T* d2s = kOrder >= 2 && r < curved ? curve.at(p, r) : nullptr;
-        for (idx c = 0; c < hidden.axis.width; c += kLanes<T>) {
-          Vec<T> a, d1, d2;
-          if (d2s) {
-            A::template eval<kOrder>(load(zs + c), a, d1, d2);
-            store(d2s + c, d2);
-            store(d1s + c, d1);
-          } else if (d1s) {
-            A::template eval<1>(load(zs + c), a, d1, d2);
-            store(d1s + c, d1);
-          } else {
-            A::template eval<0>(load(zs + c), a, d1, d2);
-          }
-          store(gs + c, a);
-          store(hs + c, a * load(us + c));
-        }
-      }
-    });
-  });
+  activate<T, kOrder>(team, activation, z.rows_from(0, hidden.rows), slope, curve, sloped, curved,
+                      [&](idx p, idx r, idx c, Vec<T> a) {
+                        store(gate.at(p, r) + c, a);
+                        store(hidden.at(p, r) + c, a * load(up.at(p, r) + c));
+                      });
 }
 
 // Row t of out = w[t] * x * y, with w absent for 1.

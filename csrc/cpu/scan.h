@@ -1,7 +1,8 @@
 // Walks one task, a (sequence, head) pair, through its chunks: forward, and backward segment by segment.
 //
-// Memory of a task: the state, one chunk of activations and, in the backward, the states of at most K chunks (K the
-// checkpoint interval): a segment's states are rebuilt from its checkpoint, then its chunks are walked in reverse.
+// Memory of a task: the state, one chunk of activations and, in the backward, one record for each chunk of a segment of K
+// (the checkpoint interval) but the last: a segment's records are rebuilt from its checkpoint, then its chunks are walked in
+// reverse. Those of the last segment may come from the forward, which has walked it anyway.
 #pragma once
 
 #include "chunk_backward.h"
@@ -35,11 +36,23 @@ struct Place {
   idx end() const { return seq.pending + seq.length; }
 };
 
+// The state after a chunk of a segment and, where they are no larger than a few states, its intermediates.
+template <class T>
+struct Record {
+  State<T> state;
+  Kept<T> kept;
+};
+
 template <class T>
 class Task {
  public:
-  Task(const ScanProblem& problem, const Net& net, const Team& team, Place place)
-      : problem_(problem), net_(net), team_(team), place_(place) {}
+  Task(const ScanProblem& problem, const Net& net, const Team& team, Place place, const SegmentMemory& segment)
+      : problem_(problem), net_(net), team_(team), place_(place), keeps_(Kept<T>::worthwhile(net)), segment_(segment) {
+    if (segment_.data) {
+      const idx task = place.sequence * problem.heads + place.head;
+      segment_.data = static_cast<char*>(segment_.data) + task * segment_.bytes;
+    }
+  }
 
   // Lays out the scratch this problem's tasks need; every task of a call uses the same layout.
   void layout(Arena& arena, bool backward) {
@@ -49,37 +62,36 @@ class Task {
     const idx longest = problem_.tokens;
     const idx queries = !reads ? 0 : writes ? net_.chunk : min(longest, kReadRows);
     capacity_ = keys * (net_.self() ? 2 : 1) + min(queries, max(longest, 1));
-    acts_.layout(arena, net_, capacity_, keys, backward);
+    acts_.layout(arena, net_, capacity_, keys, backward || segment_.data);
+    state_ = make_state<T>(arena, net_);
+    if (writes && (backward || segment_.data)) {
+      Arena count;
+      lay_out_record(count);
+      record_bytes_ = idx(count.stride());
+    }
     if (backward) {
       adjoints_.layout(arena, net_, capacity_, keys);
       adjoint_state_ = make_state<T>(arena, net_);
-      slots_ = writes ? min(problem_.checkpoint_interval, most_chunks() + 1) : 1;
-      for (idx i = 0; i < slots_; ++i) {
-        const State<T> slot = make_state<T>(arena, net_);
-        if (i == 0) state_ = slot;
-        if (i == 1) second_slot_ = slot;
-      }
-      keeps_ = slots_ > 1 && Kept<T>::worthwhile(net_);
-      if (keeps_) {
-        kept_ = arena.array<Kept<T>>(slots_ - 1);
-        Kept<T> unused;
-        for (idx i = 0; i + 1 < slots_; ++i) {
-          if (kept_) kept_[i] = Kept<T>{};
-          (kept_ ? kept_[i] : unused).layout(arena, net_, acts_, adjoints_, keys);
-        }
-      }
-    } else {
-      state_ = make_state<T>(arena, net_);
+      const idx records = writes ? min(problem_.checkpoint_interval - 1, most_chunks()) : 0;
+      scratch_records_ = arena.array<char>(records * record_bytes_);
     }
   }
 
+  // Bytes of the records of the last segment.
+  idx segment_bytes() const { return record_bytes_ * max(0, last_state() - last_segment()); }
+
   void forward(const ForwardResult& result) {
     State<T> state = place_.chunks == 0 && !result.weights[0] ? initial_view() : load_initial();
+    const idx first = last_segment(), end = segment_.data ? last_state() : first;
+    records_ = static_cast<char*>(segment_.data);
     for (idx c = 0; c < place_.chunks; ++c) {
       if (c > 0 && c % problem_.checkpoint_interval == 0) save_checkpoint(result, state, c);
-      write_chunk(state, c, result.output);
+      const bool recorded = first <= c && c < end;
+      const Record<T> next = recorded ? record(c - first) : Record<T>{state_, {}};
+      write_chunk(state, next, recorded, c, result.output);
+      state = next.state;
     }
-    if (place_.chunks > 0 && place_.chunks % problem_.checkpoint_interval == 0)
+    if (has_tail() && place_.chunks > 0 && place_.chunks % problem_.checkpoint_interval == 0)
       save_checkpoint(result, state, place_.chunks);
     read_tail(state, result.output);
     for (int i = 0; i < net_.weights; ++i) {
@@ -91,20 +103,24 @@ class Task {
   void backward(const BackwardResult& result) {
     load_adjoint(result);
     const idx interval = problem_.checkpoint_interval, count = place_.chunks;
-    for (idx segment = count / interval; segment >= 0; --segment) {
-      const idx first = segment * interval, last = min(first + interval - 1, count);
-      if (segment == 0)
+    zero_unwritten(result);
+    const idx end = last_state();
+    if (end < count) cut_adjoint(count);
+    for (idx first = last_segment(); end >= 0 && first >= 0; first -= interval) {
+      const idx last = min(first + interval - 1, end);
+      if (first == 0)
         load_initial();
       else
         load_checkpoint(result, first);
-      for (idx c = first; c < last; ++c) rebuild_chunk(c - first, c);
+      const bool saved = segment_.data && first == last_segment();
+      records_ = saved ? static_cast<char*>(segment_.data) : scratch_records_;
+      for (idx c = first; c < last && !saved; ++c) rebuild_chunk(c - first, c);
       for (idx c = last; c >= first; --c) {
         if (c == count)
-          read_tail_backward(slot(c - first), result);
+          read_tail_backward(segment_state(c - first), result);
         else
-          backward_chunk(c - first, c, c < last, result);
-        const idx index = place_.seq.first_chunk + c;
-        if (c > 0 && problem_.bptt_chunks > 0 && index % problem_.bptt_chunks == 0) clear_adjoint();
+          backward_chunk(c - first, c, c == last || !keeps_ ? Known::nothing : saved ? Known::all : Known::keys, result);
+        cut_adjoint(c);
       }
     }
     for (int i = 0; i < net_.weights; ++i) {
@@ -122,17 +138,25 @@ class Task {
     return problem_.sequences ? (problem_.tokens + problem_.pending_capacity) / net_.chunk : problem_.chunks;
   }
 
-  // Slots are laid out one after the other, equally far apart.
-  State<T> slot(idx i) const {
-    State<T> result = state_;
-    if (i == 0) return result;
-    const idx step = second_slot_.w[0].data - state_.w[0].data;
-    for (int j = 0; j < net_.weights; ++j) {
-      result.w[j].data += i * step;
-      if (net_.momentum) result.s[j].data += i * step;
-    }
-    return result;
+  // The last state that anything is computed with: that after the last chunk only if queries follow it.
+  idx last_state() const { return has_tail() ? place_.chunks : place_.chunks - 1; }
+  idx last_segment() const {
+    return max(0, last_state()) / problem_.checkpoint_interval * problem_.checkpoint_interval;
   }
+
+  Record<T> lay_out_record(Arena& arena) const {
+    Record<T> record;
+    record.state = make_state<T>(arena, net_);
+    if (keeps_) record.kept.layout(arena, net_, capacity_, net_.chunk);
+    return record;
+  }
+  // Of chunk i of the segment.
+  Record<T> record(idx i) const {
+    Arena arena(records_ + i * record_bytes_);
+    return lay_out_record(arena);
+  }
+  // At the start of chunk i of the segment.
+  State<T> segment_state(idx i) const { return i == 0 ? state_ : record(i - 1).state; }
 
   // Contiguous [rows, heads, in, out] in the state dtype: the matrix of this task's head.
   T* state_rows(void* data, int i, idx row) const {
@@ -173,7 +197,9 @@ class Task {
 
   idx checkpoint_row(idx chunk) const {
     const idx interval = problem_.checkpoint_interval;
-    return place_.seq.chunk_row / interval + chunk / interval - 1;
+    const idx first = problem_.sequences ? place_.seq.chunk_row / interval
+                                         : place_.sequence * checkpoints_per_sequence(problem_);
+    return first + chunk / interval - 1;
   }
 
   void save_checkpoint(const ForwardResult& result, const State<T>& state, idx chunk) {
@@ -194,7 +220,9 @@ class Task {
   }
 
   void load_adjoint(const BackwardResult& result) {
+    adjoint_is_zero_ = true;
     for (int i = 0; i < net_.weights; ++i) {
+      if (result.grad_weights[i].data || result.grad_momentum[i].data) adjoint_is_zero_ = false;
       if (result.grad_weights[i].data)
         load_matrix(team_, adjoint_state_.w[i], result.grad_weights[i], place_.sequence, place_.head);
       else
@@ -207,7 +235,11 @@ class Task {
     }
   }
 
-  void clear_adjoint() {
+  // Truncated backpropagation: nothing flows back into the write of every bptt_chunks-th state.
+  void cut_adjoint(idx chunk) {
+    const idx index = place_.seq.first_chunk + chunk;
+    if (chunk == 0 || problem_.bptt_chunks == 0 || index % problem_.bptt_chunks != 0 || adjoint_is_zero_) return;
+    adjoint_is_zero_ = true;
     for (int i = 0; i < net_.weights; ++i) {
       fill_zero(team_, adjoint_state_.w[i]);
       if (net_.momentum) fill_zero(team_, adjoint_state_.s[i]);
@@ -228,17 +260,17 @@ class Task {
 
   void load_tokens(const Mat<T>& to, const TokenView& pending, const TokenView& fresh, idx j, idx count) const {
     const idx old = max(0, min(count, place_.seq.pending - j));
-    if (old > 0) load_rows(to.rows_from(0, old), pending_token(pending, j), problem_.dtype, pending.token);
+    if (old > 0) load_rows(team_, to.rows_from(0, old), pending_token(pending, j), problem_.dtype, pending.token);
     if (count > old)
-      load_rows(to.rows_from(old, count - old), new_token(fresh, j + old), problem_.dtype, fresh.token);
+      load_rows(team_, to.rows_from(old, count - old), new_token(fresh, j + old), problem_.dtype, fresh.token);
   }
 
   void store_tokens(const TokenView& pending, const TokenView& fresh, idx j, const Mat<T>& from) const {
     const idx old = max(0, min(from.rows, place_.seq.pending - j));
     if (old > 0 && pending.data)
-      store_rows(pending_token(pending, j), problem_.dtype, pending.token, from.rows_from(0, old));
+      store_rows(team_, pending_token(pending, j), problem_.dtype, pending.token, from.rows_from(0, old));
     if (from.rows > old && fresh.data)
-      store_rows(new_token(fresh, j + old), problem_.dtype, fresh.token, from.rows_from(old, from.rows - old));
+      store_rows(team_, new_token(fresh, j + old), problem_.dtype, fresh.token, from.rows_from(old, from.rows - old));
   }
 
   void zero_tokens(const TokenView& pending, const TokenView& fresh, idx j, idx count) const {
@@ -318,36 +350,42 @@ class Task {
     if (queries) prefetch(problem_.q, j + C, C);
     if (queries && first < j + C) {
       rows.queries = j + C - first;
-      load_rows(acts_.x.rows_from(rows.keys + rows.self, rows.queries), new_token(problem_.q, first), problem_.dtype,
+      load_rows(team_, acts_.x.rows_from(rows.keys + rows.self, rows.queries), new_token(problem_.q, first), problem_.dtype,
                 problem_.q.token);
     }
     return rows;
   }
 
-  // Reads chunk `chunk` into `output` (if that is wanted) and writes the state after it over the state before it.
-  void write_chunk(const State<T>& state, idx chunk, const TokenView& output) {
-    const bool reads = output.data, shared = reads && shared_read();
+  // From the rows loaded in acts_: outputs from row first_out on and the state after `from`.
+  void compute_chunk(const State<T>& from, const Record<T>& next, bool keep, idx chunk, Rows rows, idx first_out) {
+    if (!keep) return chunk_forward<T, 1>(team_, net_, acts_, rows, coefficients(chunk), from, next.state, first_out);
+    Activations<T> acts = next.kept.within(acts_);
+    chunk_forward<T, 2>(team_, net_, acts, rows, coefficients(chunk), from, next.state, first_out);
+  }
+
+  // Reads chunk `chunk` into `output` (if that is wanted) and writes the state after it, which may lie over `state`.
+  void write_chunk(const State<T>& state, const Record<T>& next, bool recorded, idx chunk, const TokenView& output) {
+    // A recorded chunk's queries are kept in rows of their own.
+    const bool reads = output.data, shared = reads && !recorded && shared_read();
     const Rows rows = load_chunk(chunk, reads && !shared);
     const bool keys_out = net_.needs_key_output() || shared;
-    chunk_forward<T, 1>(team_, net_, acts_, rows, coefficients(chunk), state, state, keys_out ? 0 : rows.keys + rows.self);
+    compute_chunk(state, next, recorded && keeps_, chunk, rows, keys_out ? 0 : rows.keys + rows.self);
     if (!reads) return;
     const idx j = chunk * net_.chunk, first = max(j, place_.seq.pending), count = j + net_.chunk - first;
     if (count <= 0) return;
     const idx row = shared ? first - j : rows.keys + rows.self;
-    store_rows(new_token(output, first), problem_.dtype, output.token, acts_.out.rows_from(row, count));
+    store_rows(team_, new_token(output, first), problem_.dtype, output.token, acts_.out.rows_from(row, count));
   }
 
-  // The state after chunk `chunk`, from the slot of the state before it into the next slot.
+  // The record of chunk `chunk`, the i-th of its segment, from the state before it.
   void rebuild_chunk(idx i, idx chunk) {
     const Rows rows = load_chunk(chunk, false);
-    const idx first_out = net_.needs_key_output() ? 0 : rows.total();
-    if (!keeps_) {
-      chunk_forward<T, 1>(team_, net_, acts_, rows, coefficients(chunk), slot(i), slot(i + 1), first_out);
-      return;
-    }
-    const Mat<T>& curve = adjoints_.curve;
-    chunk_forward<T, 2>(team_, net_, acts_, rows, coefficients(chunk), slot(i), slot(i + 1), first_out, curve);
-    kept_[i].save(team_, net_, acts_, adjoints_, rows.keys);
+    compute_chunk(segment_state(i), record(i), keeps_, chunk, rows, net_.needs_key_output() ? 0 : rows.total());
+  }
+
+  // Whether queries follow the last complete chunk.
+  bool has_tail() const {
+    return problem_.q.data && max(place_.chunks * net_.chunk, place_.seq.pending) < place_.end();
   }
 
   // Calls body(first token, number of tokens) over the tokens behind the last complete chunk.
@@ -362,49 +400,62 @@ class Task {
     tail_blocks([&](idx j, idx count) {
       Rows rows;
       rows.queries = count;
-      load_rows(acts_.x.rows_from(0, count), new_token(problem_.q, j), problem_.dtype, problem_.q.token);
+      load_rows(team_, acts_.x.rows_from(0, count), new_token(problem_.q, j), problem_.dtype, problem_.q.token);
       apply_network<T, 0>(team_, net_, state, acts_, rows, 0, 0);
-      store_rows(new_token(output, j), problem_.dtype, output.token, acts_.out.rows_from(0, count));
+      store_rows(team_, new_token(output, j), problem_.dtype, output.token, acts_.out.rows_from(0, count));
     });
   }
 
   // Nothing behind the last complete chunk was written: no gradient for its keys and values.
-  void read_tail_backward(const State<T>& state, const BackwardResult& result) {
+  void zero_unwritten(const BackwardResult& result) {
     const idx begin = place_.chunks * net_.chunk;
     zero_tokens(result.pending_k, result.k, begin, place_.end() - begin);
     zero_tokens(result.pending_v, result.v, begin, place_.end() - begin);
-    if (!problem_.q.data) return;
-    tail_blocks([&](idx j, idx count) {
-      if (!result.grad_output.data) {
-        zero_rows(new_token(result.q, j), problem_.dtype, result.q.token, count, net_.dim);
-        return;
-      }
-      Rows rows;
-      rows.queries = count;
-      load_rows(acts_.x.rows_from(0, count), new_token(problem_.q, j), problem_.dtype, problem_.q.token);
-      load_rows(adjoints_.d_out.rows_from(0, count), new_token(result.grad_output, j), problem_.dtype,
-                result.grad_output.token);
-      chunk_backward(team_, net_, acts_, adjoints_, rows, {}, {}, state, adjoint_state_, false);
-      store_rows(new_token(result.q, j), problem_.dtype, result.q.token, adjoints_.d_x.rows_from(0, count));
-    });
   }
 
-  void backward_chunk(idx i, idx chunk, bool rebuilt, const BackwardResult& result) {
-    const bool known = rebuilt && keeps_;
+  void read_tail_backward(const State<T>& state, const BackwardResult& result) {
+    tail_blocks([&](idx j, idx count) { read_backward(state, j, count, result); });
+  }
+
+  // The queries from token j on: gradients of what they read in `state`.
+  void read_backward(const State<T>& state, idx j, idx count, const BackwardResult& result) {
+    if (!result.grad_output.data) {
+      zero_rows(new_token(result.q, j), problem_.dtype, result.q.token, count, net_.dim);
+      return;
+    }
+    Rows rows;
+    rows.queries = count;
+    load_rows(team_, acts_.x.rows_from(0, count), new_token(problem_.q, j), problem_.dtype, problem_.q.token);
+    load_rows(team_, adjoints_.d_out.rows_from(0, count), new_token(result.grad_output, j), problem_.dtype,
+              result.grad_output.token);
+    chunk_backward(team_, net_, acts_, adjoints_, rows, {}, {}, state, adjoint_state_, Known::nothing);
+    store_rows(team_, new_token(result.q, j), problem_.dtype, result.q.token, adjoints_.d_x.rows_from(0, count));
+    adjoint_is_zero_ = false;
+  }
+
+  void backward_chunk(idx i, idx chunk, Known known, const BackwardResult& result) {
+    const idx C = net_.chunk, j = chunk * C, first = max(j, place_.seq.pending);
+    const CoefficientGradients<T> d_coef = coefficient_gradients(result, chunk);
+    if (adjoint_is_zero_) {
+      // Nothing depends on what this chunk wrote.
+      zero_tokens(result.pending_k, result.k, j, C);
+      zero_tokens(result.pending_v, result.v, j, C);
+      if (problem_.q.data && first < j + C) read_backward(segment_state(i), first, j + C - first, result);
+      return;
+    }
     const bool reads = problem_.q.data && result.grad_output.data;
     const Rows rows = load_chunk(chunk, reads);
-    const idx C = net_.chunk, j = chunk * C, first = max(j, place_.seq.pending), query = rows.keys + rows.self;
+    const idx query = rows.keys + rows.self;
     if (rows.queries > 0)
-      load_rows(adjoints_.d_out.rows_from(query, rows.queries), new_token(result.grad_output, first), problem_.dtype,
+      load_rows(team_, adjoints_.d_out.rows_from(query, rows.queries), new_token(result.grad_output, first), problem_.dtype,
                 result.grad_output.token);
-    if (known) kept_[i].restore(team_, net_, acts_, adjoints_, rows.keys);
-    chunk_backward(team_, net_, acts_, adjoints_, rows, coefficients(chunk), coefficient_gradients(result, chunk), slot(i),
-                   adjoint_state_, known);
+    Activations<T> acts = known == Known::nothing ? acts_ : record(i).kept.within(acts_);
+    chunk_backward(team_, net_, acts, adjoints_, rows, coefficients(chunk), d_coef, segment_state(i), adjoint_state_, known);
     store_tokens(result.pending_k, result.k, j, adjoints_.d_x.rows_from(0, C));
     store_tokens(result.pending_v, result.v, j, net_.self() ? adjoints_.d_x.rows_from(C, C) : adjoints_.d_target);
     if (!problem_.q.data || first >= j + C) return;
     if (rows.queries > 0)
-      store_rows(new_token(result.q, first), problem_.dtype, result.q.token,
+      store_rows(team_, new_token(result.q, first), problem_.dtype, result.q.token,
                  adjoints_.d_x.rows_from(query, rows.queries));
     else
       zero_rows(new_token(result.q, first), problem_.dtype, result.q.token, j + C - first, net_.dim);
@@ -416,11 +467,13 @@ class Task {
   Place place_;
   Activations<T> acts_;
   Adjoints<T> adjoints_;
-  State<T> state_, second_slot_, adjoint_state_;
-  // Intermediates of the chunks a segment rebuilds, one per slot but the last.
-  Kept<T>* kept_ = nullptr;
-  bool keeps_ = false;
-  idx slots_ = 1, capacity_ = 1;
+  State<T> state_, adjoint_state_;
+  const bool keeps_;           // records hold intermediates
+  SegmentMemory segment_;      // of this task
+  char *scratch_records_ = nullptr, *records_ = nullptr;  // those of the backward, those of the segment in progress
+  idx record_bytes_ = 0;
+  bool adjoint_is_zero_ = true;  // no gradient has reached the state walked back from: its write needs no adjoint
+  idx capacity_ = 1;
 };
 
 // A piece of work this large (multiply-adds of one product) is worth sharing between threads.
@@ -429,7 +482,7 @@ constexpr idx kSharedWork = idx(1) << 22;
 // Runs `body(task)` for every (sequence, head): whole tasks side by side, or, where that would leave threads idle and the
 // products are large, one task after the other with all threads inside its products.
 template <class T, class F>
-Status run_tasks(const ScanProblem& problem, bool backward, F&& body) {
+Status run_tasks(const ScanProblem& problem, bool backward, const SegmentMemory& segment, F&& body) {
   const Net net = make_net<T>(problem);
   const idx tasks = problem.sequence_count * problem.heads;
   const idx rows = max(1, min(problem.chunk_size, problem.tokens));
@@ -437,7 +490,10 @@ Status run_tasks(const ScanProblem& problem, bool backward, F&& body) {
   const bool inside = large && problem.threads > 1 && tasks % problem.threads != 0 && tasks < 4 * problem.threads;
   const Team team{inside ? problem.threads : 1};
   Arena count;
-  Task<T>(problem, net, team, Place(problem, 0, 0)).layout(count, backward);
+  Task<T> any(problem, net, team, Place(problem, 0, 0), segment);
+  any.layout(count, backward);
+  if (segment.data && (problem.sequences || segment.bytes < any.segment_bytes()))
+    return {StatusCode::invalid_argument, "the memory for the last segment is too small, or given with a table"};
   const size_t bytes = count.used();
   int failed = 0;
   auto run = [&](int64_t i) {
@@ -447,7 +503,7 @@ Status run_tasks(const ScanProblem& problem, bool backward, F&& body) {
       return;
     }
     Arena arena(memory);
-    Task<T> task(problem, net, team, Place(problem, i / problem.heads, i % problem.heads));
+    Task<T> task(problem, net, team, Place(problem, i / problem.heads, i % problem.heads), segment);
     task.layout(arena, backward);
     body(task);
     trim_thread_scratch();

@@ -7,12 +7,12 @@ namespace {
 
 template <class T>
 Status forward(const ScanProblem& problem, const ForwardResult& result) {
-  return run_tasks<T>(problem, false, [&](Task<T>& task) { task.forward(result); });
+  return run_tasks<T>(problem, false, result.segment, [&](Task<T>& task) { task.forward(result); });
 }
 
 template <class T>
 Status backward(const ScanProblem& problem, const BackwardResult& result) {
-  return run_tasks<T>(problem, true, [&](Task<T>& task) { task.backward(result); });
+  return run_tasks<T>(problem, true, result.segment, [&](Task<T>& task) { task.backward(result); });
 }
 
 Status scan_forward(const ScanProblem& problem, const ForwardResult& result) {

@@ -104,7 +104,6 @@ class _Description:
         spec, tokens = problem.spec, problem.tokens
         self.problem = problem
         self.device, self.dtype = tokens.device, tokens.dtype
-        self.state_dtype = torch.float64 if tokens.dtype == torch.float64 else torch.float32
         self.batch, self.length, self.heads, self.dim = tokens.shape
         self.sequence_count = problem.sequence_count
         self.shapes = [tuple(w.shape[-2:]) for w in problem.weights]
@@ -155,9 +154,22 @@ class _Description:
     def arguments(self) -> tuple[tuple, ...]:
         return self.vocabulary, self.sizes, self.tokens, self.coefficients, self.states
 
-    def empty_states(self, rows: int) -> list[Tensor]:
-        """One uninitialised ``[rows, N, in, out]`` per weight, in the state dtype."""
-        return [torch.empty((rows, self.heads, *shape), dtype=self.state_dtype) for shape in self.shapes]
+    def empty(self, shapes: list[tuple[int, ...]]) -> list[Tensor]:
+        """Uninitialised results in the state dtype."""
+        return [torch.empty(shape, dtype=self.problem.state_dtype) for shape in shapes]
+
+    def empty_states(self) -> list[Tensor]:
+        """One uninitialised ``[S, N, in, out]`` per weight."""
+        return self.empty([(self.sequence_count, self.heads, *shape) for shape in self.shapes])
+
+    def saved_arguments(self, saved: list[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, int] | None]:
+        """Weight checkpoints, momentum checkpoints and the last segment with the bytes of each task."""
+        count = len(self.shapes)
+        checkpoints, segment = saved[: 2 * count if self.problem.has_momentum else count], None
+        if len(saved) > len(checkpoints):
+            last = saved[-1]
+            segment = last.data_ptr(), last.shape[2] * last.element_size()
+        return _pointers(checkpoints[:count]), _pointers(checkpoints[count:]), segment
 
     def like_tokens(self, x: Tensor | None) -> Tensor | None:
         """A contiguous result in the shape of ``x``; zero where a table may leave tokens out."""
@@ -171,11 +183,55 @@ def _pointers(tensors: list[Tensor]) -> tuple[int, ...]:
     return tuple(t.data_ptr() for t in tensors)
 
 
-def scan_forward(problem: ScanProblem, *, save: bool) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    """Output ``[B, T, N, D]``, final weights, final momentum and checkpoints.
+def saved_shapes(problem: ScanProblem) -> list[tuple[int, ...]]:
+    """Shapes of what the forward saves: checkpoints, then memory for the last segment where that is kept.
 
-    As :meth:`hope_kernels.backends.interface.Backend.scan_forward` says. Keeps one state per
-    ``checkpoint_interval`` chunks when ``save``; scratch is one state and one chunk of activations per thread.
+    Checkpoints are one ``[rows, N, in, out]`` per weight, then per momentum. Without ``sequences``, ``rows`` counts
+    those of every sequence that lie before or at its last token, in order; with them row
+    ``chunk_row_s // K + j - 1`` belongs to chunk ``jK`` of sequence ``s``.
+
+    The last segment is every chunk from the last checkpoint on: the forward leaves their states and intermediates,
+    ``[S, N, elements]``, where they are few (``K <= 2``, at most four chunks, as large memories have them).
+    """
+    heads, dim = problem.tokens.shape[2:]
+    interval, size = problem.checkpoint_interval, problem.chunk_size
+    uniform = problem.sequences is None
+    matrices = [w.shape[-2:] for w in problem.weights] * (2 if problem.has_momentum else 1)
+    pending = problem.pending_k.shape[1] if problem.pending_k is not None else 0
+    last_chunk = (pending + problem.tokens.shape[1] - 1) // size
+    rows = last_chunk // interval * problem.sequence_count if uniform else problem.chunks // interval
+    shapes = [(rows, heads, *matrix) for matrix in matrices]
+    if uniform and interval <= 2 and size <= 2 * dim:
+        last_state = last_chunk if problem.q is not None else problem.chunks - 1
+        elements = sum(_padded(*matrix, problem) for matrix in [*matrices, *_intermediates(problem)])
+        shapes.append((problem.sequence_count, heads, last_state % interval * elements))
+    return shapes
+
+
+def _intermediates(problem: ScanProblem) -> list[tuple[int, int]]:
+    """Rows and columns of what the engine keeps of a chunk: ``Kept`` in the core."""
+    spec, keys, dim = problem.spec, problem.chunk_size, problem.tokens.shape[3]
+    rows = (3 if spec.objective == "self" else 2) * keys  # keys, values of `self`, queries
+    delta = spec.rule == "dgd"
+    kept = [(keys, dim)] * (2 if delta else 1)  # delta, product
+    if spec.form == "linear":
+        return kept
+    hidden = problem.weights[0].shape[-1]
+    kept += [(rows, hidden)] * (3 if delta else 2) + [(keys, hidden)] * 2  # hidden, act', z; act'', error_hidden
+    return kept + ([(rows, hidden)] * 2 if spec.form == "glu" else [])  # up, gate
+
+
+def _padded(rows: int, columns: int, problem: ScanProblem) -> int:
+    """Elements of a matrix in the core's layout, whatever its instruction set: columns in whole panels of 256 bytes."""
+    panel = 256 // problem.state_dtype.itemsize
+    return rows * ((columns + panel - 1) // panel * panel)
+
+
+def scan_forward(problem: ScanProblem, *, save: bool) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    """Output ``[B, T, N, D]``, final weights, final momentum and what :func:`saved_shapes` says.
+
+    As :meth:`hope_kernels.backends.interface.Backend.scan_forward` says. Scratch is one state and one chunk of
+    activations per thread.
     """
     core, state = _load()
     if core is None:
@@ -184,62 +240,57 @@ def scan_forward(problem: ScanProblem, *, save: bool) -> tuple[Tensor, list[Tens
     output = d.like_tokens(problem.q)
     weights: list[Tensor] = []
     momentum: list[Tensor] = []
-    checkpoints: list[Tensor] = []
+    saved: list[Tensor] = []
     if problem.k is not None:
-        weights = d.empty_states(d.sequence_count)
-        momentum = d.empty_states(d.sequence_count) if problem.has_momentum else []
-        if save:
-            rows = problem.chunk_rows // problem.checkpoint_interval
-            checkpoints = d.empty_states(rows) + (d.empty_states(rows) if problem.has_momentum else [])
+        weights = d.empty_states()
+        momentum = d.empty_states() if problem.has_momentum else []
+        saved = d.empty(saved_shapes(problem)) if save else []
     if d.sequence_count == 0:  # empty tensors have no address, and there is nothing to do
-        return output if output is not None else torch.empty(0, dtype=d.dtype), weights, momentum, checkpoints
-    count = len(problem.weights)
+        return output if output is not None else torch.empty(0, dtype=d.dtype), weights, momentum, saved
     core.scan_forward(
         *d.arguments,
         (
             _tokens(output),
             _pointers(weights),
             _pointers(momentum),
-            _pointers(checkpoints[:count]),
-            _pointers(checkpoints[count:]),
+            *d.saved_arguments(saved),
         ),
         torch.get_num_threads(),
     )
-    return output if output is not None else torch.empty(0, dtype=d.dtype), weights, momentum, checkpoints
+    return output if output is not None else torch.empty(0, dtype=d.dtype), weights, momentum, saved
 
 
 def scan_backward(
     problem: ScanProblem,
-    checkpoints: list[Tensor],
+    saved: list[Tensor],
     grad_output: Tensor | None,
     grad_weights: list[Tensor | None],
     grad_momentum: list[Tensor | None],
 ) -> ScanGradients:
     """Gradients of a scan, as :meth:`hope_kernels.backends.interface.Backend.scan_backward` says.
 
-    Rebuilds the chunk states of one segment of ``checkpoint_interval`` chunks at a time from its checkpoint and
-    walks its chunks in reverse: scratch per thread is that many states and one chunk of activations.
+    Rebuilds the chunk states of one segment of ``checkpoint_interval`` chunks at a time from its checkpoint (those of
+    the last segment may be saved) and walks its chunks in reverse: scratch per thread is that many states and one
+    chunk of activations. A chunk that no gradient reaches through what it wrote is only read.
     """
     core, state = _load()
     if core is None:
         raise RuntimeError(f"backend 'cpu' is not available: {state.reason}")
     d = _Description(problem)
-    checkpoints = [x.contiguous() for x in checkpoints]
+    saved = [x.contiguous() for x in saved]
     grad_output = _readable(grad_output)
     # The rows of a table's coefficients that no sequence uses keep gradient 0.
     make = torch.empty_like if problem.sequences is None else torch.zeros_like
     tokens = [d.like_tokens(x) for x in (problem.q, problem.k, problem.v, problem.pending_k, problem.pending_v)]
     coefficients = [None if x is None else make(x) for x in d.given]
-    weights = d.empty_states(d.sequence_count)
-    momentum = d.empty_states(d.sequence_count) if problem.momentum else []
+    weights = d.empty_states()
+    momentum = d.empty_states() if problem.momentum else []
     if d.sequence_count == 0:
         return ScanGradients(*tokens, *coefficients, weights, momentum)
-    count = len(problem.weights)
     core.scan_backward(
         *d.arguments,
         (
-            _pointers(checkpoints[:count]),
-            _pointers(checkpoints[count:]),
+            *d.saved_arguments(saved),
             _tokens(grad_output),
             tuple(_matrix(g) for g in grad_weights),
             tuple(_matrix(g) for g in grad_momentum),

@@ -1,6 +1,6 @@
 """What a compiled backend is given and what it gives back: the operator-level problem.
 
-A backend is a module with ``status()``, ``refuses(spec, dtype, device)``, ``scan_forward`` and
+A backend is a module with ``status()``, ``refuses(spec, dtype, device)``, ``saved_shapes``, ``scan_forward`` and
 ``scan_backward``. It sees neither validation nor autograd nor the state object: those are shared.
 
 Letters: B batch rows, S sequences, T tokens per row, P pending tokens per sequence (capacity), N heads, D
@@ -12,14 +12,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+import torch
+
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from hope_kernels.memory.spec import MemorySpec
 
 # Columns of ``ScanProblem.sequences``.
 ROW, START, LENGTH, PENDING, CHUNK_ROW, CHUNK_INDEX = range(6)
+
+
+def state_dtype(tokens: torch.dtype) -> torch.dtype:
+    """The dtype everything written has: float64 for float64 tokens, else float32."""
+    return torch.float64 if tokens == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,6 @@ class ScanProblem:
         first_chunk: without ``sequences`` the index, counted from the start of the stream, of the chunk in
             progress.
         bptt_chunks: 0, or n: the state written into every chunk index ``c = n, 2n, ..`` is detached.
-        checkpoint_interval: K, chunks between two checkpoints.
 
     The coefficient tensors, ``momentum`` and everything written are float32 (float64 with float64 ``q``): the
     *state dtype*. Token tensors may have any strides.
@@ -89,7 +94,6 @@ class ScanProblem:
     chunks: int
     first_chunk: int
     bptt_chunks: int
-    checkpoint_interval: int
 
     @property
     def tokens(self) -> Tensor:
@@ -109,6 +113,24 @@ class ScanProblem:
     @property
     def has_momentum(self) -> bool:
         return self.momentum_step is not None
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """Of the coefficients and of everything written."""
+        return state_dtype(self.tokens.dtype)
+
+    @property
+    def checkpoint_interval(self) -> int:
+        """K, chunks between two checkpoints: the least power of two with ``K^2 >= chunks``.
+
+        The forward keeps a state every K chunks and the backward rebuilds at most K at a time, so memory grows
+        like the square root of the number of chunks. Powers of two, found by comparing, keep a symbolic length
+        symbolic under ``torch.compile``: it recompiles when the interval doubles, not for every length.
+        """
+        interval = 1
+        while interval * interval < self.chunks:
+            interval *= 2
+        return interval
 
 
 class ScanGradients(NamedTuple):
@@ -134,30 +156,39 @@ class ScanGradients(NamedTuple):
 
 
 class Backend(Protocol):
-    """The functions a backend module has."""
+    """The functions a backend module has.
+
+    A backend that can run several scans at once, which do not depend on one another, also has ``scans_forward`` and
+    ``scans_backward``: the functions below with a list in place of each argument and result (upstream gradients as
+    one ``(output, weights, momentum)`` per scan).
+    """
 
     def status(self) -> BackendStatus: ...
 
     def refuses(self, spec: MemorySpec, dtype: torch.dtype, device: torch.device) -> str | None:
         """None when the backend can run this, else the reason it cannot."""
 
+    def saved_shapes(self, problem: ScanProblem) -> list[tuple[int, ...]]:
+        """Shapes, in the state dtype, of what ``scan_forward`` saves for ``scan_backward``; what is in them is the
+        backend's own business. Sizes may be symbolic: arithmetic and comparisons only."""
+        ...
+
     def scan_forward(
         self, problem: ScanProblem, *, save: bool
     ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-        """Output ``[B, T, N, D]``, final weights, final momentum, checkpoints (empty unless ``save``).
+        """Output ``[B, T, N, D]``, final weights, final momentum, what is saved (nothing unless ``save``).
 
         The output of tokens outside every sequence is 0 and an empty tensor when ``q`` is None. Final weights
         are ``[S, N, in, out]``, an empty list when nothing is written (``k`` is None); final momentum likewise, or
-        without momentum. Checkpoints, one tensor ``[M // K, N, in, out]`` per weight, then per momentum, hold
-        the state at the start of chunk ``jK``, ``j >= 1``, of sequence ``s`` in row
-        ``chunk_row_s // K + j - 1``.
+        without momentum. Saved tensors, fresh ones of :meth:`saved_shapes`, must grow no faster than the square
+        root of the number of chunks: usually a state every K chunks.
         """
         ...
 
     def scan_backward(
         self,
         problem: ScanProblem,
-        checkpoints: list[Tensor],
+        saved: list[Tensor],
         grad_output: Tensor | None,
         grad_weights: list[Tensor | None],
         grad_momentum: list[Tensor | None],

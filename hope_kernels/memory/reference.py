@@ -308,7 +308,7 @@ def chunked_scan(problem: ScanProblem) -> tuple[Tensor, Weights, Weights]:
     if problem.sequences is not None:
         return _scan_each_sequence(problem)
     operand = problem.tokens.dtype
-    state_dtype = torch.float64 if operand == torch.float64 else torch.float32
+    state_dtype = problem.state_dtype
     size, chunks = problem.chunk_size, problem.chunks
 
     def heads_first(x: Tensor) -> Tensor:
@@ -351,7 +351,7 @@ def _scan_each_sequence(problem: ScanProblem) -> tuple[Tensor, Weights, Weights]
     """Packed or padded sequences, one at a time: the reference reads their table on the host."""
     assert problem.sequences is not None and problem.q is not None
     size = problem.chunk_size
-    state_dtype = torch.float64 if problem.q.dtype == torch.float64 else torch.float32
+    state_dtype = problem.state_dtype
     output = torch.zeros_like(problem.q)
     finals: list[Weights] = []
     speeds: list[Weights] = []

@@ -9,16 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hope_kernels.backends.interface import state_dtype
 from hope_kernels.memory.spec import MemorySpec
 
 Weights = tuple[Tensor, ...]
 
 PENDING = ("pending_k", "pending_v", "pending_lr", "pending_retention", "pending_momentum")
-
-
-def state_dtype(tokens: torch.dtype) -> torch.dtype:
-    """The dtype everything written has: float64 for float64 tokens, else float32."""
-    return torch.float64 if tokens == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True, eq=False, repr=False)

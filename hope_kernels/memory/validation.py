@@ -85,9 +85,7 @@ def check_weights(name: str, weights: Any, spec: MemorySpec, like: Weights | Non
     lead = weights[0].shape[:-2]
     for i, (weight, shape) in enumerate(zip(weights, spec.weight_shapes(dim, hidden), strict=True)):
         if tuple(weight.shape) != (*lead, *shape):
-            raise ValueError(
-                f"{name}[{i}] ({spec.weight_names[i]}): got {_got(weight)}; want shape {(*lead, *shape)}"
-            )
+            raise ValueError(f"{name}[{i}] ({spec.weight_names[i]}): got {_got(weight)}; want shape {(*lead, *shape)}")
     if min(*lead[-1:], dim, hidden) < 1:
         raise ValueError(f"{name}[0]: got {_got(weights[0])}; want at least one head, input and output")
     if like is not None:

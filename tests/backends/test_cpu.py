@@ -207,11 +207,20 @@ def test_a_call_of_any_length_gives_the_same_bits(spec):
         assert torch.equal(split[name], whole[name]), name
 
 
-def operator_problem(spec: MemorySpec, interval: int, *, chunk_size: int = 4, chunks: int = 7) -> ScanProblem:
-    """A uniform operator-level problem with a partial last chunk and pending tokens in front."""
+def operator_problem(
+    spec: MemorySpec,
+    *,
+    chunk_size: int = 4,
+    chunks: int = 7,
+    pending: int = 3,
+    tail: int = 2,
+    bptt_chunks: int = 0,
+    momentum: bool = True,
+) -> ScanProblem:
+    """A uniform operator-level problem: pending tokens in front, complete chunks, `tail` tokens behind them."""
     random = torch.Generator().manual_seed(0)
-    batch, heads, dim, hidden, pending = 2, 2, 9, 20, 3
-    tokens = chunks * chunk_size - pending + 2
+    batch, heads, dim, hidden = 2, 2, 9, 20
+    tokens = chunks * chunk_size - pending + tail
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random, dtype=torch.float64) / 3
@@ -222,58 +231,67 @@ def operator_problem(spec: MemorySpec, interval: int, *, chunk_size: int = 4, ch
     rows = batch * chunks
     per_token, per_chunk = (rows, heads, chunk_size), (rows, heads)
     delta = spec.rule == "dgd"
+    momentum = momentum and not delta
     shapes = spec.weight_shapes(dim, hidden)
     return ScanProblem(
         q=normal(batch, tokens, heads, dim),
         k=normal(batch, tokens, heads, dim),
         v=normal(batch, tokens, heads, dim),
-        pending_k=normal(batch, pending, heads, dim),
-        pending_v=normal(batch, pending, heads, dim),
+        pending_k=normal(batch, pending, heads, dim) if pending else None,
+        pending_v=normal(batch, pending, heads, dim) if pending else None,
         step=gate(0, 0.2, *per_token),
         retention=gate(0.5, 1, *per_token) if delta else None,
         decay=None if delta else gate(0.5, 1, *per_chunk),
-        momentum_step=None if delta else gate(0, 0.2, *per_token),
-        momentum_carry=None if delta else gate(0, 0.9, *per_chunk),
-        momentum_decay=None if delta else gate(0, 0.9, *per_chunk),
+        momentum_step=None if not momentum else gate(0, 0.2, *per_token),
+        momentum_carry=None if not momentum else gate(0, 0.9, *per_chunk),
+        momentum_decay=None if not momentum else gate(0, 0.9, *per_chunk),
         weights=tuple(normal(heads, *shape) for shape in shapes),
-        momentum=() if delta else tuple(0.1 * normal(batch, heads, *shape) for shape in shapes),
+        momentum=() if not momentum else tuple(0.1 * normal(batch, heads, *shape) for shape in shapes),
         sequences=None,
         spec=spec,
         chunk_size=chunk_size,
         chunks=chunks,
         first_chunk=0,
-        bptt_chunks=0,
-        checkpoint_interval=interval,
+        bptt_chunks=bptt_chunks,
     )
 
 
 def run_operator(problem: ScanProblem, change_gradient=lambda g: g) -> list[Tensor]:
     """Results and all gradients of one forward and backward, with fixed upstream gradients."""
     random = torch.Generator().manual_seed(1)
-    output, weights, momentum, checkpoints = cpu.scan_forward(problem, save=True)
+    output, weights, momentum, saved = cpu.scan_forward(problem, save=True)
 
     def upstream(x: Tensor) -> Tensor:
         return change_gradient(torch.randn(x.shape, generator=random, dtype=torch.float64).to(x.dtype))
 
     gradients = cpu.scan_backward(
-        problem, checkpoints, upstream(output), [upstream(w) for w in weights], [upstream(m) for m in momentum]
+        problem, saved, upstream(output), [upstream(w) for w in weights], [upstream(m) for m in momentum]
     )
     tensors = [x for x in gradients[:11] if x is not None]
     return [output, *weights, *momentum, *tensors, *gradients.weights, *gradients.momentum]
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=spec_id)
-def test_the_checkpoint_spacing_changes_no_bit(spec):
-    expected = run_operator(operator_problem(spec, 1))
-    for interval in (2, 3, 7, 8, 16):
-        found = run_operator(operator_problem(spec, interval))
+@pytest.mark.parametrize("tail", [0, 2])
+def test_the_checkpoint_spacing_changes_no_bit(spec, tail, monkeypatch):
+    """Nor does what is saved: nothing of the last segment (1), all of it (2), or nothing but checkpoints."""
+    problem = operator_problem(spec, tail=tail)
+
+    def run(interval: int) -> list[Tensor]:
+        monkeypatch.setattr(ScanProblem, "checkpoint_interval", property(lambda _: interval))
+        return run_operator(problem)
+
+    expected = run(1)
+    for interval in (2, 3, 6, 7, 8, 16):
+        found = run(interval)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), f"interval {interval}"
 
 
-def test_checkpoints_are_the_states_of_shorter_calls():
-    spec = MemorySpec("mlp")
-    problem = operator_problem(spec, 2)
-    _, _, _, checkpoints = cpu.scan_forward(problem, save=True)
+def test_checkpoints_are_the_states_of_shorter_calls(monkeypatch):
+    monkeypatch.setattr(ScanProblem, "checkpoint_interval", 2)
+    problem = operator_problem(MemorySpec("mlp"))
+    _, _, _, saved = cpu.scan_forward(problem, save=True)
+    checkpoints = saved[:4]
     per_sequence = problem.chunks // 2
     for chunk in (2, 4, 6):
         new = chunk * problem.chunk_size - 3
@@ -315,7 +333,7 @@ def tokens_transposed(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("change", [in_a_larger_tensor, last_dimension_outermost, tokens_transposed])
 def test_any_strides_of_tokens_weights_and_gradients_give_the_same_bits(change):
-    problem = operator_problem(MemorySpec("glu", objective="self"), 3)
+    problem = operator_problem(MemorySpec("glu", objective="self"))
     changed = replace(
         problem,
         **{name: change(getattr(problem, name)) for name in ("q", "k", "v", "pending_k", "pending_v")},
@@ -327,7 +345,7 @@ def test_any_strides_of_tokens_weights_and_gradients_give_the_same_bits(change):
 
 
 def test_an_expanded_gradient_and_expanded_tokens_are_read_with_stride_zero():
-    problem = operator_problem(MemorySpec("mlp"), 2)
+    problem = operator_problem(MemorySpec("mlp"))
     v = problem.v[:, :1].expand_as(problem.v)
     output, weights, _, checkpoints = cpu.scan_forward(replace(problem, v=v), save=True)
     grad = torch.tensor(0.5, dtype=torch.float64)
@@ -500,7 +518,7 @@ def test_a_core_that_is_missing_is_reported_with_the_way_to_get_it(monkeypatch):
         assert "core" in status.reason and "compiler" in status.reason
         assert cpu.refuses(SPECS[0], torch.float32, torch.device("cpu")) == status.reason
         with pytest.raises(RuntimeError, match="not available"):
-            cpu.scan_forward(operator_problem(SPECS[0], 2), save=False)
+            cpu.scan_forward(operator_problem(SPECS[0]), save=False)
     finally:
         monkeypatch.undo()
         cpu._load.cache_clear()
@@ -513,11 +531,10 @@ def test_other_dtypes_and_devices_are_refused_with_the_reason():
 
 
 def test_an_inconsistent_problem_is_refused_before_anything_is_computed():
-    problem = operator_problem(MemorySpec("mlp"), 2)
+    problem = operator_problem(MemorySpec("mlp"))
     for change, words in (
         ({"chunks": problem.chunks + 1}, "chunks"),
         ({"chunk_size": 0}, "chunk_size"),
-        ({"checkpoint_interval": 0}, "checkpoint_interval"),
         ({"step": None}, "step"),
         ({"momentum_carry": None}, "momentum"),
     ):
