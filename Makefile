@@ -15,12 +15,14 @@ NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
+RESOURCES_ARGS ?=
+GPU_ARGS ?=
 
-.PHONY: help install demo test test-slow lint format bench bench-suite doctor clean
+.PHONY: help install demo test test-slow lint format bench bench-suite triton-resources gpu-suite doctor clean
 .DELETE_ON_ERROR:
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## make .venv with everything in it, the core built
 
@@ -55,10 +57,17 @@ bench: $(INSTALLED) ## every backend against the naive path (BENCH_ARGS="--shape
 bench-suite: $(INSTALLED) ## the regression benchmarks, pytest-benchmark's tables
 	$(BIN)/python -m pytest benchmarks $(BENCH_ARGS)
 
+triton-resources: $(INSTALLED) ## registers, shared memory and spills of the Triton kernels, without a GPU (RESOURCES_ARGS)
+	$(BIN)/python benchmarks/triton_resources.py $(RESOURCES_ARGS)
+
+# Not in .venv: a machine with a GPU has its own torch and Triton, and perhaps no network to install others.
+gpu-suite: ## everything that needs a GPU, within ten minutes, with the PYTHON at hand (GPU_ARGS="--stage bench")
+	$(PYTHON) benchmarks/gpu_suite.py $(GPU_ARGS)
+
 doctor: $(INSTALLED) ## this machine, its versions and backends, and what is missing
 	$(BIN)/hope-kernels doctor
 
 clean: ## remove what builds and runs leave behind, .venv included
-	rm -rf $(VENV) build dist *.egg-info demo_output .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist *.egg-info demo_output gpu_suite_output .pytest_cache .ruff_cache .hypothesis .benchmarks
 	rm -f hope_kernels/_core*.so hope_kernels/_build_info.json
 	find . -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -7,32 +7,30 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
 
-from hope_kernels.backends.interface import BackendStatus
+from hope_kernels.backends.interface import Backend, BackendStatus
 
 if TYPE_CHECKING:
     from hope_kernels.memory.spec import MemorySpec
 
-__all__ = ["BackendStatus", "available_backends", "implementation", "select"]
+__all__ = ["BackendStatus", "available_backends", "check_name", "implementation", "runs_together", "select"]
 
-_COMPILED = ("cpu",)
-_MISSING = {
-    "triton": "this version of hope_kernels has no Triton kernels",
-    "cuda": "this version of hope_kernels has no CUDA kernels",
-}
+_COMPILED = ("cpu", "triton")
+_MISSING = {"cuda": "this version of hope_kernels has no CUDA kernels"}
 _REFERENCE = BackendStatus("reference", True, "eager PyTorch, chunk by chunk")
 # Fastest first, per device type: what `backend=None` tries in turn.
-_PREFERENCE = {"cpu": ("cpu", "reference")}
+_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 
 
 @cache
-def implementation(name: str) -> ModuleType:
-    """The module of a compiled backend (see :class:`hope_kernels.backends.interface.Backend`)."""
-    return import_module(f"hope_kernels.backends.{name}")
+def implementation(name: str) -> Backend:
+    """A compiled backend: the module of that name, or what the module makes of ``name:option``."""
+    base, _, option = name.partition(":")
+    module = import_module(f"hope_kernels.backends.{base}")
+    return module.with_option(option) if option else module
 
 
 def _status(name: str) -> BackendStatus:
@@ -46,6 +44,25 @@ def _status(name: str) -> BackendStatus:
 def available_backends() -> dict[str, BackendStatus]:
     """Status of every backend by name; ``bool(status)`` says whether it can run, ``status.reason`` why (not)."""
     return {name: _status(name) for name in ("reference", *_COMPILED, *_MISSING)}
+
+
+def check_name(backend: str | None) -> None:
+    """That ``backend`` names a backend, available or not, and an option it has.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if backend is None:
+        return
+    known = ("reference", *_COMPILED, *_MISSING)
+    base, colon, option = backend.partition(":") if isinstance(backend, str) else (backend, "", "")
+    if base not in known:
+        raise ValueError(f"backend is {backend!r}; want None or one of {', '.join(map(repr, known))}")
+    if colon:
+        module = import_module(f"hope_kernels.backends.{base}") if base in _COMPILED else None
+        if not hasattr(module, "with_option"):
+            raise ValueError(f"backend is {backend!r}; {base!r} takes no option")
+        module.with_option(option)
 
 
 def _refusal(name: str, spec: MemorySpec, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -68,15 +85,19 @@ def select(backend: str | None, spec: MemorySpec, dtype: torch.dtype, device: to
     if backend is None:
         candidates = _PREFERENCE.get(device.type, ("reference",))
         return next(name for name in candidates if _refusal(name, spec, dtype, device) is None)
-    known = ("reference", *_COMPILED, *_MISSING)
-    if backend not in known:
-        raise ValueError(f"backend is {backend!r}; want None or one of {', '.join(map(repr, known))}")
+    check_name(backend)
     reason = _refusal(backend, spec, dtype, device)
     if reason is not None:
         raise RuntimeError(f"backend={backend!r} cannot run this: {reason}")
     return backend
 
 
-# The answer depends on nothing a trace could change, and looking it up imports modules, which a trace cannot follow.
+def runs_together(name: str) -> bool:
+    """Whether a backend can run several scans that do not depend on one another at once."""
+    return name != "reference" and hasattr(implementation(name), "scans_forward")
+
+
+# The answers depend on nothing a trace could change, and looking them up imports modules, which a trace cannot follow.
 # This is all that `torch.compiler.assume_constant_result` does; calling it would import the compiler and NumPy here.
 select._dynamo_marked_constant = True  # type: ignore[attr-defined]
+runs_together._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -90,6 +90,7 @@ def check_parity(
     backends: Iterable[str],
     dtypes: Iterable[str],
     *,
+    device: torch.device | str = "cpu",
     seed: int = 0,
     notify: Callable[[str], None] = lambda message: None,
 ) -> ParityReport:
@@ -99,6 +100,7 @@ def check_parity(
         trials: cases (inputs and truth are made here) or finished trials (golden files).
         backends: names of available backends.
         dtypes: of :data:`DTYPES`.
+        device: where the backends run, the reference too; the truth stays on the CPU.
         seed: of the inputs of cases.
         notify: told the name of each case before it runs.
 
@@ -118,32 +120,32 @@ def check_parity(
         for dtype in dtypes:
             reference_errors = None
             if DTYPES[dtype] != torch.float64:
-                reference_errors = errors(backend_results(trial, "reference", DTYPES[dtype]), trial.truth)
+                reference_errors = errors(backend_results(trial, "reference", DTYPES[dtype], device), trial.truth)
             for backend in backends:
                 if backend == "reference" and reference_errors is not None:
                     report.rows.append(_judge(trial, backend, dtype, reference_errors, None))
                     continue
-                reason = _refusal(backend, trial.problem, DTYPES[dtype])
+                reason = _refusal(backend, trial.problem, DTYPES[dtype], torch.device(device))
                 if reason is not None:
                     report.refused.setdefault(backend, {})[f"{trial.name} {dtype}"] = reason
                     continue
-                measured = errors(backend_results(trial, backend, DTYPES[dtype]), trial.truth)
+                measured = errors(backend_results(trial, backend, DTYPES[dtype], device), trial.truth)
                 report.rows.append(_judge(trial, backend, dtype, measured, reference_errors))
     return report
 
 
-def backend_results(trial: Trial, backend: str, dtype: torch.dtype) -> Results:
+def backend_results(trial: Trial, backend: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Results:
     """Every result of a trial by ``memory_scan`` with tokens of ``dtype``, fed in the trial's calls and layout."""
     from hope_kernels import memory_scan
 
-    leaves = trial.problem.to(dtype).requires_grad()
+    leaves = trial.problem.to(dtype).map(lambda x: x.to(device)).requires_grad()
     layout: dict[str, Tensor] = {}
     if trial.layout == "packed":
         ends = [start + length for _, start, length in trial.segments]
-        layout["cu_seqlens"] = torch.tensor([0, *ends], dtype=torch.int32)
+        layout["cu_seqlens"] = torch.tensor([0, *ends], dtype=torch.int32, device=device)
     elif trial.layout == "valid":
         windows = [(start, start + length) for _, start, length in trial.segments]
-        layout["valid"] = torch.tensor(windows, dtype=torch.int32)
+        layout["valid"] = torch.tensor(windows, dtype=torch.int32, device=device)
     memory = leaves.weights
     outputs = []
     start = 0
@@ -182,7 +184,7 @@ def errors(results: Results, truth: Results) -> dict[str, float]:
         raise ValueError(f"results hold {sorted(results)}, the truth holds {sorted(truth)}")
     measured = {}
     for name, true in truth.items():
-        got = results[name].to(torch.float64)
+        got = results[name].to("cpu", torch.float64)
         if got.shape != true.shape:
             raise ValueError(f"{name} has shape {tuple(got.shape)}, the truth has {tuple(true.shape)}")
         if not torch.isfinite(got).all():
@@ -220,10 +222,10 @@ def _judge(
     )
 
 
-def _refusal(backend: str, problem: Problem, dtype: torch.dtype) -> str | None:
-    """Why a backend cannot run this problem in this dtype, None if it can."""
+def _refusal(backend: str, problem: Problem, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why a backend cannot run this problem in this dtype on this device, None if it can."""
     from hope_kernels.backends import implementation
 
     if backend == "reference":
         return None
-    return implementation(backend).refuses(problem.spec, dtype, problem.q.device)
+    return implementation(backend).refuses(problem.spec, dtype, device)

@@ -144,10 +144,14 @@ def _representable(x: Tensor) -> Tensor:
     return x.to(torch.bfloat16).to(torch.float16).to(torch.float64)
 
 
-def make_trial(case: Case, seed: int = 0) -> Trial:
-    """Inputs for a case, and its truth (slow: token by token in float64)."""
-    chunk_size, dim, hidden = 4, 6, 10
-    batch, tokens = (1, sum(_PACKED)) if case.layout == "packed" else (2, 14)
+def make_trial(
+    case: Case, seed: int = 0, *, chunk_size: int = 4, dim: int = 6, hidden: int = 10, tokens: int = 14
+) -> Trial:
+    """Inputs for a case, and its truth (slow: token by token in float64).
+
+    ``tokens`` does not hold for packed cases, whose lengths are fixed; ``valid`` ones use up to 14 of them.
+    """
+    batch, tokens = (1, sum(_PACKED)) if case.layout == "packed" else (2, tokens)
     if case.layout == "packed":
         starts = [sum(_PACKED[:i]) for i in range(len(_PACKED))]
         segments = tuple((0, start, length) for start, length in zip(starts, _PACKED, strict=True))
@@ -236,9 +240,9 @@ def named_results(
     results |= {f"final {name}": tensor for name, tensor in zip(names, weights, strict=True)}
     results |= {f"momentum {name}": tensor for name, tensor in zip(names, momentum, strict=False)}
     given = [(output, leaves.d_output)]
-    given += [(final, d.to(final.dtype)) for final, d in zip(weights, trial.d_weights, strict=True)]
+    given += [(final, d.to(final)) for final, d in zip(weights, trial.d_weights, strict=True)]
     if trial.d_momentum:
-        given += [(final, d.to(final.dtype)) for final, d in zip(momentum, trial.d_momentum, strict=True)]
+        given += [(final, d.to(final)) for final, d in zip(momentum, trial.d_momentum, strict=True)]
     given = [(value, gradient) for value, gradient in given if value.requires_grad]
     inputs = leaves.inputs()
     gradients = torch.autograd.grad(

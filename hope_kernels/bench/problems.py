@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from hope_kernels.backends.interface import state_dtype
 from hope_kernels.bench.shapes import Shape
 from hope_kernels.memory.spec import MemorySpec
 
@@ -74,11 +75,6 @@ class Problem:
         """A copy whose inputs are leaves that require gradients."""
         leaves = self.map(lambda tensor: tensor.detach().clone().requires_grad_())
         return replace(leaves, d_output=self.d_output)
-
-
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of gates and of everything written when tokens have ``dtype``."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def make_problem(

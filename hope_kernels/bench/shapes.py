@@ -82,15 +82,14 @@ def products_per_token(form: str, mode: str) -> int:
     raise ValueError(f"mode is {mode!r}; want one of {', '.join(map(repr, MODES))}")
 
 
-def rebuilt_products_per_token(form: str) -> tuple[int, int]:
-    """Further products per token and head of a backward that rebuilds every chunk state from checkpoints: least, most.
+def rebuilt_products_per_token(form: str) -> int:
+    """Further products per token and head of a backward that rebuilds every chunk state from checkpoints, errors too.
 
-    Least: the errors formed on the way are kept, only the updates are extra. Most: errors and updates both are.
-    For mlp 2 and 5, that is ``4`` and ``10 D H``.
+    For mlp 5, that is ``10 D H``.
     """
     weights = {"linear": 1, "mlp": 2, "glu": 3}[form]
     through_hidden = 1 if weights > 1 else 0
-    return weights, weights + (weights + through_hidden)
+    return weights + (weights + through_hidden)
 
 
 SHAPES: dict[str, Shape] = {

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from hope_kernels.bench.gpu import gemm_peak, peak_memory
 from hope_kernels.bench.implementations import (
     AGREEMENT,
     REFERENCE,
@@ -44,12 +45,13 @@ class SpeedRow:
         repeats: timed calls.
         ratio: how many times faster than the reference in the same rounds.
         gflop: the call's operations by the convention, in 1e9.
-        executed_gflop: least and most operations of matrix products it executes, in 1e9; the reference's are
-            counted, a compiled backend's backward adds the rebuilding of chunk states; None where neither is known.
+        executed_gflop: least and most operations of matrix products it executes, in 1e9; the reference's are counted.
+            A compiled backend's backward is bounded: from below by the reference, which recomputes nothing, from
+            above by the convention plus rebuilding every chunk state. None where nothing is known.
         gflops: ``gflop`` over the median time.
-        peak_fraction: ``gflops`` over the float32 multiply-add peak measured in this run; None in float64, on a GPU
-            and without the compiled core.
-        peak_bytes: peak memory of one call in a process of its own, None where it was not measured.
+        peak_fraction: ``gflops`` over the peak measured in this run: of float32 multiply-adds on a CPU, of dense matrix
+            products in the same dtype on a GPU; None in float64 on a CPU and without the compiled core.
+        peak_bytes: peak memory of one call (on a CPU in a process of its own), None where it was not measured.
         difference: relative difference to the reference's results.
     """
 
@@ -73,9 +75,9 @@ class SpeedRow:
 
 @dataclass
 class SpeedReport:
-    """All rows, and the highest float32 multiply-add rate the probe reached in the run.
+    """All rows, and the highest rate of multiply-adds (GPU: of dense matrix products) the probe reached in the run.
 
-    ``peak_gflops`` is None where no peak applies: without the compiled core, in float64, on a GPU.
+    ``peak_gflops`` is None where no peak applies: on a CPU in float64 or without the compiled core.
     """
 
     rows: list[SpeedRow]
@@ -141,7 +143,7 @@ def compare_speed(
         modes: of ``"forward"``, ``"forward+backward"``.
         dtype, device: of the tokens.
         repeats, warmup: rounds of :func:`~hope_kernels.bench.timing.time_side_by_side`.
-        memory_modes: the modes whose peak memory is measured as well (one fresh process per row; not for
+        memory_modes: the modes whose peak memory is measured as well (on a CPU one fresh process per row, and not for
             ``torch.compile``).
         seed: of the inputs.
         notify: told what starts now, for a progress bar.
@@ -153,15 +155,16 @@ def compare_speed(
     rows: list[SpeedRow] = []
     peaks: list[float] = []
     modes, memory_modes = list(modes), list(memory_modes)
+    on_gpu = torch.device(device).type == "cuda"
     for shape in shapes:
         problem = shape_problem(shape, dtype=dtype, device=device, seed=seed)
         for mode in modes:
             notify(f"{shape.name} {mode}: checking")
             calls = {item: make_call(item, problem, mode) for item in implementations}
             differences = _check(shape, mode, calls, dtype)
-            executed = {item: _executed_flops(item, call, shape, mode) for item, call in calls.items()}
+            executed = {item: _executed_gflop(item, calls, shape, mode) for item in calls}
             notify(f"{shape.name} {mode}: timing")
-            peak = fma_peak() if device == "cpu" and dtype != torch.float64 else None
+            peak = _peak(device, dtype)
             if peak is not None:
                 peaks.append(peak / 1e9)
             timings = time_side_by_side(
@@ -173,7 +176,9 @@ def compare_speed(
             gflop = shape.flops(mode) / 1e9
             for item in implementations:
                 timing, peak_bytes = timings[item.name], None
-                if mode in memory_modes and not item.compiled:
+                if mode in memory_modes and on_gpu:
+                    peak_bytes = peak_memory(calls[item], device)
+                elif mode in memory_modes and not item.compiled:
                     notify(f"{shape.name} {mode}: peak memory of {item.name}")
                     peak_bytes = measure_peak_memory(shape, item.backend, mode, dtype=dtype, device=device, seed=seed)
                 rows.append(
@@ -204,6 +209,12 @@ def compare_speed(
     return SpeedReport(rows, peak_gflops)
 
 
+def _peak(device: str, dtype: torch.dtype) -> float | None:
+    if torch.device(device).type == "cuda":
+        return gemm_peak(dtype, device)
+    return None if dtype == torch.float64 else fma_peak()
+
+
 def _check(shape: Shape, mode: str, calls: dict, dtype: torch.dtype) -> dict[Implementation, float]:
     expected = calls[REFERENCE]()
     differences = {}
@@ -217,21 +228,19 @@ def _check(shape: Shape, mode: str, calls: dict, dtype: torch.dtype) -> dict[Imp
     return differences
 
 
-def _executed_flops(
-    implementation: Implementation, call: Callable[[], object], shape: Shape, mode: str
+def _executed_gflop(
+    implementation: Implementation, calls: dict[Implementation, Callable[[], object]], shape: Shape, mode: str
 ) -> tuple[float, float] | None:
     if implementation.compiled:
         return None
-    if implementation == REFERENCE:
-        with FlopCounterMode(display=False) as counter:
-            call()
-        counted = counter.get_total_flops() / 1e9
-        return counted, counted
     convention = shape.flops(mode) / 1e9
-    if mode == "forward":
+    if implementation != REFERENCE and mode == "forward":
         return convention, convention
+    with FlopCounterMode(display=False) as counter:
+        calls[REFERENCE]()
+    counted = counter.get_total_flops() / 1e9
+    if implementation == REFERENCE:
+        return counted, counted
     weight_size = shape.dim * (shape.dim if shape.form == "linear" else shape.hidden)
-    least, most = (
-        2 * products * weight_size * shape.head_tokens / 1e9 for products in rebuilt_products_per_token(shape.form)
-    )
-    return convention + least, convention + most
+    rebuilt = 2 * rebuilt_products_per_token(shape.form) * weight_size * shape.head_tokens / 1e9
+    return counted, convention + rebuilt

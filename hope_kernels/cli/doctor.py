@@ -77,8 +77,7 @@ def collect() -> dict[str, Any]:
         "tools": {name: _tool(name) for name in TOOLS},
         "core": _core(),
         "backends": {
-            name: {"available": bool(status), "reason": status.reason}
-            for name, status in available_backends().items()
+            name: {"available": bool(status), "reason": status.reason} for name, status in available_backends().items()
         },
     }
 

@@ -9,9 +9,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from hope_kernels.backends import available_backends
+from hope_kernels import backends
 from hope_kernels.layers.cms_state import CMSBuffer, CMSState
 from hope_kernels.layers.level import CMSLevel, MemoryLevel, PlainLevel
+from hope_kernels.memory.scan import scan_together
 from hope_kernels.memory.state import state_dtype
 
 Variant = Literal["sequential", "independent", "nested"]
@@ -70,9 +71,7 @@ class CMS(nn.Module):
             raise ValueError(f"CMS: dim is {dim} and heads is {heads}; want dim divisible by heads")
         if variant not in get_args(Variant):
             raise ValueError(f"CMS: variant is {variant!r}; want one of {', '.join(map(repr, get_args(Variant)))}")
-        if backend is not None and backend not in available_backends():
-            names = ", ".join(map(repr, available_backends()))
-            raise ValueError(f"CMS: backend is {backend!r}; want None or one of {names}")
+        backends.check_name(backend)
         self.dim, self.heads, self.variant, self.backend = dim, heads, variant, backend
         self.levels = nn.ModuleList()
         for index, level in enumerate(levels):
@@ -179,10 +178,41 @@ class CMS(nn.Module):
         return self._join(outputs).view_as(x)
 
     def _run(self, x: Tensor, states: Sequence) -> tuple[Tensor, tuple]:
+        if self.variant == "independent" and self._share_a_launch(x):
+            return self._run_together(x, states)
         outputs: list[Tensor] = []
         after = []
         for level, state in zip(self.levels, states, strict=True):
             output, state = level(self._level_input(x, outputs), state)
+            outputs.append(output)
+            after.append(state)
+        return self._join(outputs), tuple(after)
+
+    def _share_a_launch(self, x: Tensor) -> bool:
+        """Whether one backend runs all memories and can take several scans at once."""
+        dtype = self._token_dtype()
+        names = [
+            backends.select(level.backend, level.spec, dtype, x.device)
+            for level in self.levels
+            if isinstance(level, MemoryLevel)
+        ]
+        return len(names) > 1 and all(name == names[0] for name in names) and backends.runs_together(names[0])
+
+    def _run_together(self, x: Tensor, states: Sequence) -> tuple[Tensor, tuple]:
+        """Levels that all read ``x``: the scans of their memories are handed over at once."""
+        written = [
+            (level, state) for level, state in zip(self.levels, states, strict=True) if isinstance(level, MemoryLevel)
+        ]
+        scans = iter(scan_together([level.scan_arguments(level.tokens(x), state) for level, state in written]))
+        outputs: list[Tensor] = []
+        after = []
+        for level, state in zip(self.levels, states, strict=True):
+            if isinstance(level, PlainLevel):
+                output, state = level(x)
+            else:
+                begun = 0 if state is None else state.position
+                output, state = next(scans)
+                output = level.joined_heads(x, begun, output)
             outputs.append(output)
             after.append(state)
         return self._join(outputs), tuple(after)

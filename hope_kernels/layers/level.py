@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -232,29 +232,36 @@ class MemoryLevel(nn.Module):
             output, state = self._scan(tokens, state)
         else:
             output, state = self._scan_segments(tokens, state, self.segment)
+        return self.joined_heads(x, begun, output), state
+
+    def joined_heads(self, x: Tensor, begun: int, output: Tensor) -> Tensor:
+        """The level's output ``[B, T, dim]`` for ``x`` from that of its memories, ``begun`` tokens into the stream."""
         output = output.flatten(-2)
         if begun % self.chunk_size + x.shape[1] < self.chunk_size and torch.is_grad_enabled():
             # No chunk was completed, so targets and gates had no part in the output. Which parameters have a
             # gradient must not depend on the length of a sequence (data parallel training stops when it does):
             # an empty sum adds 0 and gives them a gradient of zeros.
             output = output + sum(p.flatten()[:0].sum() for p in (self.target.weight, *self.gates.parameters()))
-        return output, state
+        return output
+
+    def scan_arguments(self, tokens: Tokens, state: MemoryState | None) -> dict[str, Any]:
+        """Of the :func:`memory_scan` of one stretch without a reset; ``state`` None starts from the parameters."""
+        return {
+            "q": tokens.k,
+            "k": tokens.k,
+            "v": tokens.v,
+            "lr": tokens.lr,
+            "memory": tuple(self.weights) if state is None else state,
+            "spec": self.spec,
+            "chunk_size": self.chunk_size,
+            "retention": tokens.retention,
+            "momentum": tokens.momentum,
+            "bptt_chunks": self.level.bptt_chunks,
+            "backend": self.backend,
+        }
 
     def _scan(self, tokens: Tokens, state: MemoryState | None) -> tuple[Tensor, MemoryState]:
-        """One stretch without a reset; ``state`` None starts every row from the parameters."""
-        return memory_scan(
-            tokens.k,
-            tokens.k,
-            tokens.v,
-            tokens.lr,
-            tuple(self.weights) if state is None else state,
-            spec=self.spec,
-            chunk_size=self.chunk_size,
-            retention=tokens.retention,
-            momentum=tokens.momentum,
-            bptt_chunks=self.level.bptt_chunks,
-            backend=self.backend,
-        )
+        return memory_scan(**self.scan_arguments(tokens, state))
 
     def _scan_segments(
         self, tokens: Tokens, state: MemoryState | None, segment: int

@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from hope_kernels import backends
-from hope_kernels.backends.interface import ScanProblem
+from hope_kernels.backends.interface import ScanGradients, ScanProblem
 from hope_kernels.memory.spec import MemorySpec
-from hope_kernels.memory.state import state_dtype
 
 _TENSORS = (
     "Tensor? q, Tensor? k, Tensor? v, Tensor? pending_k, Tensor? pending_v, "
@@ -32,28 +31,14 @@ _GATED = 11  # the tensors before `weights`, in the order of ScanGradients
 
 _library = torch.library.Library("hope_kernels", "DEF")
 _library.define(
-    f"scan({_TENSORS}, {_SETTINGS}, bool save) -> (Tensor output, Tensor[] weights, Tensor[] momentum, "
-    "Tensor[] checkpoints)",
+    f"scan({_TENSORS}, {_SETTINGS}, bool save) -> (Tensor output, Tensor[] weights, Tensor[] momentum, Tensor[] saved)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
-    f"scan_backward({_TENSORS}, {_SETTINGS}, Tensor[] checkpoints, Tensor? grad_output, Tensor?[] grad_weights, "
+    f"scan_backward({_TENSORS}, {_SETTINGS}, Tensor[] saved, Tensor? grad_output, Tensor?[] grad_weights, "
     "Tensor?[] grad_momentum) -> (Tensor[] tokens, Tensor[] weights, Tensor[] momentum)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-
-
-def checkpoint_interval(chunks: int) -> int:
-    """K, the least power of two with ``K^2 >= chunks``, ``chunks`` being a bound for one sequence.
-
-    The forward keeps a state every K chunks and the backward rebuilds at most K at a time, so memory grows like
-    the square root of the number of chunks. Powers of two, found by comparing, keep a symbolic length symbolic
-    under ``torch.compile``: it recompiles when the interval doubles, not for every length.
-    """
-    interval = 1
-    while interval * interval < chunks:
-        interval *= 2
-    return interval
 
 
 def _problem(args: tuple[Any, ...]) -> ScanProblem:
@@ -70,10 +55,7 @@ def _problem(args: tuple[Any, ...]) -> ScanProblem:
         chunks=chunks,
         first_chunk=first_chunk,
         bptt_chunks=bptt_chunks,
-        checkpoint_interval=checkpoint_interval(chunks),
     )
-
-
 
 
 def _scan(*args: Any) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
@@ -82,31 +64,40 @@ def _scan(*args: Any) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]
 
 
 def _scan_fake(*args: Any) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    problem, save = _problem(args), args[-1]
+    backend, save = args[-2:]
+    return empty_results(_problem(args), backend, save)
+
+
+def empty_results(
+    problem: ScanProblem, backend: str, save: bool
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    """Uninitialised tensors as a backend's ``scan_forward`` returns them."""
     tokens = problem.tokens
     output = tokens.new_empty(problem.q.shape if problem.q is not None else (0,))
-    dtype, heads = state_dtype(tokens.dtype), tokens.shape[2]
-    shapes = [w.shape[-2:] for w in problem.weights]
 
-    def states(rows: int) -> list[Tensor]:
-        return [tokens.new_empty((rows, heads, *shape), dtype=dtype) for shape in shapes]
+    def empty(shapes: Iterable[tuple[int, ...]]) -> list[Tensor]:
+        return [tokens.new_empty(shape, dtype=problem.state_dtype) for shape in shapes]
 
-    written = problem.k is not None
-    weights = states(problem.sequence_count) if written else []
-    momentum = states(problem.sequence_count) if written and problem.has_momentum else []
-    checkpoints: list[Tensor] = []
-    if written and save:
-        rows = problem.chunk_rows // problem.checkpoint_interval
-        checkpoints = states(rows) + (states(rows) if problem.has_momentum else [])
-    return output, weights, momentum, checkpoints
+    if problem.k is None:
+        return output, [], [], []
+    shapes = [(problem.sequence_count, tokens.shape[2], *w.shape[-2:]) for w in problem.weights]
+    saved = backends.implementation(backend).saved_shapes(problem) if save else []
+    return output, empty(shapes), empty(shapes if problem.has_momentum else []), empty(saved)
 
 
 def _scan_backward(*args: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     problem = _problem(args)
-    backend, checkpoints, grad_output, grad_weights, grad_momentum = args[-5:]
+    backend, saved, grad_output, grad_weights, grad_momentum = args[-5:]
     gradients = backends.implementation(backend).scan_backward(
-        problem, list(checkpoints), grad_output, list(grad_weights), list(grad_momentum)
+        problem, list(saved), grad_output, list(grad_weights), list(grad_momentum)
     )
+    return reduced_gradients(problem, gradients)
+
+
+def reduced_gradients(
+    problem: ScanProblem, gradients: ScanGradients
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """A backend's gradients of the tensors that are given, of the weights and of the momentum."""
     tokens = [g for g in gradients[:_GATED] if g is not None]
     # Shared weights: the gradient is the sum over the sequences, in a fixed order, in the dtype of the weight.
     weights = [_reduce(g, w) for g, w in zip(gradients.weights, problem.weights, strict=True)]
@@ -115,7 +106,9 @@ def _scan_backward(*args: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]
 
 
 def _reduce(gradient: Tensor, initial: Tensor) -> Tensor:
-    return (gradient.sum(0) if initial.dim() == 3 else gradient).to(initial.dtype)
+    if initial.dim() == 3:
+        gradient = gradient[0] if gradient.shape[0] == 1 else gradient.sum(0)
+    return gradient.to(initial.dtype)
 
 
 def _scan_backward_fake(*args: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -127,7 +120,7 @@ def _scan_backward_fake(*args: Any) -> tuple[list[Tensor], list[Tensor], list[Te
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    _, _, _, checkpoints = output
+    *_, saved = output
     ctx.set_materialize_grads(False)
     tensors = inputs[:_GATED]
     weights, momentum, sequences = inputs[_GATED : _GATED + 3]
@@ -139,7 +132,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
         *weights,
         *momentum,
         *([sequences] if sequences is not None else []),
-        *checkpoints,
+        *saved,
     )
 
 
@@ -169,15 +162,16 @@ def _backward(ctx: Any, grad_output: Tensor | None, grad_weights: Any, grad_mome
     return (*d_inputs, d_weights, d_momentum if momentum_count else [], None, *[None] * 7)
 
 
-def _refuse_double_backward(*_: Any) -> None:
+def refuse_double_backward(*_: Any) -> None:
+    """The backward of a backward."""
     raise RuntimeError(
         "hope_kernels: a compiled backend gives first derivatives only; for gradients of gradients use "
         "backend='reference'"
     )
 
 
-def _no_context(ctx: Any, inputs: Any, output: Any) -> None:
-    pass
+def no_context(ctx: Any, inputs: Any, output: Any) -> None:
+    """Keeps nothing for a backward that refuses to run."""
 
 
 for _device in ("CPU", "CUDA"):
@@ -187,11 +181,11 @@ torch.library.register_fake("hope_kernels::scan", _scan_fake, lib=_library)
 torch.library.register_fake("hope_kernels::scan_backward", _scan_backward_fake, lib=_library)
 torch.library.register_autograd("hope_kernels::scan", _backward, setup_context=_setup_context, lib=_library)
 torch.library.register_autograd(
-    "hope_kernels::scan_backward", _refuse_double_backward, setup_context=_no_context, lib=_library
+    "hope_kernels::scan_backward", refuse_double_backward, setup_context=no_context, lib=_library
 )
 
 
-def _refuse_forward_mode(tensors: Iterable[Tensor | None]) -> None:
+def refuse_forward_mode(tensors: Iterable[Tensor | None]) -> None:
     """Forward-mode derivatives would come out as silent zeros: the operator has no formula for them."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
@@ -201,7 +195,11 @@ def _refuse_forward_mode(tensors: Iterable[Tensor | None]) -> None:
         )
 
 
-def scan(problem: ScanProblem, backend: str) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+# Output, final weights and final momentum of a scan.
+ScanResult = tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]
+
+
+def scan(problem: ScanProblem, backend: str) -> ScanResult:
     """Run a problem on a compiled backend: output, final weights, final momentum, with gradients."""
     tensors = (
         problem.q,
@@ -216,7 +214,7 @@ def scan(problem: ScanProblem, backend: str) -> tuple[Tensor, tuple[Tensor, ...]
         problem.momentum_carry,
         problem.momentum_decay,
     )
-    _refuse_forward_mode((*tensors, *problem.weights, *problem.momentum))
+    refuse_forward_mode((*tensors, *problem.weights, *problem.momentum))
     save = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (*tensors, *problem.weights, *problem.momentum)
     )

@@ -7,16 +7,16 @@ form, and hands one operator-level problem to the reference or to a compiled bac
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hope_kernels import backends
 from hope_kernels.backends.interface import ScanProblem
-from hope_kernels.memory import ops, reference
+from hope_kernels.memory import joint_ops, ops, reference
 from hope_kernels.memory import validation as check
 from hope_kernels.memory.coefficients import Coefficients, chunk_coefficients
 from hope_kernels.memory.layout import TableLayout, UniformLayout, make_layout
@@ -86,6 +86,65 @@ def memory_scan(
         ValueError, TypeError: an argument does not fit; the message names it, what it is and what is wanted.
         RuntimeError: the backend asked for cannot run this here; the message says why.
     """
+    scan = _prepare(
+        q,
+        k,
+        v,
+        lr,
+        memory,
+        spec=spec,
+        chunk_size=chunk_size,
+        retention=retention,
+        momentum=momentum,
+        cu_seqlens=cu_seqlens,
+        valid=valid,
+        bptt_chunks=bptt_chunks,
+        backend=backend,
+    )
+    return scan.finish(*_run(scan.problem, scan.backend))
+
+
+def scan_together(calls: Sequence[dict[str, Any]]) -> list[MemoryOutput]:
+    """Several :func:`memory_scan` that do not depend on one another, in one launch where a backend can do that.
+
+    Args:
+        calls: the arguments of each, by name.
+
+    Returns and raises what the calls one by one would; nothing runs before all of them are checked.
+    """
+    scans = [_prepare(**call) for call in calls]
+    name = scans[0].backend if scans else "reference"
+    if all(scan.backend == name for scan in scans) and backends.runs_together(name):
+        results = joint_ops.scans([scan.problem for scan in scans], name)
+    else:
+        results = [_run(scan.problem, scan.backend) for scan in scans]
+    return [scan.finish(*result) for scan, result in zip(scans, results, strict=True)]
+
+
+class _Prepared(NamedTuple):
+    """A checked scan: the problem, the backend to run it on, and what makes a result of what comes out."""
+
+    problem: ScanProblem
+    backend: str
+    finish: Callable[[Tensor, Weights, Weights], MemoryOutput]
+
+
+def _prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lr: Tensor,
+    memory: Memory,
+    *,
+    spec: MemorySpec,
+    chunk_size: int,
+    retention: Tensor | None = None,
+    momentum: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    valid: Tensor | None = None,
+    bptt_chunks: int | None = None,
+    backend: str | None = None,
+) -> _Prepared:
     check.check_spec(spec)
     check.check_chunk_size(chunk_size)
     q, k, v, lr, retention, momentum = _under_autocast(q, k, v, lr, retention, momentum)
@@ -123,29 +182,30 @@ def memory_scan(
         chunks=layout.chunks,
         first_chunk=layout.first_chunk if isinstance(layout, UniformLayout) else 0,
         bptt_chunks=bptt_chunks or 0,
-        checkpoint_interval=ops.checkpoint_interval(layout.chunks),
     )
-    output, weights, speeds = _run(problem, name)
 
     def unfinished(pending: Tensor | None, new: Tensor | None) -> Tensor | None:
         return None if new is None else layout.unfinished(pending, new)
 
-    new_state = replace(
-        state,
-        chunk_size=chunk_size,
-        batch_size=rows,
-        stored_weights=weights if writes else state.stored_weights,
-        stored_momentum=speeds if writes and speeds else state.stored_momentum,
-        pending_k=unfinished(state.pending_k, k),
-        pending_v=unfinished(state.pending_v, v),
-        pending_lr=unfinished(state.pending_lr, lr),
-        pending_retention=unfinished(state.pending_retention, retention),
-        pending_momentum=unfinished(state.pending_momentum, momentum),
-        has_retention=retention is not None,
-        has_momentum=momentum is not None,
-        **layout.advance(),
-    )
-    return MemoryOutput(output, new_state)
+    def finish(output: Tensor, weights: Weights, speeds: Weights) -> MemoryOutput:
+        new_state = replace(
+            state,
+            chunk_size=chunk_size,
+            batch_size=rows,
+            stored_weights=weights if writes else state.stored_weights,
+            stored_momentum=speeds if writes and speeds else state.stored_momentum,
+            pending_k=unfinished(state.pending_k, k),
+            pending_v=unfinished(state.pending_v, v),
+            pending_lr=unfinished(state.pending_lr, lr),
+            pending_retention=unfinished(state.pending_retention, retention),
+            pending_momentum=unfinished(state.pending_momentum, momentum),
+            has_retention=retention is not None,
+            has_momentum=momentum is not None,
+            **layout.advance(),
+        )
+        return MemoryOutput(output, new_state)
+
+    return _Prepared(problem, name, finish)
 
 
 def memory_read(q: Tensor, memory: Memory, *, spec: MemorySpec, backend: str | None = None) -> Tensor:
@@ -274,7 +334,6 @@ def _whole_call(length: int, weights: Weights, momentum: Weights, spec: MemorySp
         chunks=0 if "k" not in tensors else 1,
         first_chunk=0,
         bptt_chunks=0,
-        checkpoint_interval=1,
     )
 
 

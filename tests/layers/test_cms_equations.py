@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hope_kernels import CMS, CMSLevel, memory_scan
 from hope_kernels.memory.reference import recurrent_scan
-from tests.cases import BACKENDS
+from tests.cases import FLOAT64_BACKENDS
 from tests.layers.common import DIM, HEADS, make_cms, spread, tokens
 
 HEAD_DIM = DIM // HEADS
@@ -67,7 +67,7 @@ def expected_output(cms: CMS, x: Tensor) -> Tensor:
     return sum(share[i] * output for i, output in enumerate(outputs))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FLOAT64_BACKENDS)
 @pytest.mark.parametrize("momentum", [False, True])
 @pytest.mark.parametrize("variant", ["sequential", "independent", "nested"])
 @pytest.mark.parametrize("length", [1, 5, 12, 20])
@@ -137,7 +137,7 @@ def test_a_token_reads_only_itself_and_completed_chunks() -> None:
     assert torch.equal(reads, expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FLOAT64_BACKENDS)
 @pytest.mark.parametrize("variant", ["sequential", "independent", "nested"])
 def test_a_row_alone_equals_the_row_in_a_batch(variant, backend) -> None:
     cms = make_cms(variant, backend=backend)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hope_kernels import CMS, CMSLevel
-from tests.cases import BACKENDS, COMPILED_BACKENDS
+from tests.cases import COMPILED_BACKENDS, FLOAT64_BACKENDS
 from tests.layers.common import (
     DIM,
     HEADS,
@@ -145,7 +145,7 @@ def test_representation_names_what_was_chosen() -> None:
     assert "reset" not in repr(make_cms("sequential"))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FLOAT64_BACKENDS)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_dtypes_follow_float64(variant, dtype, backend) -> None:
@@ -166,7 +166,7 @@ def test_other_dtypes_follow_float64(variant, dtype, backend) -> None:
         assert parameter.grad.isfinite().all(), name
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FLOAT64_BACKENDS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_autocast_rounds_tokens_and_keeps_gates_and_state(variant, backend) -> None:
     cms = make_float(variant, backend=backend)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hope_kernels import CMS, CMSLevel
-from tests.cases import BACKENDS
+from tests.cases import FLOAT64_BACKENDS
 from tests.layers.common import (
     DIM,
     HEADS,
@@ -21,7 +21,7 @@ from tests.layers.common import (
 )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FLOAT64_BACKENDS)
 @pytest.mark.parametrize("momentum", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_steps_equal_the_stream_and_the_whole_call_at_every_token(variant, momentum, backend) -> None:

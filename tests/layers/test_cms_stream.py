@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hope_kernels import CMS, CMSLevel
 from hope_kernels.layers import CMSState
-from tests.cases import BACKENDS
+from tests.cases import FLOAT64_BACKENDS
 from tests.layers.common import (
     DIM,
     HEADS,
@@ -48,7 +48,7 @@ def all_tensors(state: CMSState) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FLOAT64_BACKENDS)
 @pytest.mark.parametrize("momentum", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
 @settings(max_examples=8)
@@ -94,7 +94,7 @@ def test_gradients_flow_through_a_carried_state_until_it_is_detached() -> None:
         torch.autograd.grad(cut.sum(), first, allow_unused=False)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FLOAT64_BACKENDS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_stream_changes_nothing_in_the_state_or_tokens_it_is_given(variant, backend) -> None:
     cms = make_cms(variant, momentum=True, backend=backend)

@@ -1,0 +1,176 @@
+"""The Triton engine: whole chunked scans on a GPU, in one launch or, for large memories, a few launches per chunk.
+
+Two plans compute the same thing (see :mod:`hope_kernels.backends.triton.plan` for the rule that picks one);
+``backend="triton:resident"`` and ``"triton:tiled"`` ask for one by name. With ``TRITON_INTERPRET=1`` in the environment
+before Triton is first used, kernels run in Triton's interpreter on CPU tensors: slow, and exact enough to test them.
+
+Triton and the kernels are imported on first use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hope_kernels.backends.interface import BackendStatus, ScanGradients, ScanProblem
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from torch import Tensor
+
+    from hope_kernels.memory.spec import MemorySpec
+
+__all__ = [
+    "Engine",
+    "refuses",
+    "saved_shapes",
+    "scan_backward",
+    "scan_forward",
+    "scans_backward",
+    "scans_forward",
+    "status",
+    "with_option",
+]
+
+_INSTALL = "install it with: pip install 'hope_kernels[triton]'"
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter. Fixed when the kernels are first imported."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    from hope_kernels.backends.triton.resident_forward import forward_kernel
+
+    return isinstance(forward_kernel, InterpretedFunction)
+
+
+@cache
+def status() -> BackendStatus:
+    """Whether Triton is installed and has something to run on, or why not."""
+    try:
+        import triton
+    except ImportError as error:
+        return BackendStatus("triton", False, f"Triton does not import ({error}); {_INSTALL}")
+    if interpreted():
+        return BackendStatus(
+            "triton", True, f"Triton {triton.__version__}, interpreted on CPU tensors (TRITON_INTERPRET=1): for tests"
+        )
+    if not torch.cuda.is_available():
+        return BackendStatus(
+            "triton", False, f"Triton {triton.__version__} needs a GPU; to test without one, set TRITON_INTERPRET=1"
+        )
+    return BackendStatus("triton", True, f"Triton {triton.__version__} on {torch.cuda.get_device_name()}")
+
+
+def refuses(spec: MemorySpec, dtype: torch.dtype, device: torch.device) -> str | None:
+    """None when this engine can run tokens of ``dtype`` on ``device``, else the reason it cannot."""
+    state = status()
+    if not state:
+        return state.reason
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it takes float32, bfloat16 or float16 tokens, got {dtype}"
+    if interpreted():
+        if dtype == torch.bfloat16:
+            return "Triton's interpreter computes bfloat16 wrongly; it takes float32 or float16 tokens"
+        return None if device.type == "cpu" else f"interpreted, it needs CPU tensors, got {device}"
+    return None if device.type == "cuda" else f"it needs GPU tensors, got {device}"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The engine with a plan: ``"resident"``, ``"tiled"``, or None for the one that suits the problem."""
+
+    plan: str | None = None
+
+    @staticmethod
+    def status() -> BackendStatus:
+        return status()
+
+    @staticmethod
+    def refuses(spec: MemorySpec, dtype: torch.dtype, device: torch.device) -> str | None:
+        return refuses(spec, dtype, device)
+
+    def _module(self, problem: ScanProblem) -> ModuleType:
+        from hope_kernels.backends.triton.plan import choose_plan
+
+        choice = choose_plan(problem.chunk_size if problem.k is not None else 1, problem.tokens.shape[3])
+        if self.plan == "resident" and choice.name != "resident":
+            raise RuntimeError(f"backend='triton:resident' cannot run this: {choice.reason}")
+        return import_module(f"hope_kernels.backends.triton.{self.plan or choice.name}")
+
+    @staticmethod
+    def saved_shapes(problem: ScanProblem) -> list[tuple[int, ...]]:
+        """Shapes of the checkpoints; both plans keep the same."""
+        from hope_kernels.backends.triton.launch import saved_shapes
+
+        return saved_shapes(problem)
+
+    def scan_forward(
+        self, problem: ScanProblem, *, save: bool
+    ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+        """As :meth:`hope_kernels.backends.interface.Backend.scan_forward` says."""
+        return self._module(problem).scan_forward(problem, save=save)
+
+    def scan_backward(
+        self,
+        problem: ScanProblem,
+        saved: list[Tensor],
+        grad_output: Tensor | None,
+        grad_weights: list[Tensor | None],
+        grad_momentum: list[Tensor | None],
+    ) -> ScanGradients:
+        """As :meth:`hope_kernels.backends.interface.Backend.scan_backward` says."""
+        return self._module(problem).scan_backward(problem, saved, grad_output, grad_weights, grad_momentum)
+
+    def scans_forward(
+        self, problems: list[ScanProblem], *, save: bool
+    ) -> list[tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]]:
+        """Scans that do not depend on one another: those of the resident plan in one launch."""
+        return self._grouped(problems, "scans_forward", lambda i: (problems[i],), save=save)
+
+    def scans_backward(
+        self,
+        problems: list[ScanProblem],
+        saved: list[list[Tensor]],
+        upstream: list[tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]],
+    ) -> list[ScanGradients]:
+        """Their gradients, given those of output, final weights and final momentum of each."""
+        return self._grouped(problems, "scans_backward", lambda i: (problems[i], saved[i], upstream[i]))
+
+    def _grouped(
+        self, problems: list[ScanProblem], name: str, arguments: Callable[[int], tuple], **options: Any
+    ) -> list:
+        """``name`` of each problem's plan, called once with the problems that share it; results in their order."""
+        groups: dict[ModuleType, list[int]] = {}
+        for i, problem in enumerate(problems):
+            groups.setdefault(self._module(problem), []).append(i)
+        results: dict[int, Any] = {}
+        for module, indices in groups.items():
+            columns = zip(*map(arguments, indices), strict=True)
+            results |= zip(indices, getattr(module, name)(*map(list, columns), **options), strict=True)
+        return [results[i] for i in range(len(problems))]
+
+
+_default = Engine()
+saved_shapes = _default.saved_shapes
+scan_forward = _default.scan_forward
+scan_backward = _default.scan_backward
+scans_forward = _default.scans_forward
+scans_backward = _default.scans_backward
+
+
+def with_option(option: str) -> Engine:
+    """The engine that ``backend="triton:<option>"`` names.
+
+    Raises:
+        ValueError: there is no such plan.
+    """
+    if option not in ("resident", "tiled"):
+        raise ValueError(f"backend is 'triton:{option}'; want 'triton', 'triton:resident' or 'triton:tiled'")
+    return Engine(option)

@@ -1,0 +1,107 @@
+"""From tensors to kernel arguments: views, sizes and plans of a scan."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton.language as tl
+from triton import next_power_of_2
+
+from hope_kernels.backends.triton.operands import Coefficients, MatrixView, Plan, Problem, Sizes, TokenView
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hope_kernels.backends.interface import ScanProblem
+
+OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def readable(x: Tensor | None) -> Tensor | None:
+    """``x`` with a contiguous last dimension: copied if it is not."""
+    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def token_view(x: Tensor | None) -> TokenView | None:
+    """View of ``[rows, tokens, heads, D]``; None where there is nothing to address."""
+    return None if x is None or x.numel() == 0 else TokenView(x, *x.stride()[:3])
+
+
+def matrix_view(x: Tensor) -> MatrixView:
+    """View of ``[S, heads, in, out]``, or of ``[heads, in, out]`` shared by all sequences."""
+    return MatrixView(x, *(x.stride() if x.dim() == 4 else (0, *x.stride())))
+
+
+def matrix_views(tensors: list[Tensor] | tuple[Tensor, ...]) -> tuple[MatrixView, ...]:
+    return tuple(matrix_view(x) for x in tensors)
+
+
+def problem_arguments(problem: ScanProblem) -> tuple[Problem, Sizes]:
+    """The kernel's description of ``problem``. Tensors that had to be copied live as long as the result."""
+    tokens = [token_view(readable(x)) for x in (problem.q, problem.k, problem.v, problem.pending_k, problem.pending_v)]
+    coefficients = (
+        problem.step,
+        problem.retention,
+        problem.decay,
+        problem.momentum_step,
+        problem.momentum_carry,
+        problem.momentum_decay,
+    )
+    described = Problem(
+        *tokens,
+        Coefficients(*(None if x is None else x.contiguous() for x in coefficients)),
+        matrix_views(problem.weights),
+        matrix_views(problem.momentum),
+        None if problem.sequences is None else problem.sequences.contiguous(),
+    )
+    batch, length = problem.tokens.shape[:2]
+    sizes = Sizes(
+        sequences=problem.sequence_count,
+        tokens=length,
+        pending=0 if problem.pending_k is None else problem.pending_k.shape[1],
+        chunks=problem.chunks,
+        first_chunk=problem.first_chunk,
+        interval=problem.checkpoint_interval,
+        bptt_chunks=problem.bptt_chunks,
+        rows=batch,
+    )
+    return described, sizes
+
+
+def same_view(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two token tensors are the same memory read the same way."""
+    return a is not None and b is not None and a.data_ptr() == b.data_ptr() and a.stride() == b.stride()
+
+
+def saved_shapes(problem: ScanProblem) -> list[tuple[int, ...]]:
+    """Checkpoints: one ``[M // K, N, in, out]`` per weight, then per momentum.
+
+    The state at the start of chunk ``jK``, ``j >= 1``, of sequence ``s`` is in row ``chunk_row_s // K + j - 1``.
+    """
+    rows, heads = problem.chunk_rows // problem.checkpoint_interval, problem.tokens.shape[2]
+    shapes = [(rows, heads, *w.shape[-2:]) for w in problem.weights]
+    return shapes * 2 if problem.has_momentum else shapes
+
+
+def make_plan(problem: ScanProblem, *, block_hidden: int, precision: str, fast_activation: bool) -> Plan:
+    spec, tokens = problem.spec, problem.tokens
+    heads, dim = tokens.shape[2:]
+    return Plan(
+        form=spec.form,
+        activation=spec.activation,
+        objective=spec.objective,
+        rule=spec.rule,
+        residual=spec.residual,
+        heads=heads,
+        chunk=problem.chunk_size,
+        dim=dim,
+        hidden=problem.weights[0].shape[-1],
+        block_chunk=max(16, next_power_of_2(problem.chunk_size)),
+        block_dim=max(16, next_power_of_2(dim)),
+        block_hidden=block_hidden,
+        operand=OPERANDS[tokens.dtype],
+        precision=precision,
+        fast_activation=fast_activation,
+        shared_read=same_view(problem.q, problem.k),
+    )

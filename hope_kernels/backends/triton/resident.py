@@ -1,0 +1,249 @@
+"""Launches of the resident scan: one for any number of scans that do not depend on each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+
+from hope_kernels.backends.interface import ScanGradients
+from hope_kernels.backends.triton import launch
+from hope_kernels.backends.triton.operands import Coefficients
+from hope_kernels.backends.triton.resident_adjoint import Workspace
+from hope_kernels.backends.triton.resident_backward import Results, backward_kernel
+from hope_kernels.backends.triton.resident_forward import Scratch, forward_kernel, read_kernel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hope_kernels.backends.interface import ScanProblem
+    from hope_kernels.backends.triton.operands import Plan
+
+ForwardResult = tuple["Tensor", list["Tensor"], list["Tensor"], list["Tensor"]]
+# Gradients of output, final weights and final momentum.
+Upstream = tuple["Tensor | None", list["Tensor | None"], list["Tensor | None"]]
+
+
+def empty_states(problem: ScanProblem, rows: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """One uninitialised ``[rows, N, in, out]`` per weight."""
+    tokens = problem.tokens
+    return [
+        torch.empty((rows, tokens.shape[2], *w.shape[-2:]), dtype=dtype, device=tokens.device) for w in problem.weights
+    ]
+
+
+def like_tokens(problem: ScanProblem, x: Tensor | None) -> Tensor | None:
+    """A contiguous result in the shape of ``x``; zero where a table may leave tokens out."""
+    if x is None:
+        return None
+    make = torch.empty if problem.sequences is None else torch.zeros
+    return make(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _plan(problem: ScanProblem) -> Plan:
+    return launch.make_plan(problem, block_hidden=32, precision="ieee", fast_activation=False)
+
+
+def _scratch(problem: ScanProblem, plan: Plan) -> Scratch:
+    tokens = problem.tokens
+    programs = problem.sequence_count * plan.heads
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty((programs, *shape), dtype=dtype, device=tokens.device)
+
+    delta_rule = plan.rule == "dgd"
+    return Scratch(
+        empty(2, plan.block_chunk, plan.block_dim),
+        empty(plan.block_chunk, plan.block_chunk) if delta_rule else None,
+        empty(plan.block_chunk, plan.hidden, dtype=tokens.dtype) if delta_rule else None,
+    )
+
+
+def scan_forward(problem: ScanProblem, *, save: bool) -> ForwardResult:
+    """As :meth:`hope_kernels.backends.interface.Backend.scan_forward` says, in one launch."""
+    return scans_forward([problem], save=save)[0]
+
+
+def scans_forward(problems: Sequence[ScanProblem], *, save: bool) -> list[ForwardResult]:
+    """Scans that do not depend on each other: one launch for those that write, one for those that only read."""
+    results = [_empty_results(problem, save=save) for problem in problems]
+    present = [i for i, problem in enumerate(problems) if problem.sequence_count * problem.tokens.shape[2]]
+    writing = [i for i in present if problems[i].k is not None]
+    reading = [i for i in present if problems[i].k is None and problems[i].tokens.shape[1]]
+    plans = {i: _plan(problems[i]) for i in present}
+    arguments = {i: launch.problem_arguments(problems[i]) for i in present}
+    programs = {i: problems[i].sequence_count * plans[i].heads for i in present}
+
+    def each(indices: list[int], of) -> tuple:
+        return tuple(of(i) for i in indices)
+
+    if writing:
+        forward_kernel[(sum(programs[i] for i in writing),)](
+            each(writing, lambda i: arguments[i][0]),
+            each(writing, lambda i: arguments[i][1]),
+            each(writing, lambda i: launch.token_view(results[i][0])),
+            each(writing, lambda i: (tuple(results[i][1]), tuple(results[i][2]))),
+            each(writing, lambda i: _saved_states(problems[i], results[i][3])),
+            each(writing, lambda i: _scratch(problems[i], plans[i])),
+            each(writing, plans.__getitem__),
+            num_warps=4,
+        )
+    if reading:
+        blocks = max(triton.cdiv(problems[i].tokens.shape[1], plans[i].block_chunk) for i in reading)
+        read_kernel[(blocks, sum(programs[i] for i in reading))](
+            each(reading, lambda i: arguments[i][0]),
+            each(reading, lambda i: arguments[i][1]),
+            each(reading, lambda i: launch.token_view(results[i][0])),
+            each(reading, plans.__getitem__),
+            num_warps=4,
+        )
+    return results
+
+
+def _empty_results(problem: ScanProblem, *, save: bool) -> ForwardResult:
+    output = like_tokens(problem, problem.q)
+    weights: list[Tensor] = []
+    momentum: list[Tensor] = []
+    saved: list[Tensor] = []
+    if problem.k is not None:
+        weights = empty_states(problem, problem.sequence_count)
+        momentum = empty_states(problem, problem.sequence_count) if problem.has_momentum else []
+        if save:
+            saved = [
+                x.new_empty(shape) for x, shape in zip(weights + momentum, launch.saved_shapes(problem), strict=True)
+            ]
+    return problem.tokens.new_empty(0) if output is None else output, weights, momentum, saved
+
+
+def _saved_states(problem: ScanProblem, saved: list[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
+    """The saved states (weights, momentum); None where there are none."""
+    if not saved or not saved[0].numel():
+        return None
+    count = len(problem.weights)
+    tensors = [x.contiguous() for x in saved]
+    return tuple(tensors[:count]), tuple(tensors[count:])
+
+
+def scan_backward(
+    problem: ScanProblem,
+    saved: list[Tensor],
+    grad_output: Tensor | None,
+    grad_weights: list[Tensor | None],
+    grad_momentum: list[Tensor | None],
+) -> ScanGradients:
+    """As :meth:`hope_kernels.backends.interface.Backend.scan_backward` says, in one launch."""
+    return scans_backward([problem], [saved], [(grad_output, grad_weights, grad_momentum)])[0]
+
+
+def scans_backward(
+    problems: Sequence[ScanProblem], saved: Sequence[list[Tensor]], upstream: Sequence[Upstream]
+) -> list[ScanGradients]:
+    """Gradients of scans that do not depend on each other, in one launch.
+
+    Memory beside the results, per sequence and head: K chunk states in the dtype of the tokens, a float32 one with 16-bit
+    tokens, and the intermediates of one chunk.
+    """
+    results = [_empty_gradients(problem) for problem in problems]
+    present = [i for i, problem in enumerate(problems) if problem.sequence_count * problem.tokens.shape[2]]
+    if not present:
+        return [gradients for gradients, _ in results]
+    plans = {i: _plan(problems[i]) for i in present}
+    arguments = {i: launch.problem_arguments(problems[i]) for i in present}
+
+    def each(of: Callable[[int], Any]) -> tuple:
+        return tuple(of(i) for i in present)
+
+    def final(i: int) -> tuple:
+        _, *gradients = upstream[i]
+        return tuple(
+            tuple(None if g is None else launch.matrix_view(g) for g in of or [None] * plans[i].weights)
+            for of in gradients
+        )
+
+    backward_kernel[(sum(problems[i].sequence_count * plans[i].heads for i in present),)](
+        each(lambda i: arguments[i][0]),
+        each(lambda i: arguments[i][1]),
+        each(lambda i: _saved_states(problems[i], saved[i])),
+        each(lambda i: launch.token_view(launch.readable(upstream[i][0]))),
+        each(final),
+        each(lambda i: _results(*results[i])),
+        each(lambda i: _running_states(problems[i])),
+        each(lambda i: _states(problems[i], problems[i].checkpoint_interval, problems[i].tokens.dtype)),
+        each(lambda i: _workspace(problems[i], plans[i])),
+        each(plans.__getitem__),
+        num_warps=4,
+    )
+    return [gradients for gradients, _ in results]
+
+
+def _empty_gradients(problem: ScanProblem) -> tuple[ScanGradients, list[Tensor]]:
+    """Uninitialised results, and the adjoint of the momentum, which has no initial value to be the gradient of if that is
+    zero."""
+    count = problem.sequence_count
+    given = (
+        problem.step,
+        problem.retention,
+        problem.decay,
+        problem.momentum_step,
+        problem.momentum_carry,
+        problem.momentum_decay,
+    )
+    # The rows of a table's coefficients that no sequence uses keep gradient 0.
+    make = torch.empty if problem.sequences is None else torch.zeros
+    speeds = empty_states(problem, count) if problem.has_momentum else []
+    gradients = ScanGradients(
+        *(like_tokens(problem, x) for x in (problem.q, problem.k, problem.v, problem.pending_k, problem.pending_v)),
+        *(None if x is None else make(x.shape, dtype=x.dtype, device=x.device) for x in given),
+        weights=empty_states(problem, count),
+        momentum=speeds if problem.momentum else [],
+    )
+    return gradients, speeds
+
+
+def _results(gradients: ScanGradients, speeds: list[Tensor]) -> Results:
+    return Results(
+        *(x if x is not None and x.numel() else None for x in gradients[:5]),
+        Coefficients(*gradients[5:11]),
+        tuple(gradients.weights),
+        tuple(speeds),
+    )
+
+
+def _states(problem: ScanProblem, rows: int, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """``rows`` uninitialised states (weights, momentum) per sequence and head."""
+    count = problem.sequence_count * rows
+    momentum = empty_states(problem, count, dtype) if problem.has_momentum else []
+    return tuple(empty_states(problem, count, dtype)), tuple(momentum)
+
+
+def _running_states(problem: ScanProblem) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
+    """The float32 state that slots of 16 bits are rounded from; float32 slots are their own."""
+    return None if problem.tokens.dtype == torch.float32 else _states(problem, 1, torch.float32)
+
+
+def _workspace(problem: ScanProblem, plan: Plan) -> Workspace:
+    tokens = problem.tokens
+    programs = problem.sequence_count * plan.heads
+    delta_rule, hidden_layer = plan.rule == "dgd", plan.form != "linear"
+    rows = 3 if plan.objective == "self" else 2
+
+    def square(wanted: bool, count: int, columns: int) -> Tensor | None:
+        shape = (programs, count, plan.block_chunk, columns)
+        return torch.empty(shape, dtype=torch.float32, device=tokens.device) if wanted else None
+
+    def wide(wanted: bool, count: int, dtype: torch.dtype = tokens.dtype) -> Tensor | None:
+        shape = (programs, count, plan.block_chunk, plan.hidden)
+        return torch.empty(shape, dtype=dtype, device=tokens.device) if wanted else None
+
+    return Workspace(
+        tokens=square(True, 5, plan.block_dim),
+        squares=square(delta_rule, 6, plan.block_chunk),
+        hidden=wide(hidden_layer, rows),
+        d_inputs=wide(hidden_layer, rows * plan.inputs),
+        errors=wide(hidden_layer, plan.inputs),
+        d_errors=wide(hidden_layer and delta_rule, plan.inputs),
+        d_passed=wide(hidden_layer, 1),
+        slopes=wide(hidden_layer, 2 * plan.inputs, torch.float32),
+    )

@@ -1,0 +1,222 @@
+"""The Triton engine: its two plans, launches, sizes, precision and what it refuses.
+
+What every backend must satisfy is tested in tests/memory. Without a GPU the kernels run in Triton's interpreter, which
+the suite's settings ask for.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+
+from hope_kernels import MemorySpec, available_backends, memory_read, memory_scan
+from tests.cases import (
+    Problem,
+    assert_within_budget,
+    device_of,
+    evaluate_oracle,
+    evaluate_package,
+    make_problem,
+    package_results,
+)
+
+STATUS = available_backends()["triton"]
+pytestmark = pytest.mark.skipif(not STATUS, reason=f"triton: {STATUS.reason}")
+
+if STATUS:
+    from hope_kernels.backends import triton as engine
+    from hope_kernels.backends.triton.plan import choose_plan
+
+PLANS = ("resident", "tiled")
+DTYPES = (torch.float32, torch.float16)
+SPECS = [
+    MemorySpec("linear", rule="dgd"),
+    MemorySpec("linear", residual=False, objective="dot"),
+    MemorySpec("mlp", "gelu_tanh"),
+    MemorySpec("mlp", "silu", residual=False, objective="self", rule="dgd"),
+    MemorySpec("glu", "gelu", objective="error"),
+    MemorySpec("glu", "relu2", objective="self", rule="dgd"),
+]
+
+
+def spec_id(spec: MemorySpec) -> str:
+    return spec.key.replace("/", "-")
+
+
+def problem_for(spec: MemorySpec, dtype: torch.dtype = torch.float32, **sizes) -> Problem:
+    """Every gate the rule has; gates small enough for long chunks to stay bounded."""
+    problem = make_problem(spec, retention=True, momentum=spec.rule == "gd", **({"max_lr": 0.1} | sizes))
+    return problem.cast(dtype).to(device_of("triton"))
+
+
+# ---- values ----------------------------------------------------------------------------------------------------------
+
+SIZES = [
+    # dim, hidden, chunk_size, tokens: no multiple of any block
+    (1, 1, 1, 3),
+    (3, 5, 2, 7),
+    (17, 33, 20, 47),
+    (40, 70, 16, 35),
+]
+
+
+@pytest.mark.interpreted_cases(14)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("spec", SPECS, ids=spec_id)
+def test_any_size_stays_within_twice_the_eager_error(spec, sizes, plan, dtype):
+    dim, hidden, chunk_size, tokens = sizes
+    problem = problem_for(spec, dtype, dim=dim, hidden=hidden, chunk_size=chunk_size, tokens=tokens)
+    found = evaluate_package(problem, f"triton:{plan}")
+    assert_within_budget(found, evaluate_package(problem, "reference"), evaluate_oracle(problem), dtype)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=spec_id)
+def test_a_chunk_of_several_blocks_stays_within_twice_the_eager_error(spec):
+    """Chunks and features beyond what one program holds."""
+    problem = problem_for(spec, batch=1, heads=1, dim=130, hidden=140, chunk_size=70, tokens=150, max_lr=0.05)
+    assert choose_plan(70, 130).name == "tiled"
+    found = evaluate_package(problem, "triton")
+    assert_within_budget(found, evaluate_package(problem, "reference"), evaluate_oracle(problem), torch.float32)
+
+
+# ---- plans -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("chunk_size", "dim", "name", "reason"),
+    [
+        (1, 1, "resident", "fits one program"),
+        (64, 128, "resident", "fits one program"),
+        (65, 64, "tiled", "a chunk of 65 tokens"),
+        (16, 129, "tiled", "a token of 129 features"),
+        (2048, 1024, "tiled", "a chunk of 2048 tokens"),
+    ],
+)
+def test_the_plan_follows_from_chunk_and_width(chunk_size, dim, name, reason):
+    choice = choose_plan(chunk_size, dim)
+    assert choice.name == name
+    assert reason in choice.reason
+
+
+class Launches:
+    """Kernels launched inside the ``with`` block, by name."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from triton.runtime.interpreter import InterpretedFunction
+        from triton.runtime.jit import JITFunction
+
+        self.names: Counter[str] = Counter()
+        for kind in (InterpretedFunction, JITFunction):
+            original = kind.run
+
+            def run(kernel, *args, original=original, **options):
+                self.names[getattr(kernel, "__name__", None) or kernel.fn.__name__] += 1
+                return original(kernel, *args, **options)
+
+            monkeypatch.setattr(kind, "run", run)
+
+    @property
+    def total(self) -> int:
+        return sum(self.names.values())
+
+
+def launches_of(problem: Problem, backend: str, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """Launches of a forward and of its backward."""
+    with monkeypatch.context() as patch:
+        counted = Launches(patch)
+        results = package_results(problem.map(lambda _, t: t.requires_grad_()), backend=backend)
+        forward = counted.total
+        sum(r.sum() for r in results.values()).backward()
+        return forward, counted.total - forward
+
+
+def test_a_resident_scan_is_one_launch_forward_and_one_backward_whatever_the_length(monkeypatch):
+    for tokens in (3, 9, 40):
+        problem = problem_for(MemorySpec(), chunk_size=4, tokens=tokens)
+        assert launches_of(problem, "triton:resident", monkeypatch) == (1, 1)
+
+
+def test_tiled_launches_grow_with_the_chunks_alone(monkeypatch):
+    def launches(**sizes: int) -> tuple[int, int]:
+        return launches_of(problem_for(MemorySpec(), chunk_size=20, **sizes), "triton:tiled", monkeypatch)
+
+    one, two, three = (launches(tokens=20 * n) for n in (1, 2, 3))
+    assert two[0] - one[0] == three[0] - two[0] <= 8
+    assert three[1] > two[1] > one[1]
+    assert launches(tokens=40, batch=3, heads=3, dim=33, hidden=70) == two
+
+
+def test_a_plan_asked_for_by_name_is_obeyed_or_refused(monkeypatch):
+    problem = problem_for(MemorySpec(), chunk_size=4, tokens=9)
+    for plan in PLANS:
+        with monkeypatch.context() as patch:
+            counted = Launches(patch)
+            package_results(problem, backend=f"triton:{plan}")
+        assert ("forward_kernel" in counted.names) == (plan == "resident")
+    large = problem_for(MemorySpec(), chunk_size=70, tokens=75, batch=1, heads=1)
+    with pytest.raises(RuntimeError, match=r"'triton:resident' cannot run this: a chunk of 70 tokens"):
+        package_results(large, backend="triton:resident")
+    with pytest.raises(ValueError, match=r"backend is 'triton:fast'; want 'triton', 'triton:resident' or"):
+        package_results(problem, backend="triton:fast")
+    with pytest.raises(ValueError, match=r"backend is 'cpu:tiled'; 'cpu' takes no option"):
+        package_results(problem, backend="cpu:tiled")
+
+
+def test_plans_agree_to_rounding_and_either_may_continue_the_others_stream():
+    problem = problem_for(MemorySpec("mlp", "silu"), chunk_size=4, tokens=19)
+    whole = package_results(problem, backend="triton:resident")
+    first, second = problem.span(0, 10), problem.span(10, 19)
+
+    def scan(part: Problem, memory, plan: str):
+        return memory_scan(
+            part["q"], part["k"], part["v"], part["lr"], memory, spec=part.spec, chunk_size=part.chunk_size,
+            retention=part["retention"], momentum=part["momentum"], backend=f"triton:{plan}",
+        )  # fmt: skip
+
+    for plans in (("tiled", "resident"), ("resident", "tiled")):
+        a = scan(first, problem.memory(), plans[0])
+        b = scan(second, a.state, plans[1])
+        torch.testing.assert_close(torch.cat([a.output, b.output], 1), whole["output"], rtol=1e-5, atol=1e-6)
+        for i, w in enumerate(b.state.weights):
+            torch.testing.assert_close(w, whole[f"weight{i}"], rtol=1e-5, atol=1e-6)
+
+
+# ---- status ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_it_cannot_run_is_refused_with_the_reason():
+    problem = make_problem(MemorySpec(), chunk_size=4)
+    with pytest.raises(RuntimeError, match=r"float32, bfloat16 or float16 tokens, got torch.float64"):
+        memory_read(problem["q"], problem.weights, spec=problem.spec, backend="triton")
+    if engine.interpreted():
+        low = problem.cast(torch.bfloat16)
+        with pytest.raises(RuntimeError, match=r"interpreter computes bfloat16 wrongly"):
+            memory_read(low["q"], low.weights, spec=low.spec, backend="triton")
+
+
+@pytest.mark.parametrize(("interpret", "available"), [("1", True), ("0", torch.cuda.is_available())])
+def test_the_status_names_the_interpreter_or_the_gpu_that_is_missing(interpret, available):
+    code = (
+        "from hope_kernels import available_backends\n"
+        "status = available_backends()['triton']\n"
+        "print(bool(status), status.reason)"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": interpret}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert result.stdout.startswith(f"{available} Triton 3.")
+    wanted = "interpreted on CPU tensors" if interpret == "1" else "on " if available else "needs a GPU"
+    assert wanted in result.stdout
+
+
+def test_automatic_choice_on_a_cpu_never_takes_the_interpreter():
+    problem = problem_for(MemorySpec(), chunk_size=4).to(torch.device("cpu"))
+    from hope_kernels.backends import select
+
+    assert select(None, problem.spec, torch.float32, torch.device("cpu")) != "triton"

@@ -1,0 +1,205 @@
+"""Kernels compiled without a GPU, and what is read of them: the gate passes the shipped table and can fail."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+def run(*command: str, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: this one may have its kernels interpreted."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *command],
+        env=inherited | environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def compiled(function: str, *arguments: object, **environment: str) -> dict:
+    found = run("-m", "tests.backends.triton_compiling", function, *map(str, arguments), **environment)
+    assert found.returncode == 0, found.stderr
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+# ---- reading binaries ------------------------------------------------------------------------------------------------
+
+
+def test_a_kernel_within_its_registers_is_clean_and_uses_tensor_cores():
+    found = compiled("squares", "sm_90", 64, 4)
+    assert (found["kernel"], found["grid"], found["options"]) == ("sum_of_squares", [3], {"num_warps": 4})
+    assert found["clean"] and found["failures"] == []
+    resources = found["resources"]
+    assert resources["stack_bytes"] == resources["spill_instructions"] == 0
+    assert 32 <= resources["registers"] <= 255
+    assert resources["tensor_core"] > 0 and resources["barriers"] > 0
+    assert 64 * 64 * 2 <= resources["shared_bytes"] < 100_000  # the tile, at least
+
+
+@pytest.mark.parametrize(
+    ("architecture", "rows"), [("sm_80", 128), pytest.param("gfx942", 256, marks=pytest.mark.slow)]
+)
+def test_a_kernel_beyond_its_registers_fails_the_gate_with_spills_in_its_innermost_loop(architecture, rows):
+    """Accumulators ``[rows, rows]`` of float32 on one warp, of 32 or 64 threads: 512 or 1024 registers each."""
+    found = compiled("squares", architecture, rows, 1)
+    resources = found["resources"]
+    assert resources["stack_bytes"] > 400
+    assert 0 < resources["inner_spill_instructions"] <= resources["spill_instructions"]
+    assert not found["clean"]
+    assert any(failure.startswith("spills: ") for failure in found["failures"])
+
+
+def test_kernels_of_the_interpreter_are_refused():
+    message = compiled("interpreted", TRITON_INTERPRET="1")["message"]
+    assert "sum_of_squares" in message and "TRITON_INTERPRET" in message
+
+
+# ---- the gate --------------------------------------------------------------------------------------------------------
+
+
+def resources(**changed: int):
+    from hope_kernels.backends.triton.resources import Resources
+
+    clean = Resources(
+        registers=200,
+        stack_bytes=0,
+        local_bytes=0,
+        shared_bytes=40_000,
+        tensor_memory_columns=0,
+        spill_instructions=0,
+        inner_spill_instructions=0,
+        spilled_registers=None,
+        scalar_spills=None,
+        tensor_core=8,
+        barriers=4,
+        special_functions=2,
+        instructions=1000,
+    )
+    return replace(clean, **changed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "architecture", "failure"),
+    [
+        ({}, "sm_80", None),
+        ({"stack_bytes": 64, "spill_instructions": 9}, "sm_80", None),
+        ({"stack_bytes": 65, "spill_instructions": 9}, "sm_80", "spills"),
+        ({"stack_bytes": 8, "spill_instructions": 9, "inner_spill_instructions": 1}, "sm_80", "spills"),
+        ({"local_bytes": 72}, "sm_80", "spills"),
+        ({"shared_bytes": 166_912}, "sm_80", None),
+        ({"shared_bytes": 166_913}, "sm_80", "shared memory"),
+        ({"shared_bytes": 166_913}, "sm_90", None),
+        ({"shared_bytes": 65_537}, "gfx942", "shared memory"),
+        ({"tensor_memory_columns": 513}, "sm_100", "tensor memory"),
+        ({"tensor_core": 0}, "sm_90", "no tensor-core instruction"),
+    ],
+)
+def test_the_gate_is_the_stated_one(changed, architecture, failure):
+    from hope_kernels.backends.triton.compile_only import ARCHITECTURES
+
+    failures = resources(**changed).failures(ARCHITECTURES[architecture], tensor_core=True)
+    assert len(failures) == (failure is not None)
+    assert failure is None or failures[0].startswith(failure)
+
+
+# ---- listings --------------------------------------------------------------------------------------------------------
+
+# An outer loop (0x10 to 0x90) that spills, an inner one (0x30 to 0x50) that does not, a wait (0x60) and a far piece of
+# code (0xb0) that jumps back to the middle.
+SASS = """
+        /*0000*/                   S2R R4, SR_CTAID.X ;
+        /*0010*/                   LDL R2, [R1] ;
+        /*0020*/              @!P2 BRA 0xb0 ;
+        /*0030*/                   LDG.E R2, [R4.64] ;
+        /*0040*/                   HMMA.16816.F32.BF16 R4, R8, R10, R4 ;
+        /*0050*/               @P0 BRA 0x30 ;
+        /*0060*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [R5], R6 ;
+        /*0070*/              @!P1 BRA 0x60 ;
+        /*0080*/                   STL.64 [R1+0x8], R2 ;
+        /*0090*/                   BRA.U UP0, 0x10 ;
+        /*00a0*/                   EXIT ;
+        /*00b0*/                   STL [R1], R2 ;
+        /*00c0*/                   BRA 0x60 ;
+        /*00d0*/                   BRA 0xd0;
+"""
+
+AMDGCN = """
+\ts_load_dwordx2 s[0:1], s[4:5], 0x0
+.LBB0_1:                                ; =>This Loop Header: Depth=1
+\tscratch_load_dword v1, off, off
+.LBB0_2:                                ;   Parent Loop BB0_1 Depth=1
+\tglobal_load_dwordx4 v[2:5], v[6:7], off
+\tscratch_store_dword off, v1, off offset:4 ; 4-byte Folded Spill
+\tv_mfma_f32_32x32x8_bf16 a[0:15], v[2:3], v[4:5], a[0:15]
+\ts_cbranch_scc1 .LBB0_2
+; %bb.3:
+\ts_barrier
+\ts_cbranch_vccnz .LBB0_1
+\ts_endpgm
+"""
+
+
+def test_innermost_loops_of_a_listing_are_found_past_waits_and_far_code():
+    from hope_kernels.backends.triton.resources import innermost_loops, sass
+
+    listing = sass(SASS)
+    assert len(listing) == 14
+    assert [sorted(loop) for loop in innermost_loops(listing)] == [[3, 4, 5]]
+
+
+def test_innermost_loops_of_amd_assembly_are_found():
+    from hope_kernels.backends.triton.resources import amdgcn, innermost_loops
+
+    listing = amdgcn(AMDGCN)
+    (loop,) = innermost_loops(listing)
+    assert [listing[i].opcode for i in sorted(loop)] == [
+        "global_load_dwordx4",
+        "scratch_store_dword",
+        "v_mfma_f32_32x32x8_bf16",
+        "s_cbranch_scc1",
+    ]
+
+
+# ---- the shipped table -----------------------------------------------------------------------------------------------
+
+REPRESENTATIVE = (
+    "resident_forward mlp gd 16 64 64 plain",
+    "resident_forward mlp dgd 16 32 64 full",
+    "resident_forward linear gd 32 32 64 plain",
+)
+
+
+def test_representative_shipped_configurations_compile_within_the_gate():
+    found = compiled("shipped", "sm_90", *REPRESENTATIVE)
+    assert found.keys() == set(REPRESENTATIVE)
+    for name, rows in found.items():
+        assert rows, name
+        for row in rows:
+            assert row["failures"] == [], f"{name}: {row}"
+            assert 0 < row["registers"] <= 255 and row["barriers"] > 0
+            assert (row["tensor_core"] > 0) == (row["operand_bits"] == 16), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_every_shipped_configuration_passes_the_gate(architecture, tmp_path):
+    report = tmp_path / "resources.json"
+    found = run("benchmarks/triton_resources.py", "--arch", architecture, "--json", str(report), timeout=7200)
+    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
+    content = json.loads(report.read_text())
+    assert content["passed"] and content["rows"] and content["versions"]["triton"]
+    assert report.with_suffix(".md").read_text().count(f"| {architecture} |") == len(content["rows"])
