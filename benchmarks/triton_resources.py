@@ -147,7 +147,8 @@ def _markdown(report: dict, rows: list, tolerated: list, failed: list) -> str:
         "# Resources of the shipped Triton configurations",
         "",
         f"Triton {report['versions']['triton']}, {report['date']}, `{report['command']}`. Read from binaries; nothing "
-        "here was timed. `plain`: objective l2, no gates. `full`: objective self, every gate, pending tokens. MMA: "
+        "here was timed. `plain`: objective l2; `full`: objective self and momentum; both with retention and pending "
+        "tokens. Each entry is compiled at the largest chunk and width it holds for, with hidden width 4 D. MMA: "
         "tensor-core instructions (float32 products are IEEE and use none).",
         "",
         "A configuration passes with stack 0 and no access to local memory, or, listed by name below, with at most 64 "

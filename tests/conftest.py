@@ -27,7 +27,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 # In Triton's interpreter a case takes seconds. The default tier runs this many of a test's cases, drawn once and for
 # all, or as many as its marker `interpreted_cases(n)` says; the slow tier runs the others.
-INTERPRETED_CASES = 3
+INTERPRETED_CASES = 1
 
 
 def _is_interpreted(item: pytest.Item) -> bool:

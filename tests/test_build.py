@@ -163,9 +163,7 @@ def test_without_a_compiler_the_reason_says_how_to_get_one(project: Project, tmp
 
 @needs_compiler
 @pytest.mark.parametrize("tool", ["cmake", "ninja", "pybind11"])
-def test_without_a_build_tool_the_reason_says_how_to_get_it(
-    project: Project, tmp_path: Path, tool: str
-) -> None:
+def test_without_a_build_tool_the_reason_says_how_to_get_it(project: Project, tmp_path: Path, tool: str) -> None:
     (project.hidden / f"{tool}.py").write_text(NOT_INSTALLED)
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     result = project.build(CXX=compiler, **project.without_tools(tmp_path))

@@ -485,7 +485,8 @@ template <class T, class F>
 Status run_tasks(const ScanProblem& problem, bool backward, const SegmentMemory& segment, F&& body) {
   const Net net = make_net<T>(problem);
   const idx tasks = problem.sequence_count * problem.heads;
-  const idx rows = max(1, min(problem.chunk_size, problem.tokens));
+  const bool writes = problem.chunks > 0 && problem.k.data;
+  const idx rows = max(1, min(writes ? problem.chunk_size : kReadRows, problem.tokens));
   const bool large = rows * net.dim * net.hidden >= kSharedWork;
   const bool inside = large && problem.threads > 1 && tasks % problem.threads != 0 && tasks < 4 * problem.threads;
   const Team team{inside ? problem.threads : 1};

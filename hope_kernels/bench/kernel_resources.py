@@ -1,8 +1,8 @@
 """The resources of the engine's compiled Triton kernels: of each shipped configuration, and of candidates for one.
 
 Needs Triton but no GPU. Every configuration of the table is compiled through the engine's own host code, at the largest
-chunk and width it is meant for, as a plain scan (objective ``l2``, no gates) and as a full one (objective ``self``,
-every gate the rule has, pending tokens), and judged by
+chunk and width it is meant for, as a plain scan (objective ``l2``) and as a full one (objective
+``self``, momentum where the rule has it), both with retention and pending tokens, and judged by
 :meth:`~hope_kernels.backends.triton.resources.Resources.failures`.
 """
 
@@ -121,9 +121,8 @@ def _read(problem: ScanProblem) -> None:
 def _backward(problem: ScanProblem, engine: ModuleType = resident) -> None:
     saved = [torch.empty(shape, device="meta") for shape in triton_engine.saved_shapes(problem)]
     weights = [torch.empty((problem.sequence_count, *w.shape[-3:]), device="meta") for w in problem.weights]
-    resident.scan_backward(
-        problem, saved, torch.empty_like(problem.v), weights, weights if problem.has_momentum else []
-    )
+    momentum = weights if problem.has_momentum else []
+    engine.scan_backward(problem, saved, torch.empty_like(problem.v), weights, momentum)
 
 
 _LAUNCHERS: dict[str, Callable[[ScanProblem], None]] = {
@@ -151,15 +150,10 @@ def examine(subject: Subject) -> list[Row]:
     for launch in {(launch.kernel, launch.compiled.hash): launch for launch in launches}.values():
         multiplies = "tt.dot" in launch.compiled.asm["ttir"]
         resources = read_resources(launch.compiled, architecture)
-        rows.append(
-            Row(
-                subject,
-                launch.kernel,
-                settings or _settings(launch),
-                resources,
-                resources.failures(architecture, tensor_core=multiplies and subject.shape.operand_bits == 16),
-            )
-        )
+        failures = resources.failures(architecture, tensor_core=multiplies and subject.shape.operand_bits == 16)
+        if settings and launch.options["num_warps"] != settings["num_warps"]:
+            failures.append(f"the engine launches it with num_warps={launch.options['num_warps']} all the same")
+        rows.append(Row(subject, launch.kernel, settings or _settings(launch), resources, failures))
     return rows
 
 

@@ -322,7 +322,7 @@ def _coefficients(
 
 
 def _whole_call(length: int, weights: Weights, momentum: Weights, spec: MemorySpec, **tensors: Tensor) -> ScanProblem:
-    """The problem of a call that only reads or only writes: all tokens are one chunk."""
+    """The problem of a call that only reads or only writes: what is written is one chunk."""
     names = ("q", "k", "v", "pending_k", "pending_v", *Coefficients._fields)
     return ScanProblem(
         **{name: tensors.get(name) for name in names},
@@ -330,8 +330,8 @@ def _whole_call(length: int, weights: Weights, momentum: Weights, spec: MemorySp
         momentum=momentum,
         sequences=None,
         spec=spec,
-        chunk_size=max(length, 1),
-        chunks=0 if "k" not in tensors else 1,
+        chunk_size=length if "k" in tensors else 1,
+        chunks=1 if "k" in tensors else 0,
         first_chunk=0,
         bptt_chunks=0,
     )

@@ -30,6 +30,7 @@ pytestmark = pytest.mark.skipif(not STATUS, reason=f"triton: {STATUS.reason}")
 
 if STATUS:
     from hope_kernels.backends import triton as engine
+    from hope_kernels.backends.triton.compile_only import meta_problem
     from hope_kernels.backends.triton.plan import choose_plan
 
 PLANS = ("resident", "tiled")
@@ -81,7 +82,6 @@ def test_any_size_stays_within_twice_the_eager_error(spec, sizes, plan, dtype):
 def test_a_chunk_of_several_blocks_stays_within_twice_the_eager_error(spec):
     """Chunks and features beyond what one program holds."""
     problem = problem_for(spec, batch=1, heads=1, dim=130, hidden=140, chunk_size=70, tokens=150, max_lr=0.05)
-    assert choose_plan(70, 130).name == "tiled"
     found = evaluate_package(problem, "triton")
     assert_within_budget(found, evaluate_package(problem, "reference"), evaluate_oracle(problem), torch.float32)
 
@@ -89,18 +89,22 @@ def test_a_chunk_of_several_blocks_stays_within_twice_the_eager_error(spec):
 # ---- plans -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.interpreted_cases(9)
 @pytest.mark.parametrize(
-    ("chunk_size", "dim", "name", "reason"),
+    ("chunk_size", "dim", "dtype", "name", "reason"),
     [
-        (1, 1, "resident", "fits one program"),
-        (64, 128, "resident", "fits one program"),
-        (65, 64, "tiled", "a chunk of 65 tokens"),
-        (16, 129, "tiled", "a token of 129 features"),
-        (2048, 1024, "tiled", "a chunk of 2048 tokens"),
+        (1, 1, torch.float32, "resident", "a chunk of 1 tokens of 1 features fits one program"),
+        (16, 64, torch.float16, "resident", "fits one program"),
+        (64, 64, torch.float16, "resident", "fits one program"),
+        (65, 64, torch.float16, "tiled", "a chunk of 65 tokens is over the 64"),
+        (16, 129, torch.float16, "tiled", "a token of 129 features is over the 128"),
+        (2048, 1024, torch.float16, "tiled", "a chunk of 2048 tokens"),
+        (64, 128, torch.float32, "tiled", "no resident configuration is known"),
     ],
 )
-def test_the_plan_follows_from_chunk_and_width(chunk_size, dim, name, reason):
-    choice = choose_plan(chunk_size, dim)
+def test_the_plan_follows_from_the_sizes_and_the_table(chunk_size, dim, dtype, name, reason):
+    sizes = {"batch": 1, "tokens": 2 * chunk_size, "heads": 1, "dim": dim, "hidden": 8, "chunk_size": chunk_size}
+    choice = choose_plan(meta_problem(MemorySpec(), dtype=dtype, **sizes))
     assert choice.name == name
     assert reason in choice.reason
 

@@ -179,7 +179,7 @@ def test_innermost_loops_of_amd_assembly_are_found():
 REPRESENTATIVE = (
     "resident_forward mlp gd 16 64 64 plain",
     "resident_forward mlp dgd 16 32 64 full",
-    "resident_forward linear gd 32 32 64 plain",
+    "resident_forward linear gd 32 16 64 plain",
 )
 
 

@@ -105,9 +105,7 @@ def test_a_source_tree_that_was_never_installed_is_recognised(no_core: None) -> 
     assert "never built" in core["reason"]
 
 
-def test_a_core_of_another_python_is_recognised(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, no_core: None
-) -> None:
+def test_a_core_of_another_python_is_recognised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, no_core: None) -> None:
     write_build_info(monkeypatch, tmp_path, python="2.7.18")
     reason = doctor.collect()["core"]["reason"]
     assert reason == f"it was built for Python 2.7.18; this is Python {platform.python_version()}"

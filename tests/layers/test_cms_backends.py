@@ -1,4 +1,5 @@
-"""The layer in float32 on every compiled backend, those without float64 included; float64 tests see the others alone."""
+"""The layer in float32 on every compiled backend, those without float64 included; float64 tests see the others
+alone."""
 
 from __future__ import annotations
 

@@ -63,6 +63,7 @@ def test_every_activation_with_and_without_residual(form, activation, residual, 
     assert_equal_to_rounding(evaluate_package(problem, backend), evaluate_oracle(problem), 1e-11)
 
 
+@pytest.mark.interpreted_cases(8)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", COMPILED_BACKENDS)
 @pytest.mark.parametrize(("spec", "gates"), CASES)

@@ -134,8 +134,9 @@ def test_what_autograd_keeps_grows_like_the_square_root_of_the_chunks(backend, m
         return saved_state_bytes(problem, backend, **(offsets if layout == "packed" else {}))
 
     state = 4 * 2 * (6 * 8 + 8 * 6) * (2 if momentum else 1)
-    few, many = kept(16), kept(1024)
+    most = 64 if backend == "triton" and device_of(backend).type == "cpu" else 1024  # interpreted, 1024 take minutes
+    few, many = kept(16), kept(most)
     assert few >= state, "nothing was kept: the count misses the checkpoints"
     # One state every sqrt(chunks) or more chunks, and the initial one.
-    assert many <= (1024**0.5 + 2) * state, f"{many} bytes kept for 1024 chunks; one state has {state}"
+    assert many <= (most**0.5 + 2) * state, f"{many} bytes kept for {most} chunks; one state has {state}"
     assert few <= (16**0.5 + 2) * state

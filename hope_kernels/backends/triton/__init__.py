@@ -10,6 +10,7 @@ Triton and the kernels are imported on first use.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -82,6 +83,12 @@ def refuses(spec: MemorySpec, dtype: torch.dtype, device: torch.device) -> str |
     return None if device.type == "cuda" else f"it needs GPU tensors, got {device}"
 
 
+def _on_device_of(problem: ScanProblem) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the one the tensors are on."""
+    device = problem.tokens.device
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 @dataclass(frozen=True)
 class Engine:
     """The engine with a plan: ``"resident"``, ``"tiled"``, or None for the one that suits the problem."""
@@ -99,8 +106,8 @@ class Engine:
     def _module(self, problem: ScanProblem) -> ModuleType:
         from hope_kernels.backends.triton.plan import choose_plan
 
-        choice = choose_plan(problem.chunk_size if problem.k is not None else 1, problem.tokens.shape[3])
-        if self.plan == "resident" and choice.name != "resident":
+        choice = choose_plan(problem)
+        if self.plan == "resident" and choice.required:
             raise RuntimeError(f"backend='triton:resident' cannot run this: {choice.reason}")
         return import_module(f"hope_kernels.backends.triton.{self.plan or choice.name}")
 
@@ -115,7 +122,8 @@ class Engine:
         self, problem: ScanProblem, *, save: bool
     ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
         """As :meth:`hope_kernels.backends.interface.Backend.scan_forward` says."""
-        return self._module(problem).scan_forward(problem, save=save)
+        with _on_device_of(problem):
+            return self._module(problem).scan_forward(problem, save=save)
 
     def scan_backward(
         self,
@@ -126,7 +134,8 @@ class Engine:
         grad_momentum: list[Tensor | None],
     ) -> ScanGradients:
         """As :meth:`hope_kernels.backends.interface.Backend.scan_backward` says."""
-        return self._module(problem).scan_backward(problem, saved, grad_output, grad_weights, grad_momentum)
+        with _on_device_of(problem):
+            return self._module(problem).scan_backward(problem, saved, grad_output, grad_weights, grad_momentum)
 
     def scans_forward(
         self, problems: list[ScanProblem], *, save: bool
@@ -153,7 +162,8 @@ class Engine:
         results: dict[int, Any] = {}
         for module, indices in groups.items():
             columns = zip(*map(arguments, indices), strict=True)
-            results |= zip(indices, getattr(module, name)(*map(list, columns), **options), strict=True)
+            with _on_device_of(problems[0]):
+                results |= zip(indices, getattr(module, name)(*map(list, columns), **options), strict=True)
         return [results[i] for i in range(len(problems))]
 
 

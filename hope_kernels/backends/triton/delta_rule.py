@@ -71,9 +71,9 @@ def gradient_product(a, b, plan: tl.constexpr):
 def overlap_adjoint(d_lower, d_weight, gram, lr, square, between, after):
     """Adjoint of ``L`` and of the weights ``e after`` of the layers that share inputs ``u``.
 
-    ``d_lower [BC, BC]`` counts below the diagonal only. Returns the gradient ``[BC, BC]`` of ``u_t . u_s``, 0 unless s < t;
-    twice that of ``|u_t|^2``, the factor of ``u_t`` in its own gradient; those of ``lr`` and ``after``, all ``[BC]``; and
-    that of ``between``, which is meaningless unless s < t.
+    ``d_lower [BC, BC]`` counts below the diagonal only. Returns the gradient ``[BC, BC]`` of ``u_t . u_s``, 0 unless s
+    < t; twice that of ``|u_t|^2``, the factor of ``u_t`` in its own gradient; those of ``lr`` and ``after``, all
+    ``[BC]``; and that of ``between``, which is meaningless unless s < t.
     """
     step = effective_step(lr, square)
     d_step = tl.sum(d_lower * gram * between, 0) + d_weight * after
@@ -91,8 +91,8 @@ def overlap_adjoint(d_lower, d_weight, gram, lr, square, between, after):
 def retention_adjoint(between, between_t, before, after, d_between, d_before, d_after, d_decay, plan: tl.constexpr):
     """Gradient ``[BC]`` of the retentions from those of their products.
 
-    With ``P_ts`` the product strictly between s and t, where s = -1 stands for the start of the chunk and t = C for its end,
-    ``d alpha_j = sum_{s<j<t} P_js P_tj dP_ts``: products again, right for an alpha of 0.
+    With ``P_ts`` the product strictly between s and t, where s = -1 stands for the start of the chunk and t = C for
+    its end, ``d alpha_j = sum_{s<j<t} P_js P_tj dP_ts``: products again, right for an alpha of 0.
     """
     inner = gradient_product(between_t, d_between, plan) + after[:, None] * d_after[None, :]
     from_start = tl.sum(between * d_before[:, None], 0) + after * d_decay

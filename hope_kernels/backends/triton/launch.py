@@ -8,6 +8,7 @@ import torch
 import triton.language as tl
 from triton import next_power_of_2
 
+from hope_kernels.backends.triton import configurations
 from hope_kernels.backends.triton.operands import Coefficients, MatrixView, Plan, Problem, Sizes, TokenView
 
 if TYPE_CHECKING:
@@ -84,7 +85,20 @@ def saved_shapes(problem: ScanProblem) -> list[tuple[int, ...]]:
     return shapes * 2 if problem.has_momentum else shapes
 
 
-def make_plan(problem: ScanProblem, *, block_hidden: int, precision: str, fast_activation: bool) -> Plan:
+def precision_of(tokens: Tensor) -> str:
+    """How float32 products are computed: ``"tf32"`` where PyTorch's own may be on this device, else ``"ieee"``."""
+    relaxed = torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if tokens.device.type == "cuda" and relaxed else "ieee"
+
+
+def uses_fast_activation(tokens: Tensor) -> bool:
+    """Whether activations take the hardware's approximate tanh: with 16-bit tokens, whose rounding is about as coarse,
+    on NVIDIA's GPUs."""
+    return configurations.device_of(tokens).architecture.startswith("sm_") and tokens.element_size() == 2
+
+
+def make_plan(problem: ScanProblem, *, block_hidden: int) -> Plan:
+    """What the resident kernels are compiled for, for this problem."""
     spec, tokens = problem.spec, problem.tokens
     heads, dim = tokens.shape[2:]
     return Plan(
@@ -101,7 +115,7 @@ def make_plan(problem: ScanProblem, *, block_hidden: int, precision: str, fast_a
         block_dim=max(16, next_power_of_2(dim)),
         block_hidden=block_hidden,
         operand=OPERANDS[tokens.dtype],
-        precision=precision,
-        fast_activation=fast_activation,
+        precision=precision_of(tokens),
+        fast_activation=uses_fast_activation(tokens),
         shared_read=same_view(problem.q, problem.k),
     )

@@ -229,11 +229,8 @@ def contiguous_view(data, i: tl.constexpr, plan: tl.constexpr):
 
 @triton.jit
 def contiguous_tokens(data, tokens, plan: tl.constexpr):
-    """View of a contiguous tensor ``[rows, tokens, heads, D]``; None of None."""
-    if data is None:
-        return None
-    else:
-        return TokenView(data, tokens.to(tl.int64) * (plan.heads * plan.dim), plan.heads * plan.dim, plan.dim)
+    """View of a contiguous tensor ``[rows, tokens, heads, D]``."""
+    return TokenView(data, tokens.to(tl.int64) * (plan.heads * plan.dim), plan.heads * plan.dim, plan.dim)
 
 
 @triton.jit

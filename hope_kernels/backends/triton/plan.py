@@ -8,29 +8,43 @@ chunk.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from triton import next_power_of_2
+from hope_kernels.backends.triton import configurations
+
+if TYPE_CHECKING:
+    from hope_kernels.backends.interface import ScanProblem
 
 PLANS = ("resident", "tiled")
 
-# Tokens of a chunk, and features of a token, that one program holds without spilling registers.
+# Tokens of a chunk, and features of a token, that one program can hold at all.
 RESIDENT_CHUNK = 64
 RESIDENT_DIM = 128
 
 
 class PlanChoice(NamedTuple):
-    """``name`` is one of :data:`PLANS`."""
+    """``name`` is one of :data:`PLANS`; ``required`` says that the other one cannot run this."""
 
     name: str
     reason: str
+    required: bool = False
 
 
-def choose_plan(chunk_size: int, dim: int) -> PlanChoice:
-    """The plan for chunks of ``chunk_size`` tokens of ``dim`` features; it depends on nothing else."""
-    block_chunk, block_dim = max(16, next_power_of_2(chunk_size)), max(16, next_power_of_2(dim))
-    if block_chunk > RESIDENT_CHUNK:
-        return PlanChoice("tiled", f"a chunk of {chunk_size} tokens is over the {RESIDENT_CHUNK} one program holds")
-    if block_dim > RESIDENT_DIM:
-        return PlanChoice("tiled", f"a token of {dim} features is over the {RESIDENT_DIM} one program holds")
+def choose_plan(problem: ScanProblem) -> PlanChoice:
+    """The plan for a scan. It depends on the memory's spec and sizes, the dtype and the device, and on nothing else:
+    a call too short to write anything runs as longer ones do.
+
+    Resident where a chunk fits one program and the table of configurations has one for this class of shapes on this
+    device, that is one that is known not to spill registers; else tiled.
+    """
+    chunk_size, dim = problem.chunk_size, problem.tokens.shape[3]
+    if chunk_size > RESIDENT_CHUNK:
+        return PlanChoice(
+            "tiled", f"a chunk of {chunk_size} tokens is over the {RESIDENT_CHUNK} one program holds", True
+        )
+    if dim > RESIDENT_DIM:
+        return PlanChoice("tiled", f"a token of {dim} features is over the {RESIDENT_DIM} one program holds", True)
+    shape, device = configurations.shape_class(problem), configurations.device_of(problem.tokens)
+    if configurations.choose("resident_forward", shape, device) is None:
+        return PlanChoice("tiled", f"no resident configuration is known for {shape} on {device.name}")
     return PlanChoice("resident", f"a chunk of {chunk_size} tokens of {dim} features fits one program")

@@ -9,9 +9,10 @@ import torch
 import triton
 
 from hope_kernels.backends.interface import ScanGradients
-from hope_kernels.backends.triton import launch
+from hope_kernels.backends.triton import configurations, launch
+from hope_kernels.backends.triton.configurations import Configuration
 from hope_kernels.backends.triton.operands import Coefficients
-from hope_kernels.backends.triton.resident_adjoint import Workspace
+from hope_kernels.backends.triton.resident_adjoint import FLOAT_PARTS, workspace_sizes
 from hope_kernels.backends.triton.resident_backward import Results, backward_kernel
 from hope_kernels.backends.triton.resident_forward import Scratch, forward_kernel, read_kernel
 
@@ -42,8 +43,22 @@ def like_tokens(problem: ScanProblem, x: Tensor | None) -> Tensor | None:
     return make(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _plan(problem: ScanProblem) -> Plan:
-    return launch.make_plan(problem, block_hidden=32, precision="ieee", fast_activation=False)
+# For a plan asked for by name where the table has no configuration: it runs, spilling registers, and is not fast.
+_UNLISTED = Configuration.of(block_hidden=16, num_warps=8)
+
+
+def _configuration(kernel: str, problem: ScanProblem) -> Configuration:
+    device = configurations.device_of(problem.tokens)
+    return configurations.choose(kernel, configurations.shape_class(problem), device) or _UNLISTED
+
+
+def _plan(problem: ScanProblem, kernel: str) -> Plan:
+    return launch.make_plan(problem, block_hidden=_configuration(kernel, problem)["block_hidden"])
+
+
+def _options(kernel: str, problems: Sequence[ScanProblem]) -> dict[str, int]:
+    """Options of a launch that several scans share: the most warps that one of them asks for."""
+    return max((_configuration(kernel, problem).options for problem in problems), key=lambda o: o["num_warps"])
 
 
 def _scratch(problem: ScanProblem, plan: Plan) -> Scratch:
@@ -72,7 +87,8 @@ def scans_forward(problems: Sequence[ScanProblem], *, save: bool) -> list[Forwar
     present = [i for i, problem in enumerate(problems) if problem.sequence_count * problem.tokens.shape[2]]
     writing = [i for i in present if problems[i].k is not None]
     reading = [i for i in present if problems[i].k is None and problems[i].tokens.shape[1]]
-    plans = {i: _plan(problems[i]) for i in present}
+    # A token's output must not depend on whether the call is long enough to write: reads take the forward's blocks.
+    plans = {i: _plan(problems[i], "resident_forward") for i in present}
     arguments = {i: launch.problem_arguments(problems[i]) for i in present}
     programs = {i: problems[i].sequence_count * plans[i].heads for i in present}
 
@@ -88,7 +104,7 @@ def scans_forward(problems: Sequence[ScanProblem], *, save: bool) -> list[Forwar
             each(writing, lambda i: _saved_states(problems[i], results[i][3])),
             each(writing, lambda i: _scratch(problems[i], plans[i])),
             each(writing, plans.__getitem__),
-            num_warps=4,
+            **_options("resident_forward", [problems[i] for i in writing]),
         )
     if reading:
         blocks = max(triton.cdiv(problems[i].tokens.shape[1], plans[i].block_chunk) for i in reading)
@@ -97,7 +113,7 @@ def scans_forward(problems: Sequence[ScanProblem], *, save: bool) -> list[Forwar
             each(reading, lambda i: arguments[i][1]),
             each(reading, lambda i: launch.token_view(results[i][0])),
             each(reading, plans.__getitem__),
-            num_warps=4,
+            **_options("resident_forward", [problems[i] for i in reading]),
         )
     return results
 
@@ -142,21 +158,23 @@ def scans_backward(
 ) -> list[ScanGradients]:
     """Gradients of scans that do not depend on each other, in one launch.
 
-    Memory beside the results, per sequence and head: K chunk states in the dtype of the tokens, a float32 one with 16-bit
-    tokens, and the intermediates of one chunk.
+    Memory beside the results, per sequence and head: K chunk states in the dtype of the tokens, a float32 one with
+    16-bit tokens, and the intermediates of one chunk.
     """
     results = [_empty_gradients(problem) for problem in problems]
     present = [i for i, problem in enumerate(problems) if problem.sequence_count * problem.tokens.shape[2]]
     if not present:
         return [gradients for gradients, _ in results]
-    plans = {i: _plan(problems[i]) for i in present}
+    plans = {i: _plan(problems[i], "resident_backward") for i in present}
     arguments = {i: launch.problem_arguments(problems[i]) for i in present}
 
     def each(of: Callable[[int], Any]) -> tuple:
         return tuple(of(i) for i in present)
 
-    def final(i: int) -> tuple:
+    def final(i: int) -> tuple | None:
         _, *gradients = upstream[i]
+        if all(g is None for of in gradients for g in of):
+            return None
         return tuple(
             tuple(None if g is None else launch.matrix_view(g) for g in of or [None] * plans[i].weights)
             for of in gradients
@@ -173,14 +191,14 @@ def scans_backward(
         each(lambda i: _states(problems[i], problems[i].checkpoint_interval, problems[i].tokens.dtype)),
         each(lambda i: _workspace(problems[i], plans[i])),
         each(plans.__getitem__),
-        num_warps=4,
+        **_options("resident_backward", [problems[i] for i in present]),
     )
     return [gradients for gradients, _ in results]
 
 
 def _empty_gradients(problem: ScanProblem) -> tuple[ScanGradients, list[Tensor]]:
-    """Uninitialised results, and the adjoint of the momentum, which has no initial value to be the gradient of if that is
-    zero."""
+    """Uninitialised results, and the adjoint of the momentum, which has no initial value to be the gradient of if that
+    is zero."""
     count = problem.sequence_count
     given = (
         problem.step,
@@ -223,27 +241,13 @@ def _running_states(problem: ScanProblem) -> tuple[tuple[Tensor, ...], tuple[Ten
     return None if problem.tokens.dtype == torch.float32 else _states(problem, 1, torch.float32)
 
 
-def _workspace(problem: ScanProblem, plan: Plan) -> Workspace:
+def _workspace(problem: ScanProblem, plan: Plan) -> tuple[Tensor, Tensor]:
+    """The intermediates of one chunk per program: those in float32 and those in the dtype of the tokens."""
     tokens = problem.tokens
     programs = problem.sequence_count * plan.heads
-    delta_rule, hidden_layer = plan.rule == "dgd", plan.form != "linear"
-    rows = 3 if plan.objective == "self" else 2
-
-    def square(wanted: bool, count: int, columns: int) -> Tensor | None:
-        shape = (programs, count, plan.block_chunk, columns)
-        return torch.empty(shape, dtype=torch.float32, device=tokens.device) if wanted else None
-
-    def wide(wanted: bool, count: int, dtype: torch.dtype = tokens.dtype) -> Tensor | None:
-        shape = (programs, count, plan.block_chunk, plan.hidden)
-        return torch.empty(shape, dtype=dtype, device=tokens.device) if wanted else None
-
-    return Workspace(
-        tokens=square(True, 5, plan.block_dim),
-        squares=square(delta_rule, 6, plan.block_chunk),
-        hidden=wide(hidden_layer, rows),
-        d_inputs=wide(hidden_layer, rows * plan.inputs),
-        errors=wide(hidden_layer, plan.inputs),
-        d_errors=wide(hidden_layer and delta_rule, plan.inputs),
-        d_passed=wide(hidden_layer, 1),
-        slopes=wide(hidden_layer, 2 * plan.inputs, torch.float32),
+    sizes = workspace_sizes(plan)
+    floats, operands = sum(sizes[:FLOAT_PARTS]), sum(sizes[FLOAT_PARTS:])
+    return (
+        torch.empty((programs, floats), dtype=torch.float32, device=tokens.device),
+        torch.empty((programs, operands), dtype=tokens.dtype, device=tokens.device),
     )

@@ -1,10 +1,11 @@
-"""The walks over the hidden layer that a chunk's backward is made of, and the memory they leave things in for each other.
+"""The walks over the hidden layer that a chunk's backward is made of, and the memory they leave things in for each
+other.
 
-Each walk is short, few products and at most two float32 tiles carried, because a loop that holds more spills registers. For
-the same reason nothing but per-token vectors stays in registers between two walks: tokens are loaded again, and what one
-walk computes for the next goes through scratch memory that stays in the GPU's caches. There, results of products are also
-transposed: never in registers. No walk has a barrier in it; the caller puts one between a walk that writes something and the
-next one that reads it, or the other way round.
+Each walk is short, few products and at most two float32 tiles carried, because a loop that holds more spills
+registers. For the same reason nothing but per-token vectors stays in registers between two walks: tokens are loaded
+again, and what one walk computes for the next goes through scratch memory that stays in the GPU's caches. There,
+results of products are also transposed: never in registers. No walk has a barrier in it; the caller puts one between a
+walk that writes something and the next one that reads it, or the other way round.
 
 Letters: ``d_x`` is the gradient of the outer loss with respect to ``x``; ``error`` that of the inner loss.
 """
@@ -26,12 +27,59 @@ class Workspace(NamedTuple):
 
     tokens: Any  # float32 [5, BC, BD]
     squares: Any  # float32 [6, BC, BC], dgd
+    slopes: Any  # float32 [2 layers, BC, H]: of hidden values by pre-activations; what errors add to their adjoints
     hidden: Any  # operand dtype [2 or (self) 3, BC, H]: hidden values at keys, queries and values
     d_inputs: Any  # operand dtype [2 or 3, layers, BC, H]: adjoints of the pre-activations
+    d_passed: Any  # operand dtype [BC, H]: adjoint of the errors passed back through W_out
     errors: Any  # operand dtype [layers, BC, H]: what the input layers are written with
     d_errors: Any  # operand dtype [layers, BC, H], dgd: their adjoints
-    d_passed: Any  # operand dtype [BC, H]: adjoint of the errors passed back through W_out
-    slopes: Any  # float32 [2 layers, BC, H]: of hidden values by pre-activations; what errors add to their adjoints
+
+
+@triton.constexpr_function
+def workspace_sizes(plan):
+    """Elements of each part of a program's workspace, in the order of :class:`Workspace`."""
+    area = 0 if plan.form == "linear" else plan.block_chunk * plan.hidden
+    rows = 3 if plan.objective == "self" else 2
+    delta_rule = 1 if plan.rule == "dgd" else 0
+    return (
+        5 * plan.block_chunk * plan.block_dim,
+        6 * plan.block_chunk * plan.block_chunk * delta_rule,
+        2 * plan.inputs * area,
+        rows * area,
+        rows * plan.inputs * area,
+        area,
+        plan.inputs * area,
+        plan.inputs * area * delta_rule,
+    )
+
+
+# The first parts of a workspace are float32.
+FLOAT_PARTS = 3
+
+
+@triton.constexpr_function
+def offset_of(plan, part):
+    """Where a part begins: among those of its dtype for one program, or (the part behind the last) how much they
+    are."""
+    sizes = workspace_sizes(plan)
+    return sum(sizes[FLOAT_PARTS if part > FLOAT_PARTS else 0 : part])
+
+
+@triton.jit
+def workspace_of(work, program, plan: tl.constexpr):
+    """A program's part of ``work``: one tensor of float32 and one in the operand dtype, for all programs."""
+    floats = work[0] + program * offset_of(plan, 3)
+    operands = work[1] + program * offset_of(plan, 8)
+    return Workspace(
+        floats,
+        floats + offset_of(plan, 1),
+        floats + offset_of(plan, 2),
+        operands,
+        operands + offset_of(plan, 4),
+        operands + offset_of(plan, 5),
+        operands + offset_of(plan, 6),
+        operands + offset_of(plan, 7),
+    )
 
 
 # Rows of tokens, in the order they have in ``hidden`` and ``d_inputs``.
@@ -190,7 +238,7 @@ def rows_adjoint(x, d_out, rows: tl.constexpr, state, work, head, plan: tl.const
     if plan.form == "linear":
         d_x = product(d_out, tl.trans(load_linear(state, head, plan)), plan)
     else:
-        d_x = tl.zeros([plan.block_chunk, plan.block_dim], tl.float32)
+        d_x = tl.full([plan.block_chunk, plan.block_dim], 0.0, tl.float32)
         for h in tl.range(0, plan.hidden, plan.block_hidden, num_stages=1, disable_licm=True):
             w_in, w_up, w_out = load_layers(state, head, h, plan)
             hidden, slope = activate_with_slope(product(x, w_in, plan), plan)
@@ -220,9 +268,9 @@ def key_products(xk, state, adjoint, work, head, plan: tl.constexpr):
 
     H are the last layer's inputs: its hidden values, which stay in ``work``, or the keys of a linear memory.
     """
-    out = tl.zeros([plan.block_chunk, plan.block_dim], tl.float32)
-    through = tl.zeros([plan.block_chunk, plan.block_dim], tl.float32)
-    square = tl.zeros([plan.block_chunk], tl.float32)
+    out = tl.full([plan.block_chunk, plan.block_dim], 0.0, tl.float32)
+    through = tl.full([plan.block_chunk, plan.block_dim], 0.0, tl.float32)
+    square = tl.full([plan.block_chunk], 0.0, tl.float32)
     if plan.form == "linear":
         if plan.needs_prediction or plan.rule == "dgd":
             out = product(xk, load_linear(state, head, plan), plan)
@@ -249,7 +297,7 @@ def through_momentum(xk, adjoint, work, head, plan: tl.constexpr):
     if plan.form == "linear":
         return product(xk, load_linear(State(adjoint.momentum, (), adjoint.row), head, plan), plan)
     else:
-        through = tl.zeros([plan.block_chunk, plan.block_dim], tl.float32)
+        through = tl.full([plan.block_chunk, plan.block_dim], 0.0, tl.float32)
         for h in tl.range(0, plan.hidden, plan.block_hidden, num_stages=1, disable_licm=True):
             s_out = load_output(adjoint.momentum[plan.weights - 1], adjoint.row, head, h, plan)
             through += product(load_block(work.hidden, KEYS, h, plan), s_out, plan)
@@ -285,11 +333,12 @@ def input_layer_adjoint(
 
 @triton.jit
 def errors_adjoint(xk, delta, write, inverses, sums, state, adjoint, work, head, plan: tl.constexpr):
-    """The write of the input layers and the way their errors are formed: what it adds to ``d_delta [BC, BD]``, and ``sums``.
+    """The write of the input layers and the way their errors are formed: what it adds to ``d_delta [BC, BD]``, and
+    ``sums``.
 
     Leaves for later walks the errors, what passes W_out, the slopes and what pre-activations get directly.
     """
-    d_delta = tl.zeros([plan.block_chunk, plan.block_dim], tl.float32)
+    d_delta = tl.full([plan.block_chunk, plan.block_dim], 0.0, tl.float32)
     for h in tl.range(0, plan.hidden, plan.block_hidden, num_stages=1, disable_licm=True):
         w_in, w_up, w_out = load_layers(state, head, h, plan)
         z = product(xk, w_in, plan)
@@ -331,7 +380,7 @@ def keys_adjoint(d_out, right, d_overlap, write, state, adjoint, work, head, pla
 
     ``right``: errors the last layer is written with; ``d_overlap [BC, BC]``, dgd: adjoint of its inputs' overlaps.
     """
-    d_x = tl.zeros([plan.block_chunk, plan.block_dim], tl.float32)
+    d_x = tl.full([plan.block_chunk, plan.block_dim], 0.0, tl.float32)
     written = write.step_out[:, None] * right
     for h in tl.range(0, plan.hidden, plan.block_hidden, num_stages=1, disable_licm=True):
         w_in, w_up, w_out = load_layers(state, head, h, plan)
@@ -424,7 +473,7 @@ def update_adjoint(
     d_carry = 0.0
     d_momentum_decay = 0.0
     for i in tl.static_range(input_layers(plan)):
-        zeros = tl.zeros([plan.block_hidden], tl.float32)
+        zeros = tl.full([plan.block_hidden], 0.0, tl.float32)
         sums = (zeros, zeros, zeros)
         xk = load_span(problem.k, problem.pending_k, place, span, plan) if keys else None
         xv = load_span(problem.v, problem.pending_v, place, span, plan) if values else None
@@ -454,7 +503,7 @@ def update_adjoint(
     d_fk = load_rows(work, D_PRODUCT, plan) if keys and prediction else None
     d_fv = -load_rows(work, D_DELTA, plan) if values else None
     d_fq = load_span(grad_output, None, place, span, plan) if reads else None
-    zeros = tl.zeros([plan.block_dim], tl.float32)
+    zeros = tl.full([plan.block_dim], 0.0, tl.float32)
     sums = (zeros, zeros, zeros)
     if plan.form == "linear":
         pointers = matrix_pointers(adjoint.weights[0], adjoint.row, head, o_d[:, None], o_d[None, :])

@@ -53,7 +53,6 @@ from hope_kernels.backends.triton.resident_adjoint import (
     RIGHT,
     VALUES,
     Span,
-    Workspace,
     Write,
     errors_adjoint,
     input_layers,
@@ -69,6 +68,7 @@ from hope_kernels.backends.triton.resident_adjoint import (
     store_span,
     through_momentum,
     update_adjoint,
+    workspace_of,
 )
 from hope_kernels.backends.triton.resident_forward import (
     Scratch,
@@ -137,7 +137,7 @@ def load_write(coefficients, place, chunk, plan: tl.constexpr):
 
 @triton.jit
 def clear_coefficients(coefficients, place, chunk, plan: tl.constexpr):
-    zeros = tl.zeros([plan.block_chunk], tl.float32)
+    zeros = tl.full([plan.block_chunk], 0.0, tl.float32)
     store_gate(coefficients.step, place, chunk, zeros, plan)
     store_gate(coefficients.retention, place, chunk, zeros, plan)
     store_gate(coefficients.momentum_step, place, chunk, zeros, plan)
@@ -180,7 +180,7 @@ def chunk_adjoint(
         store_rows(work, D_DELTA, through, plan)
         store_rows(work, D_PRODUCT, b_k, plan)
     tl.debug_barrier()
-    d_step = tl.zeros([plan.block_chunk], tl.float32)
+    d_step = tl.full([plan.block_chunk], 0.0, tl.float32)
     d_momentum_step = d_step
     if delta_rule:
         write, d_before, d_after, d_step, d_diagonal = last_layer_solve(
@@ -201,10 +201,10 @@ def chunk_adjoint(
         inverses = (write.step_in, write.step_in)
         if delta_rule:
             inverses = (
-                tl.load(square_tile(work.squares, INVERSE, False, plan)),
-                tl.load(square_tile(work.squares, INVERSE, True, plan)),
+                tl.load(square_tile(work.squares, INVERSE, False, plan)).to(plan.operand),
+                tl.load(square_tile(work.squares, INVERSE, True, plan)).to(plan.operand),
             )
-        zeros = tl.zeros([plan.block_chunk], tl.float32)
+        zeros = tl.full([plan.block_chunk], 0.0, tl.float32)
         xk = load_span(problem.k, problem.pending_k, place, span, plan)
         d_delta, sums = errors_adjoint(
             xk, load_rows(work, DELTA, plan), write, inverses, (zeros, zeros), state, adjoint, work, head, plan
@@ -226,7 +226,7 @@ def chunk_adjoint(
     store_rows(work, D_DELTA, d_delta, plan)
     d_product = d_delta
     if not plan.needs_prediction:
-        d_product = tl.zeros([plan.block_chunk, plan.block_dim], tl.float32)
+        d_product = tl.full([plan.block_chunk, plan.block_dim], 0.0, tl.float32)
     if delta_rule:
         d_product += write.before[:, None] * load_rows(work, D_WRITTEN, plan)
     store_rows(work, D_PRODUCT, d_product, plan)
@@ -235,15 +235,14 @@ def chunk_adjoint(
     # The layers at the keys.
     d_overlap = d_step
     if delta_rule and hidden_layer:
-        d_overlap = load_overlap(work, D_GRAM_HIDDEN, d_diagonal, plan)
-        d_step_in, d_after_in, d_diagonal = input_layers_solve(problem, place, span, sums[0], write, work, plan)
+        d_step_in, d_after_in, d_diagonal_in = input_layers_solve(problem, place, span, sums[0], write, work, plan)
         d_step += d_step_in
         d_after += d_after_in
+        d_overlap = load_overlap(work, D_GRAM_HIDDEN, d_diagonal, plan)
+        d_diagonal = d_diagonal_in
     right = load_rows(work, RIGHT if delta_rule else DELTA, plan)
     if hidden_layer:
-        d_xk = keys_adjoint(
-            load_rows(work, D_PRODUCT, plan), right, d_overlap, write, state, adjoint, work, head, plan
-        )
+        d_xk = keys_adjoint(load_rows(work, D_PRODUCT, plan), right, d_overlap, write, state, adjoint, work, head, plan)
     else:
         d_xk = product(load_rows(work, D_PRODUCT, plan), tl.trans(load_linear(state, head, plan)), plan)
         d_xk -= product(write.step_out[:, None] * right, tl.trans(load_linear(adjoint, head, plan)), plan)
@@ -305,12 +304,13 @@ def queries_adjoint(problem, grad_output, results, state, work, place, span, pla
 
 @triton.jit
 def last_layer_solve(problem, place, span, chunk, square, write, work, plan: tl.constexpr):
-    """The solves of one chunk and the adjoint of the last layer's; ``square [BC]`` are the norms of that layer's inputs.
+    """The solves of one chunk and the adjoint of the last layer's; ``square [BC]`` are the norms of that layer's
+    inputs.
 
     Takes delta, ``H A`` and ``H W`` from ``DELTA``, ``D_DELTA`` and ``D_PRODUCT``. Returns the completed ``write``,
-    gradients ``[BC]`` of ``before``, ``after`` and the step, and the factor of the layer's inputs in their own gradient.
-    Leaves ``RIGHT``, ``D_WRITTEN`` and all of ``squares`` but ``D_GRAM``, which a linear memory has instead of
-    ``D_GRAM_HIDDEN``. Starts and ends behind a barrier.
+    gradients ``[BC]`` of ``before``, ``after`` and the step, and the factor of the layer's inputs in their own
+    gradient. Leaves ``RIGHT``, ``D_WRITTEN`` and all of ``squares`` but ``D_GRAM``, which a linear memory has instead
+    of ``D_GRAM_HIDDEN``. Starts and ends behind a barrier.
     """
     linear: tl.constexpr = plan.form == "linear"
     inverse_i: tl.constexpr = INVERSE if linear else INVERSE_HIDDEN
@@ -380,7 +380,7 @@ def input_layers_solve(problem, place, span, d_weight, write, work, plan: tl.con
 
     Leaves ``D_GRAM``. Starts and ends behind a barrier.
     """
-    d_lower = tl.zeros([plan.block_chunk, plan.block_chunk], tl.float32)
+    d_lower = tl.full([plan.block_chunk, plan.block_chunk], 0.0, tl.float32)
     for h in tl.range(0, plan.hidden, plan.block_hidden, num_stages=1, disable_licm=True):
         for i in tl.static_range(input_layers(plan)):
             right = load_block(work.errors, i, h, plan)
@@ -405,7 +405,7 @@ def load_overlap(work, i: tl.constexpr, d_diagonal, plan: tl.constexpr):
     """What a layer's inputs are multiplied by in their own gradient: ``G + G^T + diag``, ``[BC, BC]``."""
     o_c = tl.arange(0, plan.block_chunk)
     d_gram = tl.load(square_tile(work.squares, i, False, plan)) + tl.load(square_tile(work.squares, i, True, plan))
-    return d_gram + tl.where(o_c[:, None] == o_c[None, :], d_diagonal[:, None], 0.0)
+    return (d_gram + tl.where(o_c[:, None] == o_c[None, :], d_diagonal[:, None], 0.0)).to(plan.operand)
 
 
 # ---- one sequence and head -------------------------------------------------------------------------------------------
@@ -416,7 +416,7 @@ def clear_tokens(view, pending_view, place, first, end, plan: tl.constexpr):
     """Gradient 0 for the tokens ``first .. end``."""
     o_c = tl.arange(0, plan.block_chunk)
     o_d = tl.arange(0, plan.block_dim)
-    zeros = tl.zeros([plan.block_chunk, plan.block_dim], tl.float32)
+    zeros = tl.full([plan.block_chunk, plan.block_dim], 0.0, tl.float32)
     for j0 in tl.range(first, end, plan.block_chunk, num_stages=1, disable_licm=True):
         j = j0 + o_c
         store_tokens(view, pending_view, place, j, j < end, o_d, o_d < plan.dim, zeros)
@@ -424,7 +424,7 @@ def clear_tokens(view, pending_view, place, first, end, plan: tl.constexpr):
 
 @triton.jit
 def load_adjoint(adjoint, final, head, plan: tl.constexpr):
-    """Gradients of the final state, 0 where they are None."""
+    """Gradients of the final state, each 0 if it is None."""
     for i in tl.static_range(len(adjoint.weights)):
         copy_weight(adjoint.weights[i], adjoint.row, final[0][i], adjoint.row, head, i, plan)
         if len(adjoint.momentum) > 0:
@@ -440,23 +440,13 @@ def clear_adjoint(adjoint, head, plan: tl.constexpr):
 
 
 @triton.jit
-def hidden_zero(chunk):
-    """0, which the compiler cannot know: ``chunk`` is never negative.
-
-    Added to what the addresses of a chunk are formed from, it keeps them from being formed once in front of all loops and
-    carried, that is spilled, through them.
-    """
-    return tl.minimum(chunk, 0)
-
-
-@triton.jit
 def rebuild_states(problem, sizes, checkpoints, running, slots, work, s, n, first, last, plan: tl.constexpr):
     """The states at the start of chunks ``first .. last`` into slots 0, 1, ..; ``first`` starts a segment.
 
-    16-bit tokens have slots in their own dtype, since every product rounds the weights to it anyhow, and a float32 running
-    state. Starts and ends behind a barrier.
+    16-bit tokens have slots in their own dtype, since every product rounds the weights to it anyhow, and a float32
+    running state. Starts and ends behind a barrier.
     """
-    place = find_place(problem, sizes, s + hidden_zero(first), n, plan)
+    place = find_place(problem, sizes, s, n, plan)
     start = segment_start(running, slots, place, sizes, plan)
     if first == 0:
         copy_state(start, State(problem.weights, problem.momentum, place.sequence), place.head, plan)
@@ -467,8 +457,8 @@ def rebuild_states(problem, sizes, checkpoints, running, slots, work, s, n, firs
     if running is not None:
         copy_state(slot_state(slots, place, sizes, 0, plan), start, place.head, plan)
     for chunk in tl.range(first, last, num_stages=1, disable_licm=True):
-        place = find_place(problem, sizes, s + hidden_zero(chunk), n, plan)
-        own = workspace_of(work, place, plan)
+        place = find_place(problem, sizes, s, n, plan)
+        own = workspace_of(work, place.sequence * plan.heads + place.head, plan)
         scratch = Scratch(own.tokens, own.squares, own.hidden)
         after = slot_state(slots, place, sizes, chunk - first + 1, plan)
         if running is not None:
@@ -519,10 +509,10 @@ def chunk_task(
     ``live``: whether a gradient has reached the state after the chunk. If not, the write needs no adjoint. Returns the
     same for the state before.
     """
-    place = find_place(problem, sizes, s + hidden_zero(chunk), n, plan)
+    place = find_place(problem, sizes, s, n, plan)
     adjoint = contiguous_state((results.weights, results.momentum), place.sequence, plan)
     state = slot_state(slots, place, sizes, slot, plan)
-    own = workspace_of(work, place, plan)
+    own = workspace_of(work, place.sequence * plan.heads + place.head, plan)
     written = chunk < place.chunks
     if written & (sizes.bptt_chunks > 0):
         # The state after this chunk was detached.
@@ -559,16 +549,19 @@ def backward_task(
     complete = place.chunks * plan.chunk
     adjoint = contiguous_state((results.weights, results.momentum), place.sequence, plan)
     results = Results(
-        contiguous_tokens(results.q, sizes.tokens, plan),
-        contiguous_tokens(results.k, sizes.tokens, plan),
-        contiguous_tokens(results.v, sizes.tokens, plan),
-        contiguous_tokens(results.pending_k, sizes.pending, plan),
-        contiguous_tokens(results.pending_v, sizes.pending, plan),
+        None if results.q is None else contiguous_tokens(results.q, sizes.tokens, plan),
+        None if results.k is None else contiguous_tokens(results.k, sizes.tokens, plan),
+        None if results.v is None else contiguous_tokens(results.v, sizes.tokens, plan),
+        None if results.pending_k is None else contiguous_tokens(results.pending_k, sizes.pending, plan),
+        None if results.pending_v is None else contiguous_tokens(results.pending_v, sizes.pending, plan),
         results.coefficients,
         results.weights,
         results.momentum,
     )
-    load_adjoint(adjoint, final, place.head, plan)
+    if final is None:
+        clear_adjoint(adjoint, place.head, plan)
+    else:
+        load_adjoint(adjoint, final, place.head, plan)
     # Nothing behind the last complete chunk was written.
     if problem.k is not None:
         clear_tokens(results.k, results.pending_k, place, complete, end, plan)
@@ -582,7 +575,7 @@ def backward_task(
     if reads:
         newest = tl.where(tl.maximum(complete, place.pending) < end, place.chunks, newest)
     segments = (newest + sizes.interval) // sizes.interval
-    live = (s * 0 + 1 if given(final) else s * 0).to(tl.int32)
+    live = 0 if final is None else 1
     for back in tl.range(0, segments, num_stages=1, disable_licm=True):
         first = (segments - 1 - back) * sizes.interval
         last = tl.minimum(first + sizes.interval - 1, newest)
@@ -594,33 +587,18 @@ def backward_task(
             )
 
 
-@triton.constexpr_function
-def given(final):
-    """Whether any gradient of the final state is given."""
-    return any(view is not None for views in final for view in views)
-
-
 @triton.jit
-def part(base, program, size: tl.constexpr):
-    """A program's part of a workspace tensor; None where there is none."""
-    return None if base is None else base + program * size
-
-
-@triton.jit
-def workspace_of(work, place, plan: tl.constexpr):
-    program = place.sequence * plan.heads + place.head
-    rows: tl.constexpr = 3 if plan.objective == "self" else 2
-    area: tl.constexpr = plan.block_chunk * plan.hidden
-    return Workspace(
-        part(work.tokens, program, 5 * plan.block_chunk * plan.block_dim),
-        part(work.squares, program, 6 * plan.block_chunk * plan.block_chunk),
-        part(work.hidden, program, rows * area),
-        part(work.d_inputs, program, rows * plan.inputs * area),
-        part(work.errors, program, plan.inputs * area),
-        part(work.d_errors, program, plan.inputs * area),
-        part(work.d_passed, program, area),
-        part(work.slopes, program, 2 * plan.inputs * area),
-    )
+def backward_program(
+    problem, sizes, checkpoints, grad_output, final, result, running, slots, work, program, plan: tl.constexpr
+):
+    """Program ``program`` of one scan, if it has that many. Returns how many it has."""
+    count = sizes.sequences * plan.heads
+    if (program >= 0) & (program < count):
+        backward_task(
+            problem, sizes, checkpoints, grad_output, final, result, running, slots, work,
+            program // plan.heads, program % plan.heads, plan,
+        )  # fmt: skip
+    return count
 
 
 @triton.jit(do_not_specialize=["sizes"])
@@ -629,17 +607,13 @@ def backward_kernel(
 ):
     """One or several scans that do not depend on each other; each argument has an entry per scan.
 
-    ``checkpoints``, ``running`` (None: the slots are float32) and ``slots`` hold contiguous tensors (weights, momentum),
-    ``finals`` views of the gradients of the final state. Grid ``(sum of S * heads,)``, as for the forward.
+    ``checkpoints``, ``running`` (None: the slots are float32) and ``slots`` hold contiguous tensors (weights,
+    momentum), ``finals`` views of the gradients of the final state (None: all are 0). Grid ``(sum of S * heads,)``, as
+    for the forward.
     """
-    first = 0
+    program = tl.program_id(0)
     for i in tl.static_range(len(plans)):
-        plan: tl.constexpr = item(plans, i)
-        program = tl.program_id(0) - first
-        count = sizes[i].sequences * plan.heads
-        if (program >= 0) & (program < count):
-            backward_task(
-                problems[i], sizes[i], checkpoints[i], grad_outputs[i], finals[i], results[i], running[i], slots[i],
-                works[i], program // plan.heads, program % plan.heads, plan,
-            )  # fmt: skip
-        first += count
+        program -= backward_program(
+            problems[i], sizes[i], checkpoints[i], grad_outputs[i], finals[i], results[i], running[i], slots[i],
+            works[i], program, item(plans, i),
+        )  # fmt: skip

@@ -88,7 +88,7 @@ def read_rows(x, state, head, plan: tl.constexpr):
     if plan.form == "linear":
         out = product(x, load_linear(state, head, plan), plan)
     else:
-        out = tl.zeros([x.shape[0], plan.block_dim], tl.float32)
+        out = tl.full([x.shape[0], plan.block_dim], 0.0, tl.float32)
         for h in tl.range(0, plan.hidden, plan.block_hidden, num_stages=1, disable_licm=True):
             w_in, w_up, w_out = load_layers(state, head, h, plan)
             out += product(hidden_values(x, w_in, w_up, plan), w_out, plan)
@@ -175,7 +175,7 @@ def scratch_tile(base, o_row, o_column, stride: tl.constexpr):
 def hidden_overlaps(scratch, plan: tl.constexpr):
     """``H H^T [BC, BC]`` of the hidden values at the keys."""
     o_c = tl.arange(0, plan.block_chunk)
-    gram = tl.zeros([plan.block_chunk, plan.block_chunk], tl.float32)
+    gram = tl.full([plan.block_chunk, plan.block_chunk], 0.0, tl.float32)
     for h in tl.range(0, plan.hidden, plan.block_hidden, num_stages=1, disable_licm=True):
         o_h = h + tl.arange(0, plan.block_hidden)
         rows = tl.load(
@@ -185,6 +185,67 @@ def hidden_overlaps(scratch, plan: tl.constexpr):
         )
         gram += product(rows, tl.trans(rows), plan)
     return gram
+
+
+@triton.jit
+def second_walk(
+    before, after, scratch, head, xk, delta, right, inverse, earlier, step_in, step_out, momentum_step, factors,
+    plan: tl.constexpr,
+):  # fmt: skip
+    """Errors and update of a memory with a hidden layer, one block of it at a time, the hidden layer in rows."""
+    delta_rule: tl.constexpr = plan.rule == "dgd"
+    o_c = tl.arange(0, plan.block_chunk)
+    o_d = tl.arange(0, plan.block_dim)
+    m_d = o_d < plan.dim
+
+    p_delta = scratch_tile(scratch.errors, o_c[:, None], o_d[None, :], plan.block_dim)
+    tl.store(p_delta, delta)
+    if delta_rule:
+        tl.store(p_delta + plan.block_chunk * plan.block_dim, right)
+        tl.store(scratch_tile(scratch.inverse, o_c[:, None], o_c[None, :], plan.block_chunk), inverse)
+    tl.debug_barrier()
+
+    delta_t = tl.load(scratch_tile(scratch.errors, o_c[None, :], o_d[:, None], plan.block_dim))
+    inverse_t = inverse
+    if delta_rule:
+        inverse_t = tl.load(scratch_tile(scratch.inverse, o_c[None, :], o_c[:, None], plan.block_chunk))
+    for h in tl.range(0, plan.hidden, plan.block_hidden, num_stages=1, disable_licm=True):
+        o_h = h + tl.arange(0, plan.block_hidden)
+        mask = (o_h < plan.hidden)[:, None] & m_d[None, :]
+        p_in = matrix_pointers(before.weights[0], before.row, head, o_d[None, :], o_h[:, None])
+        p_out = matrix_pointers(before.weights[plan.weights - 1], before.row, head, o_h[:, None], o_d[None, :])
+        w_in = tl.load(p_in, mask=mask, other=0.0)  # [BH, BD]
+        w_out = tl.load(p_out, mask=mask, other=0.0)  # [BH, BD]
+        z = product(w_in, tl.trans(xk), plan)  # [BH, BC]
+        gate, slope = activate_with_slope(z, plan)
+        error = product(w_out, delta_t, plan)  # [BH, BC]
+        hidden = gate
+        if plan.form == "glu":
+            p_up = matrix_pointers(before.weights[1], before.row, head, o_d[None, :], o_h[:, None])
+            w_up = tl.load(p_up, mask=mask, other=0.0)
+            up = product(w_up, tl.trans(xk), plan)
+            hidden = gate * up
+            error_up = error * gate
+            error = error * up * slope
+            if delta_rule:
+                error_up = product(error_up + up * earlier[None, :], inverse_t, plan)
+            write_tile(
+                before, after, 1, head, o_d[None, :], o_h[:, None], mask, w_up, error_up, xk,
+                (step_in, momentum_step), factors, plan,
+            )  # fmt: skip
+        else:
+            error = error * slope
+        if delta_rule:
+            error = product(error + z * earlier[None, :], inverse_t, plan)
+        write_tile(
+            before, after, 0, head, o_d[None, :], o_h[:, None], mask, w_in, error, xk,
+            (step_in, momentum_step), factors, plan,
+        )  # fmt: skip
+        write_tile(
+            before, after, plan.weights - 1, head, o_h[:, None], o_d[None, :], mask, w_out, hidden, right,
+            (step_out, momentum_step), factors, plan,
+        )  # fmt: skip
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -210,10 +271,10 @@ def forward_chunk(problem, output, before, after, scratch, place, chunk, reads: 
         xq = load_tokens(problem.q, None, place, j, m_new, o_d, m_d)
 
     # First walk: outputs. [BC, BD]
-    b_k = tl.zeros([plan.block_chunk, plan.block_dim], tl.float32)
-    b_q = tl.zeros([plan.block_chunk, plan.block_dim], tl.float32)
-    b_v = tl.zeros([plan.block_chunk, plan.block_dim], tl.float32)
-    square = tl.zeros([plan.block_chunk], tl.float32)  # |h|^2 (dgd)
+    b_k = tl.full([plan.block_chunk, plan.block_dim], 0.0, tl.float32)
+    b_q = tl.full([plan.block_chunk, plan.block_dim], 0.0, tl.float32)
+    b_v = tl.full([plan.block_chunk, plan.block_dim], 0.0, tl.float32)
+    square = tl.full([plan.block_chunk], 0.0, tl.float32)  # |h|^2 (dgd)
     if plan.form == "linear":
         weight = load_linear(before, head, plan)
         b_k = product(xk, weight, plan)
@@ -258,7 +319,7 @@ def forward_chunk(problem, output, before, after, scratch, place, chunk, reads: 
     step_in = step
     step_out = step
     earlier = step
-    inverse = tl.zeros([plan.block_chunk, plan.block_chunk], tl.float32)
+    inverse = tl.full([plan.block_chunk, plan.block_chunk], 0.0, tl.float32)
     right = delta  # errors that W_out (linear: W) is written with
     if delta_rule:
         row = (place.chunk_row + chunk) * plan.heads + head
@@ -287,57 +348,11 @@ def forward_chunk(problem, output, before, after, scratch, place, chunk, reads: 
             (step_in, momentum_step), factors, plan,
         )  # fmt: skip
         tl.debug_barrier()
-        return
-
-    p_delta = scratch_tile(scratch.errors, o_c[:, None], o_d[None, :], plan.block_dim)
-    tl.store(p_delta, delta)
-    if delta_rule:
-        tl.store(p_delta + plan.block_chunk * plan.block_dim, right)
-        tl.store(scratch_tile(scratch.inverse, o_c[:, None], o_c[None, :], plan.block_chunk), inverse)
-    tl.debug_barrier()
-
-    # Second walk, the hidden layer in rows: errors and update.
-    delta_t = tl.load(scratch_tile(scratch.errors, o_c[None, :], o_d[:, None], plan.block_dim))
-    inverse_t = inverse
-    if delta_rule:
-        inverse_t = tl.load(scratch_tile(scratch.inverse, o_c[None, :], o_c[:, None], plan.block_chunk))
-    for h in tl.range(0, plan.hidden, plan.block_hidden, num_stages=1, disable_licm=True):
-        o_h = h + tl.arange(0, plan.block_hidden)
-        mask = (o_h < plan.hidden)[:, None] & m_d[None, :]
-        p_in = matrix_pointers(before.weights[0], before.row, head, o_d[None, :], o_h[:, None])
-        p_out = matrix_pointers(before.weights[plan.weights - 1], before.row, head, o_h[:, None], o_d[None, :])
-        w_in = tl.load(p_in, mask=mask, other=0.0)  # [BH, BD]
-        w_out = tl.load(p_out, mask=mask, other=0.0)  # [BH, BD]
-        z = product(w_in, tl.trans(xk), plan)  # [BH, BC]
-        gate, slope = activate_with_slope(z, plan)
-        error = product(w_out, delta_t, plan)  # [BH, BC]
-        hidden = gate
-        if plan.form == "glu":
-            p_up = matrix_pointers(before.weights[1], before.row, head, o_d[None, :], o_h[:, None])
-            w_up = tl.load(p_up, mask=mask, other=0.0)
-            up = product(w_up, tl.trans(xk), plan)
-            hidden = gate * up
-            error_up = error * gate
-            error = error * up * slope
-            if delta_rule:
-                error_up = product(error_up + up * earlier[None, :], inverse_t, plan)
-            write_tile(
-                before, after, 1, head, o_d[None, :], o_h[:, None], mask, w_up, error_up, xk,
-                (step_in, momentum_step), factors, plan,
-            )  # fmt: skip
-        else:
-            error = error * slope
-        if delta_rule:
-            error = product(error + z * earlier[None, :], inverse_t, plan)
-        write_tile(
-            before, after, 0, head, o_d[None, :], o_h[:, None], mask, w_in, error, xk,
-            (step_in, momentum_step), factors, plan,
+    else:
+        second_walk(
+            before, after, scratch, head, xk, delta, right, inverse, earlier, step_in, step_out, momentum_step, factors,
+            plan,
         )  # fmt: skip
-        write_tile(
-            before, after, plan.weights - 1, head, o_h[:, None], o_d[None, :], mask, w_out, hidden, right,
-            (step_out, momentum_step), factors, plan,
-        )  # fmt: skip
-    tl.debug_barrier()
 
 
 # ---- one sequence and head -------------------------------------------------------------------------------------------
@@ -366,7 +381,8 @@ def copy_state(to, source, head, plan: tl.constexpr):
 
 @triton.jit
 def forward_task(problem, sizes, output, state, checkpoints, scratch, s, n, plan: tl.constexpr):
-    """The whole scan of sequence ``s`` and head ``n``. ``state`` and ``checkpoints`` are contiguous (weights, momentum)."""
+    """The whole scan of sequence ``s`` and head ``n``. ``state`` and ``checkpoints`` are contiguous (weights,
+    momentum)."""
     place = find_place(problem, sizes, s, n, plan)
     current = contiguous_state(state, place.sequence, plan)
     copy_state(current, State(problem.weights, problem.momentum, place.sequence), place.head, plan)
@@ -391,14 +407,19 @@ def save_checkpoint(checkpoints, current, place, sizes, chunk, plan: tl.constexp
 
 
 @triton.jit
-def scratch_of(scratch, program, plan: tl.constexpr):
-    """The part of one program."""
-    row = program.to(tl.int64) * plan.block_chunk
-    return Scratch(
-        scratch.errors + row * 2 * plan.block_dim,
-        None if scratch.inverse is None else scratch.inverse + row * plan.block_chunk,
-        None if scratch.hidden is None else scratch.hidden + row * plan.hidden,
-    )
+def forward_program(problem, sizes, output, state, checkpoints, scratch, program, plan: tl.constexpr):
+    """Program ``program`` of one scan, if it has that many. Returns how many it has."""
+    count = sizes.sequences * plan.heads
+    if (program >= 0) & (program < count):
+        row = program.to(tl.int64) * plan.block_chunk
+        own = Scratch(
+            scratch.errors + row * 2 * plan.block_dim,
+            None if scratch.inverse is None else scratch.inverse + row * plan.block_chunk,
+            None if scratch.hidden is None else scratch.hidden + row * plan.hidden,
+        )
+        s, n = program // plan.heads, program % plan.heads
+        forward_task(problem, sizes, output, state, checkpoints, own, s, n, plan)
+    return count
 
 
 @triton.jit(do_not_specialize=["sizes"])
@@ -407,16 +428,11 @@ def forward_kernel(problems, sizes, outputs, states, checkpoints, scratches, pla
 
     Grid ``(sum of S * heads,)``: the programs of the first scan, then those of the second, ..
     """
-    first = 0
+    program = tl.program_id(0)
     for i in tl.static_range(len(plans)):
-        plan: tl.constexpr = item(plans, i)
-        program = tl.program_id(0) - first
-        count = sizes[i].sequences * plan.heads
-        if (program >= 0) & (program < count):
-            own = scratch_of(scratches[i], program, plan)
-            s, n = program // plan.heads, program % plan.heads
-            forward_task(problems[i], sizes[i], outputs[i], states[i], checkpoints[i], own, s, n, plan)
-        first += count
+        program -= forward_program(
+            problems[i], sizes[i], outputs[i], states[i], checkpoints[i], scratches[i], program, item(plans, i)
+        )
 
 
 @triton.jit
@@ -432,16 +448,19 @@ def read_task(problem, sizes, output, block, s, n, plan: tl.constexpr):
     store_tokens(output, None, place, j, m_j, o_d, m_d, read_rows(xq, state, place.head, plan))
 
 
+@triton.jit
+def read_program(problem, sizes, output, program, plan: tl.constexpr):
+    """As :func:`forward_program`, for reads."""
+    count = sizes.sequences * plan.heads
+    block = tl.program_id(0)
+    if (program >= 0) & (program < count) & (block * plan.block_chunk < sizes.tokens):
+        read_task(problem, sizes, output, block, program // plan.heads, program % plan.heads, plan)
+    return count
+
+
 @triton.jit(do_not_specialize=["sizes"])
 def read_kernel(problems, sizes, outputs, plans: tl.constexpr):
     """Reads without writes, as :func:`forward_kernel`. Grid ``(most blocks of tokens, sum of S * heads)``."""
-    first = 0
+    program = tl.program_id(1)
     for i in tl.static_range(len(plans)):
-        plan: tl.constexpr = item(plans, i)
-        program = tl.program_id(1) - first
-        count = sizes[i].sequences * plan.heads
-        inside = tl.program_id(0) * plan.block_chunk < sizes[i].tokens
-        if (program >= 0) & (program < count) & inside:
-            s, n = program // plan.heads, program % plan.heads
-            read_task(problems[i], sizes[i], outputs[i], tl.program_id(0), s, n, plan)
-        first += count
+        program -= read_program(problems[i], sizes[i], outputs[i], program, item(plans, i))

@@ -43,6 +43,8 @@ TILES = {
     (4, 2): (64, 32, 32, 4, 2),
     (4, 4): (32, 32, 32, 4, 2),
 }
+# The same where sizes are no multiples of those blocks: masks and unaligned loads take registers.
+MASKED_TILES = {2: (64, 32, 32, 4, 2), 4: (32, 32, 32, 4, 2)}
 GROUP = 8
 TRIANGLE = 64  # side of the blocks that the triangular systems of dgd are cut into
 READ_ROWS = 2048  # queries read at once where no write bounds their number
@@ -57,17 +59,20 @@ def choose_tile(bytes_: int, sums: int, rows: int, columns: int, terms: tuple[in
     def fit(block: int, *sizes: int) -> int:
         return min(block, max(16, next_power_of_2(max(sizes))))
 
-    full_rows, full_columns, full_inner, warps, stages = TILES[bytes_, sums]
-    block_rows, block_columns, inner = fit(full_rows, rows), fit(full_columns, columns), fit(full_inner, *terms)
-    return Tile(
-        rows=block_rows,
-        columns=block_columns,
-        inner=inner,
-        group=GROUP,
-        warps=warps if block_rows * block_columns == full_rows * full_columns else 4,
-        stages=stages,
-        even=rows % block_rows == 0 and columns % block_columns == 0 and all(n % inner == 0 for n in terms),
-    )
+    def cut(full_rows: int, full_columns: int, full_inner: int, warps: int, stages: int) -> Tile:
+        block_rows, block_columns, inner = fit(full_rows, rows), fit(full_columns, columns), fit(full_inner, *terms)
+        return Tile(
+            rows=block_rows,
+            columns=block_columns,
+            inner=inner,
+            group=GROUP,
+            warps=warps if block_rows * block_columns == full_rows * full_columns else 4,
+            stages=stages,
+            even=rows % block_rows == 0 and columns % block_columns == 0 and all(n % inner == 0 for n in terms),
+        )
+
+    tile = cut(*TILES[bytes_, sums])
+    return tile if tile.even else cut(*MASKED_TILES[bytes_])
 
 
 def turned(view: MatrixView) -> MatrixView:
@@ -103,7 +108,7 @@ class _Scan:
         backward needs beyond the forward."""
         self.problem = problem
         self.described, self.sizes = launch.problem_arguments(problem)
-        plan = launch.make_plan(problem, block_hidden=16, precision="ieee", fast_activation=False)
+        plan = launch.make_plan(problem, block_hidden=16)
         self.plan = plan = plan if rows is None else replace(plan, chunk=rows)
         # For kernels that touch no tokens: fewer arguments.
         self.places = self.described._replace(
@@ -579,7 +584,7 @@ class _Adjoint(_Scan):
             )
 
         if self.deep:
-            tile = self.tile(C, H, D)
+            tile = self.tile(C, H, D, sums=plan.inputs if self.delta else 1)
             self.run(
                 backward.hidden_adjoint_kernel, self.tiles(C, H, tile, sections.count),
                 self.places, self.sizes, chunk, self.d_out, turned(read[last]), *through_write(slice(last, None), 1),
@@ -731,6 +736,25 @@ def scan_backward(
             slot = views[chunk - first]
             walk.chunk_adjoint(chunk, slot.weights, slot, adjoint, copies, sections if chunk < most else tail)
     return result
+
+
+def scans_forward(
+    problems: Sequence[ScanProblem], *, save: bool
+) -> list[tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]]:
+    """Scans that do not depend on one another, one after the other: each of them fills the GPU."""
+    return [scan_forward(problem, save=save) for problem in problems]
+
+
+def scans_backward(
+    problems: Sequence[ScanProblem],
+    saved: Sequence[list[Tensor]],
+    upstream: Sequence[tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]],
+) -> list[ScanGradients]:
+    """Their gradients, likewise."""
+    return [
+        scan_backward(problem, kept, *gradients)
+        for problem, kept, gradients in zip(problems, saved, upstream, strict=True)
+    ]
 
 
 def _slot(problem: ScanProblem) -> tuple[list[Tensor], list[Tensor]]:
