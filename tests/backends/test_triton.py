@@ -66,7 +66,7 @@ SIZES = [
 ]
 
 
-@pytest.mark.interpreted_cases(14)
+@pytest.mark.interpreted_cases(10)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)

@@ -146,21 +146,31 @@ def form_delta(prediction, v, target, plan: tl.constexpr):
 
 
 @triton.jit
+def weighted_product(left, right, step, errors_right: tl.constexpr, plan: tl.constexpr):
+    """``left diag(step) right``. The errors are what is weighted before rounding, as the eager path does: hidden values
+    are smaller, and times a small step they would leave float16's range first."""
+    if errors_right:
+        return product(left, right * step[:, None], plan)
+    else:
+        return product(left * step[None, :], right, plan)
+
+
+@triton.jit
 def write_tile(
     before, after, i: tl.constexpr, head, o_in, o_out, mask, weight, left, right, steps, factors, plan: tl.constexpr
 ):
-    """One tile of weight ``i`` after the chunk: ``decay W + carry S - (left diag(step)) right``, and of its momentum.
+    """One tile of weight ``i`` after the chunk: ``decay W + carry S - left diag(step) right``, and of its momentum.
 
-    ``left [rows, BC]`` and ``right [BC, columns]`` are the layer's inputs and errors in the order that the tile's
-    orientation asks for; ``steps`` holds the per-token steps of weight and momentum, ``factors`` decay, carry and the
-    momentum's decay.
+    ``left [rows, BC]`` and ``right [BC, columns]`` are the errors and inputs of an input layer, or the inputs and
+    errors of the last one; ``steps`` holds the per-token steps of weight and momentum, ``factors`` decay, carry and
+    the momentum's decay.
     """
-    new = factors[0] * weight - product(left * steps[0][None, :], right, plan)
+    new = factors[0] * weight - weighted_product(left, right, steps[0], i == plan.weights - 1, plan)
     if len(before.momentum) > 0:
         p_speed = matrix_pointers(before.momentum[i], before.row, head, o_in, o_out)
         speed = tl.load(p_speed, mask=mask, other=0.0)
         new += factors[1] * speed
-        new_speed = factors[2] * speed - product(left * steps[1][None, :], right, plan)
+        new_speed = factors[2] * speed - weighted_product(left, right, steps[1], i == plan.weights - 1, plan)
         tl.store(matrix_pointers(after.momentum[i], after.row, head, o_in, o_out), new_speed, mask=mask)
     tl.store(matrix_pointers(after.weights[i], after.row, head, o_in, o_out), new, mask=mask)
 
