@@ -30,11 +30,16 @@ def state_dtype(tokens: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """Whether a backend can run here, and why (not). True in a boolean context when it can."""
+    """Whether a backend can run here, and why (not). True in a boolean context when it can.
+
+    ``interpreted``: it runs in an interpreter, exact but slow; what measures or checks every backend leaves it out
+    unless it is named.
+    """
 
     name: str
     available: bool
     reason: str
+    interpreted: bool = False
 
     def __bool__(self) -> bool:
         return self.available

@@ -102,7 +102,7 @@ def implementations_here(backends: Iterable[str] | None = None, *, compiled: boo
     """The reference, the reference through ``torch.compile`` if asked for, and the backends named.
 
     Args:
-        backends: names; None takes every one that is available here.
+        backends: names; None takes every one that is available here, but for interpreted ones.
         compiled: whether to add the compiled reference.
 
     Raises:
@@ -112,7 +112,8 @@ def implementations_here(backends: Iterable[str] | None = None, *, compiled: boo
     from hope_kernels import available_backends
 
     known = available_backends()
-    wanted = [name for name, status in known.items() if status] if backends is None else list(backends)
+    usual = [name for name, status in known.items() if status and not status.interpreted]
+    wanted = usual if backends is None else list(backends)
     for name in wanted:
         if name not in known:
             raise ValueError(f"backend is {name!r}; want one of {', '.join(known)}")

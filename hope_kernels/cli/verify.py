@@ -49,10 +49,10 @@ def verify(
 
 
 def available() -> list[str]:
-    """Names of the backends that run here."""
+    """Names of the backends that run here, but for interpreted ones."""
     from hope_kernels import available_backends
 
-    return [name for name, status in available_backends().items() if status]
+    return [name for name, status in available_backends().items() if status and not status.interpreted]
 
 
 def run_parity(trials: list[Case] | list[Trial], backends: list[str], dtypes: list[str], seed: int) -> ParityReport:

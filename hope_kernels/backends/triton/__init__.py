@@ -60,7 +60,10 @@ def status() -> BackendStatus:
         return BackendStatus("triton", False, f"Triton does not import ({error}); {_INSTALL}")
     if interpreted():
         return BackendStatus(
-            "triton", True, f"Triton {triton.__version__}, interpreted on CPU tensors (TRITON_INTERPRET=1): for tests"
+            "triton",
+            True,
+            f"Triton {triton.__version__}, interpreted on CPU tensors (TRITON_INTERPRET=1): for tests",
+            interpreted=True,
         )
     if not torch.cuda.is_available():
         return BackendStatus(
