@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hope_kernels import MemorySpec
-from tests.cases import COMPILED_BACKENDS, FLOAT64_BACKENDS, Problem, make_problem, package_results
+from tests.cases import COMPILED_BACKENDS, FLOAT64_BACKENDS, Problem, device_of, make_problem, package_results
 
 CASES = [
     pytest.param(
@@ -53,7 +53,7 @@ def test_second_derivatives_of_the_reference_agree_with_finite_differences(spec,
 @pytest.mark.parametrize("backend", COMPILED_BACKENDS)
 @pytest.mark.parametrize("tokens", [3, 9])  # a read, and reads with writes
 def test_a_compiled_backend_refuses_second_derivatives_and_names_the_way_out(backend, tokens):
-    problem = make_problem(MemorySpec(), chunk_size=4, tokens=tokens)
+    problem = make_problem(MemorySpec(), chunk_size=4, tokens=tokens).cast(torch.float32).to(device_of(backend))
     function, inputs = _function_and_inputs(problem, backend)
     first = torch.autograd.grad(function(*inputs)[0].square().sum(), inputs[0], create_graph=True)[0]
     with pytest.raises(RuntimeError, match=r"backend='reference'"):
