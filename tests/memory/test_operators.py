@@ -166,6 +166,7 @@ def test_a_compiled_stream_of_two_calls_equals_eager(backend):
         assert_equal_to_rounding(found, evaluate(problem, lambda p: results(stream, p)), 1e-6)
 
 
+@pytest.mark.interpreted_cases(0)
 @pytest.mark.parametrize("backend", COMPILED_BACKENDS)
 @pytest.mark.parametrize("gates", [{}, {"momentum": True}], ids=["plain", "momentum"])
 def test_one_compiled_graph_serves_many_lengths(backend, gates):
