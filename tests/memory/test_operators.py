@@ -376,19 +376,20 @@ def test_autocast_casts_tokens_and_leaves_gates_and_state_in_float32(dtype, back
 
 
 @pytest.mark.parametrize("backend", COMPILED_BACKENDS)
-def test_autocast_with_low_precision_inputs_and_float32_rates_from_a_linear_layer(backend):
+@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
+def test_autocast_with_low_precision_inputs_and_float32_rates_from_a_linear_layer(dtype, backend):
     """Under autocast a projection of the tokens gives its gates in low precision: they are brought back to float32."""
     device = device_of(backend)
-    problem = make_problem(MemorySpec(), chunk_size=4, tokens=11, max_lr=0.1).cast(torch.bfloat16).to(device)
-    low = problem.with_tensors(lr=problem["lr"].bfloat16())
+    problem = make_problem(MemorySpec(), chunk_size=4, tokens=11, max_lr=0.1).cast(dtype).to(device)
+    low = problem.with_tensors(lr=problem["lr"].to(dtype))
 
     def under_autocast(p, name=backend):
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        with torch.autocast(device.type, dtype=dtype):
             return package_results(p, backend=name)
 
     truth = evaluate_oracle(low)
     eager = evaluate(low, lambda p: under_autocast(p, "reference"))
-    assert_within_budget(evaluate(low, under_autocast), eager, truth, torch.bfloat16)
+    assert_within_budget(evaluate(low, under_autocast), eager, truth, dtype)
 
 
 @pytest.mark.parametrize("backend", FLOAT64_BACKENDS)
