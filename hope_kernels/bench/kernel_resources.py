@@ -108,10 +108,8 @@ def launches_of(subject: Subject) -> list[Launch]:
 
 
 def _forward(problem: ScanProblem) -> None:
+    """A scan, and a read, which takes the same configuration."""
     resident.scan_forward(problem, save=True)
-
-
-def _read(problem: ScanProblem) -> None:
     problem.k = problem.v = problem.pending_k = problem.pending_v = problem.step = problem.retention = None
     problem.decay = problem.momentum_step = problem.momentum_carry = problem.momentum_decay = None
     problem.momentum, problem.chunks = (), 0
@@ -127,7 +125,6 @@ def _backward(problem: ScanProblem, engine: ModuleType = resident) -> None:
 
 _LAUNCHERS: dict[str, Callable[[ScanProblem], None]] = {
     "resident_forward": _forward,
-    "resident_read": _read,
     "resident_backward": _backward,
     "tiled_forward": lambda problem: tiled.scan_forward(problem, save=True) and None,
     "tiled_backward": lambda problem: _backward(problem, tiled),

@@ -163,7 +163,8 @@ def compare_speed(
             notify(f"{shape.name} {mode}: checking")
             calls = {item: make_call(item, problem, mode) for item in implementations}
             differences = _check(shape, mode, calls, dtype)
-            executed = {item: _executed_gflop(item, calls, shape, mode) for item in calls}
+            counted = _counted_gflop(calls[REFERENCE])
+            executed = {item: _executed_gflop(item, counted, shape, mode) for item in calls}
             notify(f"{shape.name} {mode}: timing")
             peak = _peak(device, dtype)
             if peak is not None:
@@ -229,19 +230,23 @@ def _check(shape: Shape, mode: str, calls: dict, dtype: torch.dtype) -> dict[Imp
     return differences
 
 
+def _counted_gflop(call: Callable[[], object]) -> float:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops() / 1e9
+
+
 def _executed_gflop(
-    implementation: Implementation, calls: dict[Implementation, Callable[[], object]], shape: Shape, mode: str
+    implementation: Implementation, counted: float, shape: Shape, mode: str
 ) -> tuple[float, float] | None:
+    """``counted``: what the reference executes."""
     if implementation.compiled:
         return None
-    convention = shape.flops(mode) / 1e9
-    if implementation != REFERENCE and mode == "forward":
-        return convention, convention
-    with FlopCounterMode(display=False) as counter:
-        calls[REFERENCE]()
-    counted = counter.get_total_flops() / 1e9
     if implementation == REFERENCE:
         return counted, counted
+    convention = shape.flops(mode) / 1e9
+    if mode == "forward":
+        return convention, convention
     weight_size = shape.dim * (shape.dim if shape.form == "linear" else shape.hidden)
     rebuilt = 2 * rebuilt_products_per_token(shape.form) * weight_size * shape.head_tokens / 1e9
     return counted, convention + rebuilt

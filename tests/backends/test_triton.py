@@ -78,6 +78,15 @@ def test_any_size_stays_within_twice_the_eager_error(spec, sizes, plan, dtype):
     assert_within_budget(found, evaluate_package(problem, "reference"), evaluate_oracle(problem), dtype)
 
 
+def test_small_hidden_values_times_small_steps_stay_within_the_range_of_float16():
+    """Steps weigh the errors of the last layer: hidden values times the late steps of a chunk would be subnormal."""
+    problem = problem_for(
+        MemorySpec("glu", "gelu", objective="error"), torch.float16, dim=17, hidden=33, chunk_size=20, tokens=47
+    )
+    found = evaluate_package(problem, "triton:resident")
+    assert_within_budget(found, evaluate_package(problem, "reference"), evaluate_oracle(problem), torch.float16)
+
+
 @pytest.mark.parametrize("spec", SPECS, ids=spec_id)
 def test_a_chunk_of_several_blocks_stays_within_twice_the_eager_error(spec):
     """Chunks and features beyond what one program holds."""

@@ -184,6 +184,8 @@ def with_option(option: str) -> Engine:
     Raises:
         ValueError: there is no such plan.
     """
-    if option not in ("resident", "tiled"):
+    from hope_kernels.backends.triton.plan import PLANS
+
+    if option not in PLANS:
         raise ValueError(f"backend is 'triton:{option}'; want 'triton', 'triton:resident' or 'triton:tiled'")
     return Engine(option)

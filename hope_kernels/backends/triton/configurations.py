@@ -32,7 +32,6 @@ ANY = "any"
 # The block sizes that each kernel wants, beside num_warps and num_stages.
 KERNELS: dict[str, tuple[str, ...]] = {
     "resident_forward": ("block_hidden",),
-    "resident_read": ("block_hidden",),
     "resident_backward": ("block_hidden",),
 }
 
