@@ -107,18 +107,8 @@ class _Description:
         self.batch, self.length, self.heads, self.dim = tokens.shape
         self.sequence_count = problem.sequence_count
         self.shapes = [tuple(w.shape[-2:]) for w in problem.weights]
-        self.read = [_readable(x) for x in (problem.q, problem.k, problem.v, problem.pending_k, problem.pending_v)]
-        self.given = tuple(
-            None if x is None else x.contiguous()
-            for x in (
-                problem.step,
-                problem.retention,
-                problem.decay,
-                problem.momentum_step,
-                problem.momentum_carry,
-                problem.momentum_decay,
-            )
-        )
+        self.read = [_readable(x) for x in problem.token_tensors]
+        self.given = tuple(None if x is None else x.contiguous() for x in problem.coefficients)
         self.sequences = None if problem.sequences is None else problem.sequences.contiguous()
         self.vocabulary = (
             _FORMS[spec.form],
@@ -281,7 +271,7 @@ def scan_backward(
     grad_output = _readable(grad_output)
     # The rows of a table's coefficients that no sequence uses keep gradient 0.
     make = torch.empty_like if problem.sequences is None else torch.zeros_like
-    tokens = [d.like_tokens(x) for x in (problem.q, problem.k, problem.v, problem.pending_k, problem.pending_v)]
+    tokens = [d.like_tokens(x) for x in problem.token_tensors]
     coefficients = [None if x is None else make(x) for x in d.given]
     weights = d.empty_states()
     momentum = d.empty_states() if problem.momentum else []

@@ -106,6 +106,23 @@ class ScanProblem:
         return self.q if self.q is not None else self.k  # type: ignore[return-value]
 
     @property
+    def token_tensors(self) -> tuple[Tensor | None, ...]:
+        """``q, k, v, pending_k, pending_v``."""
+        return self.q, self.k, self.v, self.pending_k, self.pending_v
+
+    @property
+    def coefficients(self) -> tuple[Tensor | None, ...]:
+        """The scalars of the closed chunk form, in the order of the fields."""
+        return (
+            self.step,
+            self.retention,
+            self.decay,
+            self.momentum_step,
+            self.momentum_carry,
+            self.momentum_decay,
+        )
+
+    @property
     def sequence_count(self) -> int:
         """S."""
         return self.tokens.shape[0] if self.sequences is None else self.sequences.shape[0]

@@ -201,19 +201,7 @@ ScanResult = tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]
 
 def scan(problem: ScanProblem, backend: str) -> ScanResult:
     """Run a problem on a compiled backend: output, final weights, final momentum, with gradients."""
-    tensors = (
-        problem.q,
-        problem.k,
-        problem.v,
-        problem.pending_k,
-        problem.pending_v,
-        problem.step,
-        problem.retention,
-        problem.decay,
-        problem.momentum_step,
-        problem.momentum_carry,
-        problem.momentum_decay,
-    )
+    tensors = (*problem.token_tensors, *problem.coefficients)
     refuse_forward_mode((*tensors, *problem.weights, *problem.momentum))
     save = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (*tensors, *problem.weights, *problem.momentum)

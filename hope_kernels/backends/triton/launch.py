@@ -40,18 +40,10 @@ def matrix_views(tensors: list[Tensor] | tuple[Tensor, ...]) -> tuple[MatrixView
 
 def problem_arguments(problem: ScanProblem) -> tuple[Problem, Sizes]:
     """The kernel's description of ``problem``. Tensors that had to be copied live as long as the result."""
-    tokens = [token_view(readable(x)) for x in (problem.q, problem.k, problem.v, problem.pending_k, problem.pending_v)]
-    coefficients = (
-        problem.step,
-        problem.retention,
-        problem.decay,
-        problem.momentum_step,
-        problem.momentum_carry,
-        problem.momentum_decay,
-    )
+    tokens = [token_view(readable(x)) for x in problem.token_tensors]
     described = Problem(
         *tokens,
-        Coefficients(*(None if x is None else x.contiguous() for x in coefficients)),
+        Coefficients(*(None if x is None else x.contiguous() for x in problem.coefficients)),
         matrix_views(problem.weights),
         matrix_views(problem.momentum),
         None if problem.sequences is None else problem.sequences.contiguous(),
@@ -95,6 +87,36 @@ def uses_fast_activation(tokens: Tensor) -> bool:
     """Whether activations take the hardware's approximate tanh: with 16-bit tokens, whose rounding is about as coarse,
     on NVIDIA's GPUs."""
     return configurations.device_of(tokens).architecture.startswith("sm_") and tokens.element_size() == 2
+
+
+def empty_states(problem: ScanProblem, rows: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """One uninitialised ``[rows, N, in, out]`` per weight."""
+    tokens = problem.tokens
+    return [
+        torch.empty((rows, tokens.shape[2], *w.shape[-2:]), dtype=dtype, device=tokens.device) for w in problem.weights
+    ]
+
+
+def like_tokens(problem: ScanProblem, x: Tensor | None) -> Tensor | None:
+    """A contiguous result in the shape of ``x``; zero where a table may leave tokens out."""
+    if x is None:
+        return None
+    make = torch.empty if problem.sequences is None else torch.zeros
+    return make(x.shape, dtype=x.dtype, device=x.device)
+
+
+def empty_results(problem: ScanProblem, *, save: bool) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    """What ``scan_forward`` returns, not yet computed; the output is 0 where a table may leave tokens out."""
+    output = like_tokens(problem, problem.q)
+    weights: list[Tensor] = []
+    momentum: list[Tensor] = []
+    saved: list[Tensor] = []
+    if problem.k is not None:
+        weights = empty_states(problem, problem.sequence_count)
+        momentum = empty_states(problem, problem.sequence_count) if problem.has_momentum else []
+        if save:
+            saved = [x.new_empty(shape) for x, shape in zip(weights + momentum, saved_shapes(problem), strict=True)]
+    return problem.tokens.new_empty(0) if output is None else output, weights, momentum, saved
 
 
 def make_plan(problem: ScanProblem, *, block_hidden: int) -> Plan:

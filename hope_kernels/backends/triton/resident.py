@@ -27,22 +27,6 @@ ForwardResult = tuple["Tensor", list["Tensor"], list["Tensor"], list["Tensor"]]
 Upstream = tuple["Tensor | None", list["Tensor | None"], list["Tensor | None"]]
 
 
-def empty_states(problem: ScanProblem, rows: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """One uninitialised ``[rows, N, in, out]`` per weight."""
-    tokens = problem.tokens
-    return [
-        torch.empty((rows, tokens.shape[2], *w.shape[-2:]), dtype=dtype, device=tokens.device) for w in problem.weights
-    ]
-
-
-def like_tokens(problem: ScanProblem, x: Tensor | None) -> Tensor | None:
-    """A contiguous result in the shape of ``x``; zero where a table may leave tokens out."""
-    if x is None:
-        return None
-    make = torch.empty if problem.sequences is None else torch.zeros
-    return make(x.shape, dtype=x.dtype, device=x.device)
-
-
 # For a plan asked for by name where the table has no configuration: it runs, spilling registers, and is not fast.
 _UNLISTED = Configuration.of(block_hidden=16, num_warps=8)
 
@@ -83,7 +67,7 @@ def scan_forward(problem: ScanProblem, *, save: bool) -> ForwardResult:
 
 def scans_forward(problems: Sequence[ScanProblem], *, save: bool) -> list[ForwardResult]:
     """Scans that do not depend on each other: one launch for those that write, one for those that only read."""
-    results = [_empty_results(problem, save=save) for problem in problems]
+    results = [launch.empty_results(problem, save=save) for problem in problems]
     present = [i for i, problem in enumerate(problems) if problem.sequence_count * problem.tokens.shape[2]]
     writing = [i for i in present if problems[i].k is not None]
     reading = [i for i in present if problems[i].k is None and problems[i].tokens.shape[1]]
@@ -116,21 +100,6 @@ def scans_forward(problems: Sequence[ScanProblem], *, save: bool) -> list[Forwar
             **_options("resident_forward", [problems[i] for i in reading]),
         )
     return results
-
-
-def _empty_results(problem: ScanProblem, *, save: bool) -> ForwardResult:
-    output = like_tokens(problem, problem.q)
-    weights: list[Tensor] = []
-    momentum: list[Tensor] = []
-    saved: list[Tensor] = []
-    if problem.k is not None:
-        weights = empty_states(problem, problem.sequence_count)
-        momentum = empty_states(problem, problem.sequence_count) if problem.has_momentum else []
-        if save:
-            saved = [
-                x.new_empty(shape) for x, shape in zip(weights + momentum, launch.saved_shapes(problem), strict=True)
-            ]
-    return problem.tokens.new_empty(0) if output is None else output, weights, momentum, saved
 
 
 def _saved_states(problem: ScanProblem, saved: list[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
@@ -200,21 +169,13 @@ def _empty_gradients(problem: ScanProblem) -> tuple[ScanGradients, list[Tensor]]
     """Uninitialised results, and the adjoint of the momentum, which has no initial value to be the gradient of if that
     is zero."""
     count = problem.sequence_count
-    given = (
-        problem.step,
-        problem.retention,
-        problem.decay,
-        problem.momentum_step,
-        problem.momentum_carry,
-        problem.momentum_decay,
-    )
     # The rows of a table's coefficients that no sequence uses keep gradient 0.
     make = torch.empty if problem.sequences is None else torch.zeros
-    speeds = empty_states(problem, count) if problem.has_momentum else []
+    speeds = launch.empty_states(problem, count) if problem.has_momentum else []
     gradients = ScanGradients(
-        *(like_tokens(problem, x) for x in (problem.q, problem.k, problem.v, problem.pending_k, problem.pending_v)),
-        *(None if x is None else make(x.shape, dtype=x.dtype, device=x.device) for x in given),
-        weights=empty_states(problem, count),
+        *(launch.like_tokens(problem, x) for x in problem.token_tensors),
+        *(None if x is None else make(x.shape, dtype=x.dtype, device=x.device) for x in problem.coefficients),
+        weights=launch.empty_states(problem, count),
         momentum=speeds if problem.momentum else [],
     )
     return gradients, speeds
@@ -232,8 +193,8 @@ def _results(gradients: ScanGradients, speeds: list[Tensor]) -> Results:
 def _states(problem: ScanProblem, rows: int, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """``rows`` uninitialised states (weights, momentum) per sequence and head."""
     count = problem.sequence_count * rows
-    momentum = empty_states(problem, count, dtype) if problem.has_momentum else []
-    return tuple(empty_states(problem, count, dtype)), tuple(momentum)
+    momentum = launch.empty_states(problem, count, dtype) if problem.has_momentum else []
+    return tuple(launch.empty_states(problem, count, dtype)), tuple(momentum)
 
 
 def _running_states(problem: ScanProblem) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:

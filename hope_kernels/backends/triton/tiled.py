@@ -24,8 +24,7 @@ from hope_kernels.backends.triton import tiled_backward as backward
 from hope_kernels.backends.triton import tiled_delta_rule as delta_rule
 from hope_kernels.backends.triton import tiled_kernels as forward
 from hope_kernels.backends.triton.launch import matrix_view, matrix_views, token_view
-from hope_kernels.backends.triton.operands import Coefficients, MatrixView
-from hope_kernels.backends.triton.resident import empty_states
+from hope_kernels.backends.triton.operands import MatrixView
 from hope_kernels.backends.triton.tiled_kernels import Sections, Tile
 
 if TYPE_CHECKING:
@@ -383,16 +382,10 @@ def _fill(tensors: Sequence[Tensor], values: Sequence[Tensor | None]) -> None:
 def scan_forward(problem: ScanProblem, *, save: bool) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     """As :meth:`hope_kernels.backends.interface.Backend.scan_forward` says; launches per chunk are fixed."""
     tokens = problem.tokens
-    output = None if problem.q is None else torch.zeros(problem.q.shape, dtype=tokens.dtype, device=tokens.device)
-    weights: list[Tensor] = []
-    momentum: list[Tensor] = []
-    saved: list[Tensor] = []
-    if problem.k is not None:
-        weights = empty_states(problem, problem.sequence_count)
-        momentum = empty_states(problem, problem.sequence_count) if problem.has_momentum else []
-        if save:
-            saved = [x.new_empty(s) for x, s in zip(weights + momentum, launch.saved_shapes(problem), strict=True)]
-    result = (tokens.new_empty(0) if output is None else output, weights, momentum, saved)
+    result = launch.empty_results(problem, save=save)
+    output, weights, momentum, saved = result
+    if problem.q is None:
+        output = None
     _fill(weights, problem.weights)
     _fill(momentum, problem.momentum)
     if problem.sequence_count * tokens.shape[1] * tokens.shape[2] == 0:
@@ -652,10 +645,10 @@ def _empty_gradients(problem: ScanProblem) -> ScanGradients:
         return None if x is None else torch.zeros(x.shape, dtype=x.dtype, device=x.device)
 
     return ScanGradients(
-        *(zeros(x) for x in (problem.q, problem.k, problem.v, problem.pending_k, problem.pending_v)),
-        *(zeros(x) for x in (getattr(problem, name) for name in Coefficients._fields)),
-        weights=empty_states(problem, problem.sequence_count),
-        momentum=empty_states(problem, problem.sequence_count) if problem.has_momentum else [],
+        *(zeros(x) for x in problem.token_tensors),
+        *(zeros(x) for x in problem.coefficients),
+        weights=launch.empty_states(problem, problem.sequence_count),
+        momentum=launch.empty_states(problem, problem.sequence_count) if problem.has_momentum else [],
     )
 
 
@@ -710,15 +703,15 @@ def scan_backward(
     views = [States(matrix_views(w), matrix_views(s)) for w, s in slots]
     narrow = tokens.dtype != torch.float32
     if narrow:
-        running = (empty_states(problem, problem.sequence_count), empty_states(problem, problem.sequence_count))
-        running = (running[0], running[1] if problem.has_momentum else [])
-        state = States(matrix_views(running[0]), matrix_views(running[1]))
+        running_weights = launch.empty_states(problem, problem.sequence_count)
+        running_momentum = launch.empty_states(problem, problem.sequence_count) if problem.has_momentum else []
+        state = States(matrix_views(running_weights), matrix_views(running_momentum))
     nothing = States((None,) * len(problem.weights), (None,) * len(slots[0][1]))
     for segment in reversed(range(end // interval + 1)):
         first = segment * interval
         last = min(first + interval - 1, end)
         if segment == 0:
-            for weights, speeds in [slots[0], *([running] if narrow else [])]:
+            for weights, speeds in [slots[0], *([(running_weights, running_momentum)] if narrow else [])]:
                 _fill(weights, problem.weights)
                 _fill(speeds, problem.momentum)
         elif narrow:
