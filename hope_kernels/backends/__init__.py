@@ -82,6 +82,12 @@ def select(backend: str | None, spec: MemorySpec, dtype: torch.dtype, device: to
         ValueError: the name is unknown.
         RuntimeError: the backend asked for cannot run this here; the message says why.
     """
+    if torch.compiler.is_compiling():
+        return _select_in_trace(backend, spec.key, dtype, device)
+    return _select(backend, spec, dtype, device)
+
+
+def _select(backend: str | None, spec: MemorySpec, dtype: torch.dtype, device: torch.device) -> str:
     if backend is None:
         candidates = _PREFERENCE.get(device.type, ("reference",))
         return next(name for name in candidates if _refusal(name, spec, dtype, device) is None)
@@ -92,6 +98,14 @@ def select(backend: str | None, spec: MemorySpec, dtype: torch.dtype, device: to
     return backend
 
 
+def _select_in_trace(backend: str | None, key: str, dtype: torch.dtype, device: torch.device) -> str:
+    """The choice as a constant of a trace, whose arguments must be constants too: strings are to every PyTorch, a
+    :class:`MemorySpec` is not."""
+    from hope_kernels.memory.spec import MemorySpec
+
+    return _select(backend, MemorySpec.from_key(key), dtype, device)
+
+
 def runs_together(name: str) -> bool:
     """Whether a backend can run several scans that do not depend on one another at once."""
     return name != "reference" and hasattr(implementation(name), "scans_forward")
@@ -99,5 +113,5 @@ def runs_together(name: str) -> bool:
 
 # The answers depend on nothing a trace could change, and looking them up imports modules, which a trace cannot follow.
 # This is all that `torch.compiler.assume_constant_result` does; calling it would import the compiler and NumPy here.
-select._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_select_in_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
 runs_together._dynamo_marked_constant = True  # type: ignore[attr-defined]
