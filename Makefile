@@ -7,6 +7,9 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 
 VENV := .venv
 BIN := $(VENV)/bin
+# A second one, with the oldest Triton that is supported; 3.6's interpreter fails with NumPy 2.4.
+OLDEST := .venv-oldest-triton
+OLDEST_PINS := s/^triton==.*/triton==3.6.0/; s/^numpy==2\.4\.[0-9]+/numpy==2.3.5/
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip --disable-pip-version-check --quiet
 INSTALLED := $(VENV)/installed.stamp
 NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
@@ -18,11 +21,12 @@ BENCH_ARGS ?=
 RESOURCES_ARGS ?=
 GPU_ARGS ?=
 
-.PHONY: help install demo test test-slow lint format bench bench-suite triton-resources gpu-suite doctor clean
+.PHONY: help install demo test test-slow test-oldest-triton lint format bench bench-suite triton-resources \
+	triton-resources-oldest gpu-suite doctor clean
 .DELETE_ON_ERROR:
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-23s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## make .venv with everything in it, the core built
 
@@ -36,6 +40,15 @@ $(INSTALLED): pyproject.toml constraints.txt $(NATIVE)
 	@HOPE_KERNELS_REQUIRE_CORE=1 $(PIP) install --no-build-isolation --editable '.[dev]'
 	@touch $@
 
+# Only what compiles and tests the Triton kernels: the compiled core is not needed for that.
+$(OLDEST)/installed.stamp: constraints.txt Makefile
+	@test -n "$(PYTHON)" || { echo "No Python 3.10 or newer on PATH; name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@test -x $(OLDEST)/bin/pip || $(PYTHON) -m venv $(OLDEST)
+	@sed -E '$(OLDEST_PINS)' constraints.txt > $(OLDEST)/constraints.txt
+	@PIP_CONSTRAINT=$(OLDEST)/constraints.txt $(OLDEST)/bin/python -m pip --disable-pip-version-check --quiet install \
+		setuptools torch triton numpy rich pytest hypothesis
+	@touch $@
+
 demo: $(INSTALLED) ## verify, benchmark and train on real text, into demo_output/ (DEMO_ARGS=--quick: shorter)
 	$(BIN)/hope-kernels demo $(DEMO_ARGS)
 
@@ -44,6 +57,9 @@ test: $(INSTALLED) ## the test-suite but its slow tier (TEST_ARGS: more for pyte
 
 test-slow: $(INSTALLED) ## the slow tier alone
 	$(BIN)/python -m pytest -m slow $(TEST_ARGS)
+
+test-oldest-triton: $(OLDEST)/installed.stamp ## the Triton engine's tests with the oldest Triton (TEST_ARGS)
+	$(OLDEST)/bin/python -m pytest tests/backends/test_triton.py $(TEST_ARGS)
 
 lint: $(INSTALLED) ## ruff over everything
 	$(BIN)/ruff check .
@@ -60,6 +76,9 @@ bench-suite: $(INSTALLED) ## the regression benchmarks, pytest-benchmark's table
 triton-resources: $(INSTALLED) ## registers, shared memory and spills of the Triton kernels, without a GPU (RESOURCES_ARGS)
 	$(BIN)/python benchmarks/triton_resources.py $(RESOURCES_ARGS)
 
+triton-resources-oldest: $(OLDEST)/installed.stamp ## the same with the oldest Triton
+	$(OLDEST)/bin/python benchmarks/triton_resources.py $(RESOURCES_ARGS)
+
 # Not in .venv: a machine with a GPU has its own torch and Triton, and perhaps no network to install others.
 gpu-suite: ## everything that needs a GPU, within ten minutes, with the PYTHON at hand (GPU_ARGS="--stage bench")
 	$(PYTHON) benchmarks/gpu_suite.py $(GPU_ARGS)
@@ -68,6 +87,6 @@ doctor: $(INSTALLED) ## this machine, its versions and backends, and what is mis
 	$(BIN)/hope-kernels doctor
 
 clean: ## remove what builds and runs leave behind, .venv included
-	rm -rf $(VENV) build dist *.egg-info demo_output gpu_suite_output .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info demo_output gpu_suite_output .pytest_cache .ruff_cache .hypothesis .benchmarks
 	rm -f hope_kernels/_core*.so hope_kernels/_build_info.json
 	find . -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -1,8 +1,8 @@
 """Registers, stack, shared memory and spills of every shipped configuration of the Triton kernels; needs no GPU.
 
 ``python benchmarks/triton_resources.py`` compiles the table (``hope_kernels/backends/triton/configurations.json``) for
-sm_80, sm_90, sm_100 and gfx942, prints one line per kernel, writes ``benchmarks/results/triton-resources.json`` and a
-Markdown table beside it, and exits with 1 if a configuration must not be shipped.
+sm_80, sm_90, sm_100 and gfx942, prints one line per kernel, writes ``benchmarks/results/triton-resources-3.9.json``
+(named for the Triton at hand) and a Markdown table beside it, and exits with 1 if a configuration must not be shipped.
 
 ``--sweep resident_forward --shape mlp/gd/16/64/64 --candidate block_hidden=32,num_warps=4`` looks for one instead: it
 prints how candidates fare for a shape class (form/rule/bits/chunk/width), and writes nothing.
@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
-RESULTS = Path(__file__).parent / "results" / "triton-resources.json"
+RESULTS = Path(__file__).parent / "results"
 COLUMNS = ("kernel", "class", "scan", "target", "settings", "registers", "stack B", "shared B", "MMA", "barriers", "")
 
 
@@ -61,13 +61,14 @@ def main() -> int:
     print("\n".join(summary))
     if options.sweep:
         return 0
-    options.json.parent.mkdir(parents=True, exist_ok=True)
+    target = options.json or RESULTS / f"triton-resources-{'.'.join(triton.__version__.split('.')[:2])}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
     report = stamp("triton-resources", ["python", *sys.argv])
     report["versions"] |= {"triton": triton.__version__}
     report |= {"passed": not failed, "rows": [row.as_dict() for row in rows]}
-    options.json.write_text(json.dumps(report, indent=1) + "\n")
-    options.json.with_suffix(".md").write_text(_markdown(report, rows, tolerated, failed))
-    print(f"written: {options.json} and {options.json.with_suffix('.md').name}")
+    target.write_text(json.dumps(report, indent=1) + "\n")
+    target.with_suffix(".md").write_text(_markdown(report, rows, tolerated, failed))
+    print(f"written: {target} and {target.with_suffix('.md').name}")
     return 1 if failed else 0
 
 
@@ -77,7 +78,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--kernel", nargs="+", help="only these kernels of the table")
     parser.add_argument("--every-class", action="store_true", help="smaller chunks and widths of each entry as well")
     parser.add_argument("--jobs", type=int, default=1, help="compilations at a time")
-    parser.add_argument("--json", type=Path, default=RESULTS, help=f"the report, by default {RESULTS.name}")
+    parser.add_argument("--json", type=Path, help="the report; by default in benchmarks/results, by Triton's version")
     parser.add_argument("--sweep", metavar="KERNEL", help="compare candidates instead")
     parser.add_argument("--shape", nargs="+", default=["mlp/gd/16/64/64"], help="form/rule/bits/chunk/width")
     parser.add_argument("--candidate", nargs="+", default=["block_hidden=32,num_warps=4"], help="name=value,..")

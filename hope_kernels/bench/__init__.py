@@ -7,7 +7,8 @@ Needs torch only (plots need matplotlib), so that a script on a machine without 
 * ``implementations``: a backend (plain or through ``torch.compile``) as a function to call, and whether two agree;
 * ``timing``: several implementations timed side by side;
 * ``peak_memory``: peak memory of one call, in a process of its own;
-* ``gpu``: a GPU's measured peaks, peak memory of one call there;
+* ``gpu``: a GPU's measured peaks, what calls take of its memory, CUDA graphs;
+* ``decode``: one token at a time through a Continuum Memory System;
 * ``kernel_resources``: registers, memory and spills of the compiled Triton kernels (needs Triton, no GPU);
 * ``machine``: what ran: processor, versions, measured peaks;
 * ``parity_cases``, ``parity``: every backend against the token-by-token oracle in float64;

@@ -3,7 +3,8 @@
 Needs Triton but no GPU. Every configuration of the table is compiled through the engine's own host code, at the largest
 chunk and width it is meant for, as a plain scan (objective ``l2``) and as a full one (objective
 ``self``, momentum where the rule has it), both with retention and pending tokens, and judged by
-:meth:`~hope_kernels.backends.triton.resources.Resources.failures`.
+:meth:`~hope_kernels.backends.triton.resources.Resources.failures`. Kernels of the tiled plan are also compiled at sizes
+that no tile divides (``odd``: a full scan), each for the scans that ask the most of it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import triton
@@ -35,6 +37,7 @@ from hope_kernels.backends.triton.resources import Resources, read_resources
 from hope_kernels.memory.spec import MemorySpec
 
 VARIANTS = ("plain", "full")
+ODD = 3  # by so much a chunk and a token are shorter in the variant "odd"
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
 HIDDEN_PER_DIM = 4  # a memory's usual hidden width over its token's
 
@@ -86,25 +89,38 @@ class Row:
 
 def launches_of(subject: Subject) -> list[Launch]:
     """The launches of a subject's kernel, compiled."""
-    shape, full = subject.shape, subject.variant == "full"
+    shape, full = subject.shape, subject.variant != "plain"
+    tiled_scan = _TILED.get(subject.kernel)
+    less = ODD if subject.variant == "odd" else 0
+    chunk, dim = shape.block_chunk - less, shape.block_dim - less
+    # A tiled scan of one chunk launches every kernel once.
+    tokens, pending = (chunk // 2, chunk - chunk // 2) if tiled_scan else (4 * chunk, chunk - 1)
     spec = MemorySpec(form=shape.form, rule=shape.rule, objective="self" if full else "l2")  # type: ignore[arg-type]
     problem = meta_problem(
         spec,
         batch=8,
-        tokens=4 * shape.block_chunk,
+        tokens=tokens,
         heads=16,
-        dim=shape.block_dim,
-        hidden=HIDDEN_PER_DIM * shape.block_dim,
-        chunk_size=shape.block_chunk,
+        dim=dim,
+        hidden=HIDDEN_PER_DIM * dim,
+        chunk_size=chunk,
         dtype=DTYPES[shape.operand_bits],
         retention=True,
         momentum=full,
-        pending=shape.block_chunk - 1,
+        pending=pending,
     )
     assumed = {} if subject.configuration is None else {subject.kernel: subject.configuration}
-    with compile_only(ARCHITECTURES[subject.architecture]) as launches, assume(assumed):
-        _LAUNCHERS[subject.kernel](problem)
-    return launches
+    architecture = ARCHITECTURES[subject.architecture]
+    if tiled_scan is None:
+        with compile_only(architecture) as launches, assume(assumed):
+            _LAUNCHERS[subject.kernel](problem)
+        return launches
+    with assume(assumed):
+        with compile_only(architecture, tiled_scan.forward) as launches:
+            tiled.scan_forward(problem, save=True)
+        with compile_only(architecture, tiled_scan.backward) as backward_launches:
+            _backward(problem, tiled)
+    return launches + backward_launches
 
 
 def _forward(problem: ScanProblem) -> None:
@@ -126,12 +142,62 @@ def _backward(problem: ScanProblem, engine: ModuleType = resident) -> None:
 _LAUNCHERS: dict[str, Callable[[ScanProblem], None]] = {
     "resident_forward": _forward,
     "resident_backward": _backward,
-    "tiled_forward": lambda problem: tiled.scan_forward(problem, save=True) and None,
-    "tiled_backward": lambda problem: _backward(problem, tiled),
 }
 
-# The tiled plan's kernels take their tiles from a table in its own code; they are compiled at a large memory's sizes.
-TILED_SHAPES = (ShapeClass("mlp", "gd", 16, 512, 256), ShapeClass("glu", "dgd", 32, 512, 256))
+
+class _TiledScans(NamedTuple):
+    """What is compiled for a kernel of the table: functions of the forward and of the backward, in these scans."""
+
+    forward: tuple[str, ...]
+    backward: tuple[str, ...]
+    scans: tuple[str, ...]  # form, rule and variant
+
+
+_TILED_CHUNK, _TILED_DIM = 512, 256  # large enough for whole tiles
+_TILED = {
+    "tiled_hidden": _TiledScans((), ("hidden_kernel",), ("mlp gd full", "glu dgd full")),
+    "tiled_output": _TiledScans(("out_kernel",), (), ("mlp gd plain", "mlp gd full", "glu dgd full")),
+    "tiled_errors": _TiledScans((), ("errors_kernel",), ("mlp gd full", "glu gd full", "glu dgd full")),
+    "tiled_write": _TiledScans(("write_kernel",), (), ("mlp gd full", "linear dgd full")),
+    "tiled_corrected_adjoint": _TiledScans((), ("corrected_adjoint_kernel",), ("mlp dgd full",)),
+    "tiled_errors_adjoint": _TiledScans(
+        (), ("input_errors_adjoint_kernel", "delta_adjoint_kernel"), ("mlp gd full", "glu gd full")
+    ),
+    "tiled_delta_adjoint": _TiledScans((), ("delta_adjoint_kernel",), ("mlp gd plain", "glu dgd full")),
+    "tiled_hidden_adjoint": _TiledScans(
+        (), ("hidden_adjoint_kernel",), ("mlp gd plain", "glu gd full", "glu dgd full")
+    ),
+    "tiled_token_adjoint": _TiledScans(
+        (), ("token_adjoint_kernel",), ("mlp gd plain", "glu gd full", "glu dgd full", "linear dgd full")
+    ),
+    "tiled_state_adjoint": _TiledScans((), ("state_adjoint_kernel",), ("mlp gd full",)),
+    "tiled_odd": _TiledScans(
+        ("write_kernel",),
+        (
+            "hidden_kernel",
+            "out_kernel",
+            "errors_kernel",
+            "corrected_adjoint_kernel",
+            "input_errors_adjoint_kernel",
+            "delta_adjoint_kernel",
+            "hidden_adjoint_kernel",
+            "token_adjoint_kernel",
+            "state_adjoint_kernel",
+        ),
+        ("mlp gd odd", "glu gd odd", "glu dgd odd"),
+    ),
+    "tiled_triangle": _TiledScans(
+        ("steps_kernel", "overlap_kernel", "solve_kernel"),
+        ("solve_adjoint_kernel", "lower_adjoint_kernel"),
+        ("linear dgd full", "linear dgd odd"),
+    ),
+    "tiled_triangle_adjoint": _TiledScans(
+        (), ("triangle_adjoint_kernel", "retention_adjoint_kernel"), ("linear dgd full", "linear dgd odd")
+    ),
+    "tiled_pass": _TiledScans(
+        ("checkpoint_kernel",), ("gather_kernel", "errors_adjoint_kernel"), ("glu dgd full", "glu dgd odd")
+    ),
+}
 
 
 def examine(subject: Subject) -> list[Row]:
@@ -196,10 +262,11 @@ def shipped_subjects(
                     for variant in VARIANTS
                 ]
         subjects += [
-            Subject(kernel, shape, "full", architecture)
-            for kernel in ("tiled_forward", "tiled_backward")
+            Subject(kernel, ShapeClass(form, rule, bits, _TILED_CHUNK, _TILED_DIM), variant, architecture)
+            for kernel, tiled_scan in _TILED.items()
             if kernels is None or kernel in kernels
-            for shape in TILED_SHAPES
+            for form, rule, variant in map(str.split, tiled_scan.scans)
+            for bits in DTYPES
         ]
     return subjects
 
@@ -208,7 +275,7 @@ def _chosen(architecture: str) -> dict[Entry, list[ShapeClass]]:
     """The entries that hold on an architecture, each with the classes for which no closer one does."""
     chosen: dict[Entry, list[ShapeClass]] = {}
     taken: set[tuple[str, ShapeClass]] = set()
-    entries = [entry for entry in load(SHIPPED) if entry.device in (architecture, ANY)]
+    entries = [e for e in load(SHIPPED) if e.kernel in _LAUNCHERS and e.device in (architecture, ANY)]
     for entry in sorted(entries, key=lambda entry: entry.device == ANY):
         for values in itertools.product(*(entry.classes[name] for name in ShapeClass._fields)):
             shape = ShapeClass(*values)

@@ -7,6 +7,7 @@ tensor, so that a small gradient is held to the same standard as a large output.
 * float32, bfloat16, float16: twice the error of the eager reference in the same dtype, plus four units in the last
   place of that dtype (``4 eps``, the rounding band: two correct computations that round in different places differ by
   that much even where the reference happens to be exact);
+* float32 with tf32 products (on a GPU): the same, with the last place of tf32;
 * the reference itself in those dtypes: :data:`REFERENCE_CEILING` eps, so that a broken reference cannot lend its
   error to everybody else.
 
@@ -15,7 +16,8 @@ Anything that is not finite fails.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -31,6 +33,9 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+# What a row of float32 whose products are rounded to tf32 is called, and the distance of 1 from the next such number.
+TF32 = "tf32"
+TF32_EPS = 2.0**-10
 FLOAT64_BUDGET = 1e-10
 ROUNDING_BAND = 4  # eps
 REFERENCE_CEILING = 16  # eps
@@ -92,6 +97,7 @@ def check_parity(
     *,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    tf32: bool = False,
     notify: Callable[[str], None] = lambda message: None,
 ) -> ParityReport:
     """Run every case on every backend in every dtype and judge the errors.
@@ -102,6 +108,8 @@ def check_parity(
         dtypes: of :data:`DTYPES`.
         device: where the backends run, the reference too; the truth stays on the CPU.
         seed: of the inputs of cases.
+        tf32: whether float32 products may be rounded to tf32, which PyTorch then does on a GPU; such rows have the
+            dtype :data:`TF32`.
         notify: told the name of each case before it runs.
 
     Raises:
@@ -118,20 +126,39 @@ def check_parity(
         notify(item.name)
         trial = item if isinstance(item, Trial) else make_trial(item, seed)
         for dtype in dtypes:
-            reference_errors = None
-            if DTYPES[dtype] != torch.float64:
-                reference_errors = errors(backend_results(trial, "reference", DTYPES[dtype], device), trial.truth)
-            for backend in backends:
-                if backend == "reference" and reference_errors is not None:
-                    report.rows.append(_judge(trial, backend, dtype, reference_errors, None))
-                    continue
-                reason = _refusal(backend, trial.problem, DTYPES[dtype], torch.device(device))
-                if reason is not None:
-                    report.refused.setdefault(backend, {})[f"{trial.name} {dtype}"] = reason
-                    continue
-                measured = errors(backend_results(trial, backend, DTYPES[dtype], device), trial.truth)
-                report.rows.append(_judge(trial, backend, dtype, measured, reference_errors))
+            with _float32_products("high" if tf32 else torch.get_float32_matmul_precision()):
+                _check_trial(report, trial, backends, dtype, torch.device(device), tf32=tf32)
     return report
+
+
+def _check_trial(
+    report: ParityReport, trial: Trial, backends: list[str], dtype: str, device: torch.device, *, tf32: bool
+) -> None:
+    """The rows of one trial in one dtype."""
+    name = TF32 if tf32 and dtype == "float32" else dtype
+    reference_errors = None
+    if DTYPES[dtype] != torch.float64:
+        reference_errors = errors(backend_results(trial, "reference", DTYPES[dtype], device), trial.truth)
+    for backend in backends:
+        if backend == "reference" and reference_errors is not None:
+            report.rows.append(_judge(trial, backend, name, reference_errors, None))
+            continue
+        reason = _refusal(backend, trial.problem, DTYPES[dtype], device)
+        if reason is not None:
+            report.refused.setdefault(backend, {})[f"{trial.name} {name}"] = reason
+            continue
+        measured = errors(backend_results(trial, backend, DTYPES[dtype], device), trial.truth)
+        report.rows.append(_judge(trial, backend, name, measured, reference_errors))
+
+
+@contextmanager
+def _float32_products(precision: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def backend_results(trial: Trial, backend: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Results:
@@ -203,8 +230,8 @@ def _judge(
     measured: dict[str, float],
     reference_errors: dict[str, float] | None,
 ) -> ParityRow:
-    eps = torch.finfo(DTYPES[dtype]).eps
-    if DTYPES[dtype] == torch.float64:
+    eps = TF32_EPS if dtype == TF32 else torch.finfo(DTYPES[dtype]).eps
+    if dtype == "float64":
         budgets = dict.fromkeys(measured, FLOAT64_BUDGET)
     elif reference_errors is None:
         budgets = dict.fromkeys(measured, REFERENCE_CEILING * eps)

@@ -73,7 +73,7 @@ def plot_speed(report: SpeedReport, path: Path) -> None:
             if report.peak_gflops is not None:
                 rate.axhline(report.peak_gflops, color="#c0392b", linewidth=1.2, linestyle="--")
                 rate.annotate(
-                    f"float32 multiply-add peak measured in this run: {report.peak_gflops:.0f}",
+                    f"peak measured in this run: {report.peak_gflops:.0f}",
                     (0, report.peak_gflops),
                     xycoords=("axes fraction", "data"),
                     xytext=(3, 3),

@@ -24,7 +24,7 @@ from hope_kernels.bench.implementations import (
 )
 from hope_kernels.bench.machine import fma_peak
 from hope_kernels.bench.peak_memory import measure_peak_memory
-from hope_kernels.bench.problems import shape_problem
+from hope_kernels.bench.problems import Problem, shape_problem
 from hope_kernels.bench.shapes import MODES, Shape, rebuilt_products_per_token
 from hope_kernels.bench.timing import time_side_by_side
 
@@ -134,6 +134,7 @@ def compare_speed(
     warmup: int = 1,
     memory_modes: Iterable[str] = MODES,
     seed: int = 0,
+    problem: Problem | None = None,
     notify: Notify = lambda message: None,
 ) -> SpeedReport:
     """Check, then time, every implementation on every shape.
@@ -147,6 +148,7 @@ def compare_speed(
         memory_modes: the modes whose peak memory is measured as well (on a CPU one fresh process per row, and not for
             ``torch.compile``).
         seed: of the inputs.
+        problem: the inputs themselves, where they were made already: for one shape, in ``dtype``, on ``device``.
         notify: told what starts now, for a progress bar.
 
     Raises:
@@ -158,10 +160,10 @@ def compare_speed(
     modes, memory_modes = list(modes), list(memory_modes)
     on_gpu = torch.device(device).type == "cuda"
     for shape in shapes:
-        problem = shape_problem(shape, dtype=dtype, device=device, seed=seed)
+        inputs = shape_problem(shape, dtype=dtype, device=device, seed=seed) if problem is None else problem
         for mode in modes:
             notify(f"{shape.name} {mode}: checking")
-            calls = {item: make_call(item, problem, mode) for item in implementations}
+            calls = {item: make_call(item, inputs, mode) for item in implementations}
             differences = _check(shape, mode, calls, dtype)
             counted = _counted_gflop(calls[REFERENCE])
             executed = {item: _executed_gflop(item, counted, shape, mode) for item in calls}

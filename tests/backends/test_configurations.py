@@ -87,6 +87,14 @@ def test_a_class_that_no_entry_lists_has_no_configuration():
     assert choose("resident_backward", SHAPE, H200) is None
 
 
+def test_a_field_of_the_class_that_an_entry_does_not_list_may_have_any_value(tmp_path):
+    anything = {name: value for name, value in item().items() if name not in ("form", "block_chunk")}
+    write(tmp_path / "shipped.json", anything)
+    for shape in (SHAPE, SHAPE._replace(form="glu"), SHAPE._replace(block_chunk=1024)):
+        assert warps_of(shape=shape) == 4
+    assert warps_of(shape=SHAPE._replace(rule="dgd")) is None
+
+
 def test_an_unknown_kernel_is_an_error():
     with pytest.raises(ValueError, match="resident_sideways"):
         choose("resident_sideways", SHAPE, H200)
@@ -155,7 +163,7 @@ def test_an_entry_that_is_wrong_is_named(tmp_path, changed, message):
     assert "user.json: entry 1" in str(raised.value)
 
 
-@pytest.mark.parametrize("missing", sorted(item()))
+@pytest.mark.parametrize("missing", sorted(item().keys() - ShapeClass._fields))
 def test_an_entry_that_lacks_a_field_is_named(tmp_path, missing):
     write(tmp_path / "user.json", {name: value for name, value in item().items() if name != missing})
     with pytest.raises(ValueError, match=missing) as raised:
@@ -163,10 +171,22 @@ def test_an_entry_that_lacks_a_field_is_named(tmp_path, missing):
     assert "entry 0" in str(raised.value)
 
 
-def test_two_entries_for_one_class_are_refused(tmp_path):
-    write(tmp_path / "user.json", item(block_dim=[16, 32]), item(device="sm_90"), item(block_dim=[32, 64]))
+def without(name: str, **changed: object) -> dict:
+    return {key: value for key, value in item(**changed).items() if key != name}
+
+
+@pytest.mark.parametrize("first", [item(block_dim=[16, 32]), without("block_dim"), without("form", block_dim=[32])])
+@pytest.mark.parametrize("second", [item(block_dim=[32, 64]), without("block_dim")])
+def test_two_entries_for_one_class_are_refused(tmp_path, first, second):
+    write(tmp_path / "user.json", first, item(device="sm_90"), second)
     with pytest.raises(ValueError, match="entries 0 and 2 both hold"):
         warps_of()
+
+
+def test_entries_that_differ_in_a_field_both_list_may_leave_out_others(tmp_path):
+    write(tmp_path / "shipped.json", without("form", rule=["gd"]), without("block_dim", rule=["dgd"], num_warps=8))
+    assert warps_of() == 4
+    assert warps_of(shape=SHAPE._replace(rule="dgd", block_dim=512)) == 8
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"format": 2, "entries": []}', '{"format": 1}'])
@@ -243,6 +263,22 @@ def test_the_shipped_table_is_valid_and_says_where_each_entry_comes_from():
     assert {entry.kernel for entry in entries} <= table.KERNELS.keys()
     assert "resident_forward" in {entry.kernel for entry in entries}
     assert all(entry.measured or entry.reason for entry in entries)
+
+
+@pytest.mark.parametrize("device", [Device("a GPU", "sm_75"), Device("NVIDIA H200", "sm_90"), Device("?", "gfx942")])
+def test_every_kernel_of_the_tiled_plan_has_a_configuration_on_every_device(monkeypatch, device):
+    monkeypatch.setattr(table, "SHIPPED", Path(table.__file__).with_name("configurations.json"))
+    shapes = [
+        ShapeClass(form, rule, bits, block_chunk, block_dim)
+        for form in ("linear", "mlp", "glu")
+        for rule in ("gd", "dgd")
+        for bits in (16, 32)
+        for block_chunk, block_dim in ((16, 16), (64, 1024), (4096, 128))
+    ]
+    kernels = [kernel for kernel in table.KERNELS if kernel.startswith("tiled_")]
+    assert len(kernels) > 10
+    lacking = [(kernel, shape) for kernel in kernels for shape in shapes if choose(kernel, shape, device) is None]
+    assert not lacking
 
 
 def test_the_table_is_read_without_triton():

@@ -6,10 +6,12 @@ the suite's settings ask for.
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
 from collections import Counter
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -31,6 +33,7 @@ pytestmark = pytest.mark.skipif(not STATUS, reason=f"triton: {STATUS.reason}")
 if STATUS:
     from hope_kernels.backends import triton as engine
     from hope_kernels.backends.triton.compile_only import meta_problem
+    from hope_kernels.backends.triton.configurations import Configuration, assume
     from hope_kernels.backends.triton.plan import choose_plan
 
 PLANS = ("resident", "tiled")
@@ -108,14 +111,93 @@ def test_a_chunk_of_several_blocks_stays_within_twice_the_eager_error(spec):
         (65, 64, torch.float16, "tiled", "a chunk of 65 tokens is over the 64"),
         (16, 129, torch.float16, "tiled", "a token of 129 features is over the 128"),
         (2048, 1024, torch.float16, "tiled", "a chunk of 2048 tokens"),
-        (64, 128, torch.float32, "tiled", "no resident configuration is known"),
+        (64, 128, torch.float32, "tiled", "no resident configuration of the forward is known"),
     ],
 )
 def test_the_plan_follows_from_the_sizes_and_the_table(chunk_size, dim, dtype, name, reason):
     sizes = {"batch": 1, "tokens": 2 * chunk_size, "heads": 1, "dim": dim, "hidden": 8, "chunk_size": chunk_size}
-    choice = choose_plan(meta_problem(MemorySpec(), dtype=dtype, **sizes))
+    choice = choose_plan(meta_problem(MemorySpec(), dtype=dtype, **sizes), "forward")
     assert choice.name == name
     assert reason in choice.reason
+
+
+def test_forward_and_backward_each_follow_their_own_configurations():
+    problem = meta_problem(
+        MemorySpec(), dtype=torch.float16, batch=1, tokens=32, heads=1, dim=64, hidden=8, chunk_size=16
+    )
+    for absent, present in (("forward", "backward"), ("backward", "forward")):
+        known = {f"resident_{absent}": None, f"resident_{present}": Configuration.of(block_hidden=16, num_warps=4)}
+        with assume(known):
+            choice = choose_plan(problem, absent)
+            assert choice.name == "tiled"
+            assert f"no resident configuration of the {absent} is known for" in choice.reason
+            assert choose_plan(problem, present).name == "resident"
+
+
+def either_plan(directions: dict[str, bool]) -> AbstractContextManager[None]:
+    """The resident plan for those directions that are true, the tiled plan for the others."""
+    configuration = Configuration.of(block_hidden=16, num_warps=4)
+    return assume({f"resident_{name}": configuration if resident else None for name, resident in directions.items()})
+
+
+@pytest.mark.parametrize("forward", [True, False], ids=["resident-tiled", "tiled-resident"])
+@pytest.mark.parametrize("bptt_chunks", [None, 3])
+@pytest.mark.parametrize(
+    "spec", [MemorySpec("mlp"), MemorySpec("glu", "silu", objective="self", rule="dgd")], ids=spec_id
+)
+def test_the_backward_of_one_plan_takes_the_checkpoints_of_the_other(spec, bptt_chunks, forward, monkeypatch):
+    """Two calls, of four chunks and of two, with checkpoints and pending tokens; momentum with gd."""
+    problem = problem_for(spec, chunk_size=2, tokens=13, heads=1)
+    with either_plan({"forward": forward, "backward": not forward}), monkeypatch.context() as patch:
+        counted = Launches(patch)
+        found = evaluate_package(problem, "triton", lengths=[9, 4], bptt_chunks=bptt_chunks)
+    assert (counted.names["forward_kernel"], counted.names["backward_kernel"]) == ((2, 0) if forward else (0, 2))
+    expected = evaluate_package(problem, "reference", bptt_chunks=bptt_chunks)
+    assert_within_budget(found, expected, evaluate_oracle(problem, bptt_chunks=bptt_chunks), torch.float32)
+
+
+@pytest.mark.parametrize("forward", [True, False], ids=["resident-tiled", "tiled-resident"])
+def test_so_it_does_where_sequences_are_packed(forward):
+    problem = problem_for(MemorySpec("mlp", "silu"), batch=1, chunk_size=2, tokens=21, heads=1)
+    offsets = torch.tensor([0, 7, 7, 8, 21], device=device_of("triton"))
+
+    def gradients(backend: str) -> list[torch.Tensor]:
+        leaves = problem.map(lambda _, t: t.detach().clone().requires_grad_())
+        found = memory_scan(
+            leaves["q"], leaves["k"], leaves["v"], leaves["lr"], leaves.weights, spec=leaves.spec, chunk_size=2,
+            retention=leaves["retention"], momentum=leaves["momentum"], cu_seqlens=offsets, backend=backend,
+        )  # fmt: skip
+        loss = found.output.square().sum() + sum(w.square().sum() for w in found.state.weights)
+        return list(torch.autograd.grad(loss, list(leaves.tensors.values())))
+
+    with either_plan({"forward": forward, "backward": not forward}):
+        mixed = gradients("triton")
+    for found, expected in zip(mixed, gradients("reference"), strict=True):
+        torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-5)
+
+
+def test_scans_launched_together_are_grouped_by_the_plan_of_the_direction(monkeypatch):
+    """Three scans: one that is tiled both ways, two whose backward alone is."""
+    problems = [
+        meta_problem(
+            MemorySpec(), dtype=torch.float32, batch=1, tokens=70, heads=1, dim=4, hidden=4, chunk_size=chunk_size
+        )
+        for chunk_size in (4, 70, 8)
+    ]
+    called: list[tuple[str, list[int]]] = []
+    for plan in PLANS:
+        module = importlib.import_module(f"hope_kernels.backends.triton.{plan}")
+        for direction in ("forward", "backward"):
+
+            def scans(some, *_, name=f"{plan} {direction}", **__):
+                called.append((name, [problem.chunk_size for problem in some]))
+                return [problem.chunk_size for problem in some]
+
+            monkeypatch.setattr(module, f"scans_{direction}", scans)
+    with either_plan({"forward": True, "backward": False}):
+        assert engine.scans_forward(problems, save=True) == [4, 70, 8]
+        assert engine.scans_backward(problems, [[]] * 3, [(None, [], [])] * 3) == [4, 70, 8]
+    assert called == [("resident forward", [4, 8]), ("tiled forward", [70]), ("tiled backward", [4, 70, 8])]
 
 
 class Launches:
@@ -201,6 +283,56 @@ def test_plans_agree_to_rounding_and_either_may_continue_the_others_stream():
             torch.testing.assert_close(w, whole[f"weight{i}"], rtol=1e-5, atol=1e-6)
 
 
+# ---- tiles -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("block", "sizes", "found"),
+    [
+        (128, (512,), 128),
+        (128, (576,), 64),
+        (64, (256, 1056), 32),
+        (128, (16,), 16),
+        (128, (48,), 64),  # 16 would divide it, and is too small
+        (128, (5,), 16),
+        (64, (64, 7), 64),
+    ],
+)
+def test_a_block_is_halved_until_it_divides_the_sizes_but_not_below_32(block, sizes, found):
+    from hope_kernels.backends.triton.tiled_tiles import fit
+
+    assert fit(block, *sizes) == found
+
+
+def test_tiles_are_those_of_the_table_and_of_the_entry_for_odd_sizes_where_none_divides():
+    from hope_kernels.backends.triton.configurations import ANY, Device, ShapeClass
+    from hope_kernels.backends.triton.tiled_tiles import product_tile
+
+    def cut(rows: int, columns: int, terms: int) -> tuple:
+        tile = product_tile(
+            "tiled_write", ShapeClass("mlp", "gd", 16, 64, 64), Device(ANY, ANY), rows, columns, (terms,)
+        )
+        return tile.rows, tile.columns, tile.inner, tile.options, tile.even
+
+    whole = Configuration.of(rows=256, columns=128, inner=64, num_warps=8, num_stages=4)
+    odd = Configuration.of(rows=64, columns=32, inner=16, num_warps=2)
+    with assume({"tiled_write": whole, "tiled_odd": odd}):
+        assert cut(512, 256, 128) == (256, 128, 64, {"num_warps": 8, "num_stages": 4}, True)
+        assert cut(512, 192, 96) == (256, 64, 32, {"num_warps": 4, "num_stages": 4}, True)
+        assert cut(512, 250, 128) == (64, 32, 16, {"num_warps": 2}, False)
+
+
+def test_every_tile_of_the_shipped_table_is_compiled_by_the_report():
+    from hope_kernels.backends.triton.configurations import ANY, SHIPPED, load
+    from hope_kernels.bench.kernel_resources import shipped_subjects
+
+    for architecture in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        subjects = shipped_subjects([architecture])
+        entries = [e for e in load(SHIPPED) if e.kernel.startswith("tiled_") and e.device in (architecture, ANY)]
+        for entry in entries:
+            assert any(s.kernel == entry.kernel and entry.holds_for(s.shape) for s in subjects), entry
+
+
 # ---- status ----------------------------------------------------------------------------------------------------------
 
 
@@ -226,6 +358,19 @@ def test_the_status_names_the_interpreter_or_the_gpu_that_is_missing(interpret, 
     assert result.stdout.startswith(f"{available} Triton 3.")
     wanted = "interpreted on CPU tensors" if interpret == "1" else "on " if available else "needs a GPU"
     assert wanted in result.stdout
+
+
+def test_a_triton_that_is_too_old_is_not_available_and_no_kernel_of_it_is_imported():
+    """PyTorch 2.6 brings Triton 3.2, in which the kernels cannot even be defined."""
+    code = (
+        "import sys, triton\n"
+        "triton.__version__ = '3.2.0'\n"
+        "from hope_kernels import available_backends\n"
+        "status = available_backends()['triton']\n"
+        "print(bool(status), 'hope_kernels.backends.triton.operands' in sys.modules, status.reason)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("False False Triton 3.2.0 is older than 3.6; install it with: pip install")
 
 
 def test_automatic_choice_on_a_cpu_never_takes_the_interpreter():

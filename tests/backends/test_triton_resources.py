@@ -180,6 +180,7 @@ REPRESENTATIVE = (
     "resident_forward mlp gd 16 64 64 plain",
     "resident_forward mlp dgd 16 32 64 full",
     "resident_forward linear gd 32 16 64 plain",
+    "resident_backward mlp gd 16 64 64 full",
 )
 
 

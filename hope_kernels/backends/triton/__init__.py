@@ -39,6 +39,7 @@ __all__ = [
     "with_option",
 ]
 
+OLDEST = (3, 6)  # Triton that the kernels compile with
 _INSTALL = "install it with: pip install 'hope_kernels[triton]'"
 
 
@@ -58,6 +59,10 @@ def status() -> BackendStatus:
         import triton
     except ImportError as error:
         return BackendStatus("triton", False, f"Triton does not import ({error}); {_INSTALL}")
+    # Before any kernel is imported: older ones lack what the kernels are written with.
+    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST:
+        wanted = ".".join(map(str, OLDEST))
+        return BackendStatus("triton", False, f"Triton {triton.__version__} is older than {wanted}; {_INSTALL}")
     if interpreted():
         return BackendStatus(
             "triton",
@@ -106,10 +111,11 @@ class Engine:
     def refuses(spec: MemorySpec, dtype: torch.dtype, device: torch.device) -> str | None:
         return refuses(spec, dtype, device)
 
-    def _module(self, problem: ScanProblem) -> ModuleType:
+    def _module(self, problem: ScanProblem, direction: str) -> ModuleType:
+        """The plan that runs the ``"forward"`` or the ``"backward"``; a backward takes the checkpoints of either."""
         from hope_kernels.backends.triton.plan import choose_plan
 
-        choice = choose_plan(problem)
+        choice = choose_plan(problem, direction)
         if self.plan == "resident" and choice.required:
             raise RuntimeError(f"backend='triton:resident' cannot run this: {choice.reason}")
         return import_module(f"hope_kernels.backends.triton.{self.plan or choice.name}")
@@ -126,7 +132,7 @@ class Engine:
     ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
         """As :meth:`hope_kernels.backends.interface.Backend.scan_forward` says."""
         with _on_device_of(problem):
-            return self._module(problem).scan_forward(problem, save=save)
+            return self._module(problem, "forward").scan_forward(problem, save=save)
 
     def scan_backward(
         self,
@@ -138,13 +144,14 @@ class Engine:
     ) -> ScanGradients:
         """As :meth:`hope_kernels.backends.interface.Backend.scan_backward` says."""
         with _on_device_of(problem):
-            return self._module(problem).scan_backward(problem, saved, grad_output, grad_weights, grad_momentum)
+            module = self._module(problem, "backward")
+            return module.scan_backward(problem, saved, grad_output, grad_weights, grad_momentum)
 
     def scans_forward(
         self, problems: list[ScanProblem], *, save: bool
     ) -> list[tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]]:
         """Scans that do not depend on one another: those of the resident plan in one launch."""
-        return self._grouped(problems, "scans_forward", lambda i: (problems[i],), save=save)
+        return self._grouped(problems, "forward", lambda i: (problems[i],), save=save)
 
     def scans_backward(
         self,
@@ -153,20 +160,22 @@ class Engine:
         upstream: list[tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]],
     ) -> list[ScanGradients]:
         """Their gradients, given those of output, final weights and final momentum of each."""
-        return self._grouped(problems, "scans_backward", lambda i: (problems[i], saved[i], upstream[i]))
+        return self._grouped(problems, "backward", lambda i: (problems[i], saved[i], upstream[i]))
 
     def _grouped(
-        self, problems: list[ScanProblem], name: str, arguments: Callable[[int], tuple], **options: Any
+        self, problems: list[ScanProblem], direction: str, arguments: Callable[[int], tuple], **options: Any
     ) -> list:
-        """``name`` of each problem's plan, called once with the problems that share it; results in their order."""
+        """The scans of each problem's plan, called once with the problems that share it; results in their order."""
         groups: dict[ModuleType, list[int]] = {}
         for i, problem in enumerate(problems):
-            groups.setdefault(self._module(problem), []).append(i)
+            groups.setdefault(self._module(problem, direction), []).append(i)
         results: dict[int, Any] = {}
         for module, indices in groups.items():
             columns = zip(*map(arguments, indices), strict=True)
             with _on_device_of(problems[0]):
-                results |= zip(indices, getattr(module, name)(*map(list, columns), **options), strict=True)
+                results |= zip(
+                    indices, getattr(module, f"scans_{direction}")(*map(list, columns), **options), strict=True
+                )
         return [results[i] for i in range(len(problems))]
 
 

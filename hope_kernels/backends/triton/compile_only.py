@@ -7,7 +7,7 @@ are those of a real call at that size, and every launch is recorded with the ker
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -80,10 +80,11 @@ class _StandIn:
 
 
 @contextmanager
-def compile_only(architecture: Architecture) -> Iterator[list[Launch]]:
+def compile_only(architecture: Architecture, kernels: Collection[str] | None = None) -> Iterator[list[Launch]]:
     """Inside, launches of Triton kernels compile for ``architecture`` and are appended to the list that is yielded.
 
-    Configurations are chosen as on that architecture.
+    Configurations are chosen as on that architecture. ``kernels``: names of the functions to compile, None for all;
+    launches of others do nothing.
 
     For the whole process, threads included: not for use beside real launches.
 
@@ -94,6 +95,8 @@ def compile_only(architecture: Architecture) -> Iterator[list[Launch]]:
     compile_and_run, interpret, previous = JITFunction.run, InterpretedFunction.__getitem__, driver._active
 
     def run(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        if kernels is not None and kernel.__name__ not in kernels:
+            return None
         compiled = compile_and_run(kernel, *arguments, grid=grid, warmup=True, **options)
         launches.append(Launch(kernel.__name__, grid, options, compiled))
         return compiled

@@ -1,8 +1,9 @@
 """Which block sizes and how many warps a kernel is launched with: a table, read from ``configurations.json``.
 
-An entry holds for one kernel, on one device (or an architecture, or any), for the shape classes it lists. The choice is
-made from these alone: never by timing, never from batch size or length, so that results do not depend on them either.
-:func:`tune` is the one place that times; it writes what it found to a file of the user's, which takes precedence.
+An entry holds for one kernel, on one device (or an architecture, or any), for the shape classes it lists; a field of a
+class that it does not list may have any value. The choice is made from these alone: never by timing, never from batch
+size or length, so that results do not depend on them either. :func:`tune` is the one place that times; it writes what
+it found to a file of the user's, which takes precedence.
 Without Triton this module imports.
 """
 
@@ -29,10 +30,27 @@ USER_FILE_VARIABLE = "HOPE_KERNELS_TRITON_CONFIGURATIONS"
 FORMAT = 1
 ANY = "any"
 
+_TILE = ("rows", "columns", "inner")
 # The block sizes that each kernel wants, beside num_warps and num_stages.
 KERNELS: dict[str, tuple[str, ...]] = {
     "resident_forward": ("block_hidden",),
     "resident_backward": ("block_hidden",),
+    # The tiled plan: products, in the order of a chunk's launches; products of sizes that no block divides; the
+    # triangular systems of dgd; passes without a product.
+    "tiled_hidden": _TILE,
+    "tiled_output": _TILE,
+    "tiled_errors": _TILE,
+    "tiled_write": _TILE,
+    "tiled_corrected_adjoint": _TILE,
+    "tiled_errors_adjoint": _TILE,
+    "tiled_delta_adjoint": _TILE,
+    "tiled_hidden_adjoint": _TILE,
+    "tiled_token_adjoint": _TILE,
+    "tiled_state_adjoint": _TILE,
+    "tiled_odd": _TILE,
+    "tiled_triangle": ("rows", "inner"),
+    "tiled_triangle_adjoint": (),
+    "tiled_pass": ("rows", "columns"),
 }
 
 
@@ -90,7 +108,7 @@ class Entry:
     Attributes:
         kernel: of :data:`KERNELS`.
         device: name or architecture it is for, or ``"any"``.
-        classes: for each field of :class:`ShapeClass` the values it holds for.
+        classes: by field of :class:`ShapeClass` the values it holds for; any value of a field that is not there.
         configuration: what to launch with.
         measured: where it was measured (machine, versions, times), or None.
         reason: why this one, where it was not measured.
@@ -105,6 +123,12 @@ class Entry:
 
     def holds_for(self, shape: ShapeClass) -> bool:
         return all(getattr(shape, name) in values for name, values in self.classes.items())
+
+    def overlaps(self, other: Entry) -> bool:
+        """Whether some shape class of one kernel and device is of both."""
+        return (self.kernel, self.device) == (other.kernel, other.device) and all(
+            set(values) & set(other.classes.get(name, values)) for name, values in self.classes.items()
+        )
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -234,9 +258,7 @@ def load(path: Path) -> tuple[Entry, ...]:
     entries = tuple(_entry(f"{path}: entry {i}", item) for i, item in enumerate(content["entries"]))
     for i, entry in enumerate(entries):
         for j, other in enumerate(entries[:i]):
-            if (entry.kernel, entry.device) == (other.kernel, other.device) and all(
-                set(values) & set(other.classes[name]) for name, values in entry.classes.items()
-            ):
+            if entry.overlaps(other):
                 raise ValueError(f"{path}: entries {j} and {i} both hold for one {entry.kernel} on {entry.device!r}")
     return entries
 
@@ -263,16 +285,16 @@ def _entry(where: str, item: Any) -> Entry:
     kernel = item.get("kernel")
     demand(kernel in KERNELS, f"kernel is {kernel!r}; want one of {', '.join(map(repr, KERNELS))}")
     where = f"{where} ({kernel}, {item.get('device')!r})"
-    needed = {"kernel", "device", *_CLASS_VALUES, *KERNELS[kernel], "num_warps", "measured", "reason"}
+    needed = {"kernel", "device", *KERNELS[kernel], "num_warps", "measured", "reason"}
     demand(needed <= item.keys(), f"lacks {', '.join(sorted(needed - item.keys()))}")
-    unknown = item.keys() - needed - {"num_stages"}
+    unknown = item.keys() - needed - {"num_stages", *_CLASS_VALUES}
     demand(not unknown, f"has unknown fields {', '.join(sorted(unknown))}")
     demand(isinstance(item["device"], str) and item["device"] != "", "device is no name")
-    for name, good in _CLASS_VALUES.items():
-        values = item[name]
+    classes = {name: item[name] for name in _CLASS_VALUES if name in item}
+    for name, values in classes.items():
         demand(isinstance(values, list) and bool(values), f"{name} is {values!r}; want a list of values")
         for value in values:
-            demand(good(value), f"{name} has {value!r}")
+            demand(_CLASS_VALUES[name](value), f"{name} has {value!r}")
     for name in KERNELS[kernel]:
         demand(_power_of_two(item[name], 16, 512), f"{name} is {item[name]!r}; want a power of two in 16..512")
     warps, stages = item["num_warps"], item.get("num_stages")
@@ -287,7 +309,7 @@ def _entry(where: str, item: Any) -> Entry:
     return Entry(
         kernel=kernel,
         device=item["device"],
-        classes={name: tuple(item[name]) for name in _CLASS_VALUES},
+        classes={name: tuple(values) for name, values in classes.items()},
         configuration=Configuration.of(
             num_warps=warps, num_stages=stages, **{name: item[name] for name in KERNELS[kernel]}
         ),
@@ -382,12 +404,6 @@ def tune(
         },
         reason="the fastest of the candidates timed",
     )
-    kept = [old for old in (load(path) if path.exists() else ()) if not _replaces(entry, old)]
+    kept = [old for old in (load(path) if path.exists() else ()) if not entry.overlaps(old)]
     write(path, [*kept, entry])
     return outcome
-
-
-def _replaces(new: Entry, old: Entry) -> bool:
-    return (new.kernel, new.device) == (old.kernel, old.device) and all(
-        set(values) & set(old.classes[name]) for name, values in new.classes.items()
-    )

@@ -31,6 +31,9 @@ def token_view(x: Tensor | None) -> TokenView | None:
 
 def matrix_view(x: Tensor) -> MatrixView:
     """View of ``[S, heads, in, out]``, or of ``[heads, in, out]`` shared by all sequences."""
+    # Inside a matrix the resident kernels count in 32 bits: one whose rows or columns reach farther is copied.
+    if sum((size - 1) * stride for size, stride in zip(x.shape[-2:], x.stride()[-2:], strict=True)) >= 2**31:
+        x = x.contiguous()
     return MatrixView(x, *(x.stride() if x.dim() == 4 else (0, *x.stride())))
 
 

@@ -155,14 +155,15 @@ def find_place(problem, sizes, s, n, plan: tl.constexpr):
     """The place of sequence ``s`` and head ``n``. Values of a table are kept inside the tensors whatever they are."""
     s = s.to(tl.int64)
     n = n.to(tl.int64)
-    tokens = sizes.tokens.to(tl.int64)
+    # A size of 1 is a constant to the compiler, which has no ``.to``.
+    tokens = tl.cast(sizes.tokens, tl.int64)
     row = s
     start = tokens * 0
     length = tokens
-    pending = sizes.pending.to(tl.int64)
-    chunks = sizes.chunks.to(tl.int64)
+    pending = tl.cast(sizes.pending, tl.int64)
+    chunks = tl.cast(sizes.chunks, tl.int64)
     chunk_row = s * chunks
-    chunk_index = sizes.first_chunk.to(tl.int64)
+    chunk_index = tl.cast(sizes.first_chunk, tl.int64)
     if problem.sequences is not None:
         table = problem.sequences + s * 6
         row = tl.minimum(tl.maximum(tl.load(table), 0), sizes.rows - 1)
@@ -228,12 +229,6 @@ def contiguous_view(data, i: tl.constexpr, plan: tl.constexpr):
 
 
 @triton.jit
-def contiguous_tokens(data, tokens, plan: tl.constexpr):
-    """View of a contiguous tensor ``[rows, tokens, heads, D]``."""
-    return TokenView(data, tokens.to(tl.int64) * (plan.heads * plan.dim), plan.heads * plan.dim, plan.dim)
-
-
-@triton.jit
 def contiguous_views(tensors, plan: tl.constexpr):
     """Views of one contiguous tensor per weight, or ``()`` of none."""
     if len(tensors) == 0:
@@ -273,12 +268,31 @@ def product(a, b, plan: tl.constexpr):
 
 
 @triton.jit
+def opaque(start, row, step: tl.constexpr):
+    """``start``, a multiple of ``step``, of which a compiler does not see that a loop runs through it.
+
+    It would turn every address of the loop's body into a variable of its own that the loop increments, and start those
+    variables outside of all loops: more registers than there are. ``row`` (int64) is any row of a tensor: its
+    highest bits are 0 in fact, but nothing says so.
+    """
+    return tl.multiple_of(start ^ (row >> 62).to(tl.int32), step)
+
+
+@triton.jit
+def contiguous_tokens(data, tokens, place, plan: tl.constexpr):
+    """View of a contiguous tensor ``[rows, tokens, heads, D]`` for use at ``place``."""
+    row = opaque(tl.cast(tokens, tl.int64), place.sequence, 1) * (plan.heads * plan.dim)
+    return TokenView(data, row, plan.heads * plan.dim, plan.dim)
+
+
+@triton.jit
 def copy_matrix(to, to_row, source, source_row, head, inner: tl.constexpr, outer: tl.constexpr, zero: tl.constexpr):
     """Copies one float32 matrix ``[in, out]`` in tiles, or clears it (``zero``, ``source`` is then not used)."""
     BLOCK_IN: tl.constexpr = 16
     BLOCK_OUT: tl.constexpr = 64
     columns: tl.constexpr = triton.cdiv(outer, BLOCK_OUT)
     for tile in tl.range(triton.cdiv(inner, BLOCK_IN) * columns, num_stages=1, disable_licm=True):
+        tile = opaque(tile, to_row, 1)
         o_in = (tile // columns * BLOCK_IN + tl.arange(0, BLOCK_IN))[:, None]
         o_out = (tile % columns * BLOCK_OUT + tl.arange(0, BLOCK_OUT))[None, :]
         mask = (o_in < inner) & (o_out < outer)

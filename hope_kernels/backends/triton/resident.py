@@ -140,13 +140,19 @@ def scans_backward(
     def each(of: Callable[[int], Any]) -> tuple:
         return tuple(of(i) for i in present)
 
-    def final(i: int) -> tuple | None:
+    def final(i: int) -> tuple:
+        """Views of the gradients of the final state; none where all are 0."""
         _, *gradients = upstream[i]
         if all(g is None for of in gradients for g in of):
-            return None
+            return ()
+        # Triton 3.6 cannot compile tuples that hold None: an absent gradient is a single 0, read everywhere.
+        zero = torch.zeros((), device=problems[i].tokens.device)
         return tuple(
-            tuple(None if g is None else launch.matrix_view(g) for g in of or [None] * plans[i].weights)
-            for of in gradients
+            tuple(
+                launch.matrix_view(zero.expand(like.shape) if g is None else g)
+                for g, like in zip(of or [None] * len(states), states, strict=True)
+            )
+            for of, states in zip(gradients, (results[i][0].weights, results[i][1]), strict=True)
         )
 
     backward_kernel[(sum(problems[i].sequence_count * plans[i].heads for i in present),)](
@@ -202,8 +208,8 @@ def _running_states(problem: ScanProblem) -> tuple[tuple[Tensor, ...], tuple[Ten
     return None if problem.tokens.dtype == torch.float32 else _states(problem, 1, torch.float32)
 
 
-def _workspace(problem: ScanProblem, plan: Plan) -> tuple[Tensor, Tensor]:
-    """The intermediates of one chunk per program: those in float32 and those in the dtype of the tokens."""
+def _workspace(problem: ScanProblem, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """Per program the intermediates of one chunk, those in float32 and those in the dtype of the tokens; its number."""
     tokens = problem.tokens
     programs = problem.sequence_count * plan.heads
     sizes = workspace_sizes(plan)
@@ -211,4 +217,5 @@ def _workspace(problem: ScanProblem, plan: Plan) -> tuple[Tensor, Tensor]:
     return (
         torch.empty((programs, floats), dtype=torch.float32, device=tokens.device),
         torch.empty((programs, operands), dtype=tokens.dtype, device=tokens.device),
+        torch.empty(programs, dtype=torch.int32, device=tokens.device),
     )

@@ -18,7 +18,17 @@ import triton
 import triton.language as tl
 
 from hope_kernels.backends.triton.activation import activate_with_curve, activate_with_slope
-from hope_kernels.backends.triton.operands import State, load_tokens, matrix_pointers, product, store_tokens
+from hope_kernels.backends.triton.operands import (
+    State,
+    contiguous_state,
+    contiguous_tokens,
+    find_place,
+    load_tokens,
+    matrix_pointers,
+    opaque,
+    product,
+    store_tokens,
+)
 from hope_kernels.backends.triton.resident_forward import hidden_values, load_layers, load_linear, scratch_tile
 
 
@@ -27,6 +37,7 @@ class Workspace(NamedTuple):
 
     tokens: Any  # float32 [5, BC, BD]
     squares: Any  # float32 [6, BC, BC], dgd
+    vectors: Any  # float32 [8, BC], dgd
     slopes: Any  # float32 [2 layers, BC, H]: of hidden values by pre-activations; what errors add to their adjoints
     hidden: Any  # operand dtype [2 or (self) 3, BC, H]: hidden values at keys, queries and values
     d_inputs: Any  # operand dtype [2 or 3, layers, BC, H]: adjoints of the pre-activations
@@ -44,6 +55,7 @@ def workspace_sizes(plan):
     return (
         5 * plan.block_chunk * plan.block_dim,
         6 * plan.block_chunk * plan.block_chunk * delta_rule,
+        8 * plan.block_chunk * delta_rule,
         2 * plan.inputs * area,
         rows * area,
         rows * plan.inputs * area,
@@ -54,7 +66,7 @@ def workspace_sizes(plan):
 
 
 # The first parts of a workspace are float32.
-FLOAT_PARTS = 3
+FLOAT_PARTS = 4
 
 
 @triton.constexpr_function
@@ -68,17 +80,18 @@ def offset_of(plan, part):
 @triton.jit
 def workspace_of(work, program, plan: tl.constexpr):
     """A program's part of ``work``: one tensor of float32 and one in the operand dtype, for all programs."""
-    floats = work[0] + program * offset_of(plan, 3)
-    operands = work[1] + program * offset_of(plan, 8)
+    floats = work[0] + program * offset_of(plan, 4)
+    operands = work[1] + program * offset_of(plan, 9)
     return Workspace(
         floats,
         floats + offset_of(plan, 1),
         floats + offset_of(plan, 2),
+        floats + offset_of(plan, 3),
         operands,
-        operands + offset_of(plan, 4),
         operands + offset_of(plan, 5),
         operands + offset_of(plan, 6),
         operands + offset_of(plan, 7),
+        operands + offset_of(plan, 8),
     )
 
 
@@ -102,6 +115,16 @@ D_BETWEEN = tl.constexpr(3)
 D_GRAM = tl.constexpr(4)
 D_GRAM_HIDDEN = tl.constexpr(5)
 
+# Rows of ``vectors``, each a value per token; DECAY has one value.
+STEP_IN = tl.constexpr(0)
+STEP_OUT = tl.constexpr(1)
+BEFORE = tl.constexpr(2)
+AFTER = tl.constexpr(3)
+DECAY = tl.constexpr(4)
+D_BEFORE = tl.constexpr(5)
+D_AFTER = tl.constexpr(6)
+D_DIAGONAL = tl.constexpr(7)  # factor of the last layer's inputs in their own gradient
+
 
 @triton.constexpr_function
 def input_layers(plan):
@@ -118,9 +141,6 @@ class Write(NamedTuple):
     momentum_step: Any
     before: Any  # [BC], dgd: products of the retention over earlier tokens
     after: Any  # [BC], dgd: over later tokens
-    decay: Any
-    carry: Any
-    momentum_decay: Any
 
 
 class Span(NamedTuple):
@@ -130,21 +150,65 @@ class Span(NamedTuple):
     end: Any
 
 
+class Task(NamedTuple):
+    """One program's scan: the arguments of ``backward_kernel`` for it, and where its own number is."""
+
+    problem: Any
+    sizes: Any
+    checkpoints: Any
+    grad_output: Any
+    results: Any
+    running: Any
+    slots: Any
+    work: Any
+    number: Any  # pointer
+
+
+@triton.jit
+def place_of(task, plan: tl.constexpr):
+    """Where the program's tokens and chunks lie, from its number in memory.
+
+    Each walk begins with this. From a number known to all of them a compiler would derive every address but once, and
+    keep them all for the whole scan: on the stack, since registers do not suffice.
+    """
+    number = tl.load(task.number)
+    return find_place(task.problem, task.sizes, number // plan.heads, number % plan.heads, plan)
+
+
+@triton.jit
+def slot_state(slots, place, sizes, i, plan: tl.constexpr):
+    """The state in slot ``i``."""
+    return contiguous_state(slots, place.sequence * sizes.interval + i, plan)
+
+
+@triton.jit
+def enter(task, slot, plan: tl.constexpr):
+    """What a walk works on: the place, the state in ``slot``, the adjoint and the program's workspace."""
+    place = place_of(task, plan)
+    adjoint = contiguous_state((task.results.weights, task.results.momentum), place.sequence, plan)
+    work = workspace_of(task.work, place.sequence * plan.heads + place.head, plan)
+    slot = opaque(slot, place.sequence, 1)
+    return place, slot_state(task.slots, place, task.sizes, slot, plan), adjoint, work
+
+
 # ---- blocks ----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def load_span(view, pending_view, place, span, plan: tl.constexpr):
     """``[BC, BD]`` in their own dtype; zeros where there is no token."""
-    j = span.first + tl.arange(0, plan.block_chunk)
+    j = opaque(span.first, place.sequence, 1) + tl.arange(0, plan.block_chunk)
     o_d = tl.arange(0, plan.block_dim)
     return load_tokens(view, pending_view, place, j, j < span.end, o_d, o_d < plan.dim)
 
 
 @triton.jit
-def store_span(view, pending_view, place, span, x, plan: tl.constexpr):
-    j = span.first + tl.arange(0, plan.block_chunk)
+def store_span(to, pending_to, sizes, place, span, x, plan: tl.constexpr):
+    """Into contiguous results, of new tokens and pending ones; either may be None."""
+    j = opaque(span.first, place.sequence, 1) + tl.arange(0, plan.block_chunk)
     o_d = tl.arange(0, plan.block_dim)
+    view = None if to is None else contiguous_tokens(to, sizes.tokens, place, plan)
+    pending_view = None if pending_to is None else contiguous_tokens(pending_to, sizes.pending, place, plan)
     store_tokens(view, pending_view, place, j, j < span.end, o_d, o_d < plan.dim, x)
 
 
@@ -199,6 +263,16 @@ def load_output(view, row, head, h, plan: tl.constexpr):
 
 
 @triton.jit
+def load_vector(work, i: tl.constexpr, plan: tl.constexpr):
+    return tl.load(work.vectors + i * plan.block_chunk + tl.arange(0, plan.block_chunk))
+
+
+@triton.jit
+def store_vector(work, i: tl.constexpr, x, plan: tl.constexpr):
+    tl.store(work.vectors + i * plan.block_chunk + tl.arange(0, plan.block_chunk), x)
+
+
+@triton.jit
 def load_block(base, i: tl.constexpr, h, plan: tl.constexpr):
     """Block ``h`` of matrix ``i`` of scratch ``[.., BC, H]``: ``[BC, BH]``."""
     o_c = tl.arange(0, plan.block_chunk)[:, None]
@@ -231,7 +305,7 @@ def square_tile(base, i: tl.constexpr, transposed: tl.constexpr, plan: tl.conste
 
 @triton.jit
 def rows_adjoint(x, d_out, rows: tl.constexpr, state, work, head, plan: tl.constexpr):
-    """Adjoint of ``f_W(x)`` by ``x``: ``[BC, BD]`` float32.
+    """Adjoint of ``f_W(x)`` without the residual by ``x``: ``[BC, BD]`` float32. ``d_out`` is in the operand dtype.
 
     Leaves the hidden values and the adjoints of the pre-activations of these rows for :func:`update_adjoint`.
     """
@@ -240,6 +314,7 @@ def rows_adjoint(x, d_out, rows: tl.constexpr, state, work, head, plan: tl.const
     else:
         d_x = tl.full([plan.block_chunk, plan.block_dim], 0.0, tl.float32)
         for h in tl.range(0, plan.hidden, plan.block_hidden, num_stages=1, disable_licm=True):
+            h = opaque(h, state.row, plan.block_hidden)
             w_in, w_up, w_out = load_layers(state, head, h, plan)
             hidden, slope = activate_with_slope(product(x, w_in, plan), plan)
             d_hidden = product(d_out, tl.trans(w_out), plan)
@@ -254,8 +329,6 @@ def rows_adjoint(x, d_out, rows: tl.constexpr, state, work, head, plan: tl.const
             store_block(work.hidden, rows, h, hidden, plan)
             store_block(work.d_inputs, rows * plan.inputs, h, d_z, plan)
             d_x += product(d_z, tl.trans(w_in), plan)
-    if plan.residual:
-        d_x += d_out.to(tl.float32)
     return d_x
 
 
@@ -279,6 +352,7 @@ def key_products(xk, state, adjoint, work, head, plan: tl.constexpr):
         square = tl.sum(keys * keys, 1)
     else:
         for h in tl.range(0, plan.hidden, plan.block_hidden, num_stages=1, disable_licm=True):
+            h = opaque(h, state.row, plan.block_hidden)
             w_in, w_up, w_out = load_layers(state, head, h, plan)
             hidden = hidden_values(xk, w_in, w_up, plan)
             store_block(work.hidden, KEYS, h, hidden, plan)
@@ -299,6 +373,7 @@ def through_momentum(xk, adjoint, work, head, plan: tl.constexpr):
     else:
         through = tl.full([plan.block_chunk, plan.block_dim], 0.0, tl.float32)
         for h in tl.range(0, plan.hidden, plan.block_hidden, num_stages=1, disable_licm=True):
+            h = opaque(h, adjoint.row, plan.block_hidden)
             s_out = load_output(adjoint.momentum[plan.weights - 1], adjoint.row, head, h, plan)
             through += product(load_block(work.hidden, KEYS, h, plan), s_out, plan)
         return through
@@ -334,12 +409,13 @@ def input_layer_adjoint(
 @triton.jit
 def errors_adjoint(xk, delta, write, inverses, sums, state, adjoint, work, head, plan: tl.constexpr):
     """The write of the input layers and the way their errors are formed: what it adds to ``d_delta [BC, BD]``, and
-    ``sums``.
+    ``sums``. ``delta`` is in the operand dtype.
 
     Leaves for later walks the errors, what passes W_out, the slopes and what pre-activations get directly.
     """
     d_delta = tl.full([plan.block_chunk, plan.block_dim], 0.0, tl.float32)
     for h in tl.range(0, plan.hidden, plan.block_hidden, num_stages=1, disable_licm=True):
+        h = opaque(h, state.row, plan.block_hidden)
         w_in, w_up, w_out = load_layers(state, head, h, plan)
         z = product(xk, w_in, plan)
         gate, slope, curve = activate_with_curve(z, plan)
@@ -378,17 +454,21 @@ def errors_adjoint(xk, delta, write, inverses, sums, state, adjoint, work, head,
 def keys_adjoint(d_out, right, d_overlap, write, state, adjoint, work, head, plan: tl.constexpr):
     """Gradient ``[BC, BD]`` of the keys as inputs of the layers; leaves the adjoints of the pre-activations.
 
-    ``right``: errors the last layer is written with; ``d_overlap [BC, BC]``, dgd: adjoint of its inputs' overlaps.
+    ``d_out`` is in the operand dtype; ``right`` are the errors the last layer is written with; ``d_overlap [BC, BC]``,
+    dgd: the adjoint of its inputs' overlaps.
     """
     d_x = tl.full([plan.block_chunk, plan.block_dim], 0.0, tl.float32)
-    written = write.step_out[:, None] * right
+    written = (write.step_out[:, None] * right).to(plan.operand)
+    if len(adjoint.momentum) > 0:
+        sped = (write.momentum_step[:, None] * right).to(plan.operand)
     for h in tl.range(0, plan.hidden, plan.block_hidden, num_stages=1, disable_licm=True):
+        h = opaque(h, state.row, plan.block_hidden)
         w_in, w_up, w_out = load_layers(state, head, h, plan)
         a_out = load_output(adjoint.weights[plan.weights - 1], adjoint.row, head, h, plan)
         d_hidden = -product(written, tl.trans(a_out), plan)
         if len(adjoint.momentum) > 0:
             s_out = load_output(adjoint.momentum[plan.weights - 1], adjoint.row, head, h, plan)
-            d_hidden -= product(write.momentum_step[:, None] * right, tl.trans(s_out), plan)
+            d_hidden -= product(sped, tl.trans(s_out), plan)
         if plan.needs_prediction or plan.rule == "dgd":
             d_hidden += product(d_out, tl.trans(w_out), plan)
         if plan.rule == "dgd":
@@ -412,7 +492,7 @@ def carry_adjoint(
     pointers,
     mask,
     sums,
-    write,
+    factors,
     state,
     adjoint,
     head,
@@ -427,7 +507,7 @@ def carry_adjoint(
     """
     tile = tl.load(pointers, mask=mask, other=0.0)
     d_decay, d_carry, d_momentum_decay = sums
-    new = write.decay * tile
+    new = factors[0] * tile
     if wants_decay:
         w = tl.load(matrix_pointers(state.weights[i], state.row, head, o_in, o_out), mask=mask, other=0.0)
         d_decay += tl.sum(tile * w.to(tl.float32), 0)
@@ -437,19 +517,19 @@ def carry_adjoint(
         d_speed = tl.load(p_adjoint, mask=mask, other=0.0)
         d_carry += tl.sum(tile * speed.to(tl.float32), 0)
         d_momentum_decay += tl.sum(d_speed * speed.to(tl.float32), 0)
-        tl.store(p_adjoint, write.carry * tile + write.momentum_decay * d_speed, mask=mask)
+        tl.store(p_adjoint, factors[1] * tile + factors[2] * d_speed, mask=mask)
     return new, (d_decay, d_carry, d_momentum_decay)
 
 
 @triton.jit
 def load_adjoint_tile(
-    i: tl.constexpr, pointers, mask, sums, write, state, adjoint, head, o_in, o_out,
+    i: tl.constexpr, pointers, mask, sums, factors, state, adjoint, head, o_in, o_out,
     keys: tl.constexpr, wants_decay: tl.constexpr, plan: tl.constexpr,
 ):  # fmt: skip
     """A tile of the adjoint of weight ``i`` after the chunk, through the carry where the chunk writes (``keys``)."""
     if keys:
         return carry_adjoint(
-            i, pointers, mask, sums, write, state, adjoint, head, o_in, o_out, wants_decay, plan
+            i, pointers, mask, sums, factors, state, adjoint, head, o_in, o_out, wants_decay, plan
         )  # fmt: skip
     else:
         return tl.load(pointers, mask=mask, other=0.0), sums
@@ -457,32 +537,33 @@ def load_adjoint_tile(
 
 @triton.jit
 def update_adjoint(
-    problem, grad_output, place, span, write, state, adjoint, work,
-    keys: tl.constexpr, reads: tl.constexpr, wants_decay: tl.constexpr, plan: tl.constexpr,
-):  # fmt: skip
+    task, slot, span, factors, keys: tl.constexpr, reads: tl.constexpr, wants_decay: tl.constexpr, plan: tl.constexpr
+):
     """The adjoint of the state before the chunk from that after it: through carry and write (``keys``), and ``reads``.
 
-    Returns the gradients of decay, carry and the momentum's decay.
+    ``factors``: decay, carry and the momentum's decay. Returns their gradients.
     """
     values: tl.constexpr = keys and plan.objective == "self"
     prediction: tl.constexpr = plan.needs_prediction or plan.rule == "dgd"
-    head = place.head
+    problem = task.problem
     o_d = tl.arange(0, plan.block_dim)
     last: tl.constexpr = plan.weights - 1
     d_decay = 0.0
     d_carry = 0.0
     d_momentum_decay = 0.0
     for i in tl.static_range(input_layers(plan)):
+        place, state, adjoint, work = enter(task, slot, plan)
         zeros = tl.full([plan.block_hidden], 0.0, tl.float32)
         sums = (zeros, zeros, zeros)
         xk = load_span(problem.k, problem.pending_k, place, span, plan) if keys else None
         xv = load_span(problem.v, problem.pending_v, place, span, plan) if values else None
         xq = load_span(problem.q, None, place, span, plan) if reads else None
         for h in tl.range(0, plan.hidden, plan.block_hidden, num_stages=1, disable_licm=True):
+            h = opaque(h, state.row, plan.block_hidden)
             o_h = h + tl.arange(0, plan.block_hidden)
-            pointers, mask = input_tile(adjoint.weights[i], adjoint.row, head, h, plan)
+            pointers, mask = input_tile(adjoint.weights[i], adjoint.row, place.head, h, plan)
             tile, sums = load_adjoint_tile(
-                i, pointers, mask, sums, write, state, adjoint, head, o_d[:, None], o_h[None, :],
+                i, pointers, mask, sums, factors, state, adjoint, place.head, o_d[:, None], o_h[None, :],
                 keys, wants_decay, plan,
             )  # fmt: skip
             if keys:
@@ -499,18 +580,20 @@ def update_adjoint(
         d_carry += tl.sum(sums[1])
         d_momentum_decay += tl.sum(sums[2])
 
-    delta = load_rows(work, DELTA, plan) if keys and plan.form != "linear" else None
-    d_fk = load_rows(work, D_PRODUCT, plan) if keys and prediction else None
-    d_fv = -load_rows(work, D_DELTA, plan) if values else None
-    d_fq = load_span(grad_output, None, place, span, plan) if reads else None
+    place, state, adjoint, work = enter(task, slot, plan)
+    delta = load_rows(work, DELTA, plan).to(plan.operand) if keys and plan.form != "linear" else None
+    d_fk = load_rows(work, D_PRODUCT, plan).to(plan.operand) if keys and prediction else None
+    d_fv = (-load_rows(work, D_DELTA, plan)).to(plan.operand) if values else None
+    d_fq = load_span(task.grad_output, None, place, span, plan) if reads else None
     zeros = tl.full([plan.block_dim], 0.0, tl.float32)
     sums = (zeros, zeros, zeros)
     if plan.form == "linear":
-        pointers = matrix_pointers(adjoint.weights[0], adjoint.row, head, o_d[:, None], o_d[None, :])
+        pointers = matrix_pointers(adjoint.weights[0], adjoint.row, place.head, o_d[:, None], o_d[None, :])
         mask = (o_d[:, None] < plan.dim) & (o_d[None, :] < plan.dim)
         tile, sums = load_adjoint_tile(
-            0, pointers, mask, sums, write, state, adjoint, head, o_d[:, None], o_d[None, :], keys, wants_decay, plan
-        )
+            0, pointers, mask, sums, factors, state, adjoint, place.head, o_d[:, None], o_d[None, :],
+            keys, wants_decay, plan,
+        )  # fmt: skip
         if keys and prediction:
             tile += product(tl.trans(load_span(problem.k, problem.pending_k, place, span, plan)), d_fk, plan)
         if values:
@@ -520,10 +603,11 @@ def update_adjoint(
         tl.store(pointers, tile, mask=mask)
     else:
         for h in tl.range(0, plan.hidden, plan.block_hidden, num_stages=1, disable_licm=True):
+            h = opaque(h, state.row, plan.block_hidden)
             o_h = h + tl.arange(0, plan.block_hidden)
-            pointers, mask = output_tile(adjoint.weights[last], adjoint.row, head, h, plan)
+            pointers, mask = output_tile(adjoint.weights[last], adjoint.row, place.head, h, plan)
             tile, sums = load_adjoint_tile(
-                last, pointers, mask, sums, write, state, adjoint, head, o_h[:, None], o_d[None, :],
+                last, pointers, mask, sums, factors, state, adjoint, place.head, o_h[:, None], o_d[None, :],
                 keys, wants_decay, plan,
             )  # fmt: skip
             if keys:

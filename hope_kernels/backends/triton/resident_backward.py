@@ -32,28 +32,36 @@ from hope_kernels.backends.triton.delta_rule import (
 from hope_kernels.backends.triton.operands import (
     State,
     contiguous_state,
-    contiguous_tokens,
-    find_place,
     item,
+    opaque,
     product,
-    store_tokens,
 )
 from hope_kernels.backends.triton.resident_adjoint import (
+    AFTER,
+    BEFORE,
     BETWEEN,
+    D_AFTER,
+    D_BEFORE,
     D_BETWEEN,
     D_DELTA,
+    D_DIAGONAL,
     D_GRAM,
     D_GRAM_HIDDEN,
     D_PRODUCT,
     D_WRITTEN,
+    DECAY,
     DELTA,
     INVERSE,
     INVERSE_HIDDEN,
     QUERIES,
     RIGHT,
+    STEP_IN,
+    STEP_OUT,
     VALUES,
     Span,
+    Task,
     Write,
+    enter,
     errors_adjoint,
     input_layers,
     key_products,
@@ -61,14 +69,17 @@ from hope_kernels.backends.triton.resident_adjoint import (
     load_block,
     load_rows,
     load_span,
+    load_vector,
+    place_of,
     row_tile,
     rows_adjoint,
+    slot_state,
     square_tile,
     store_rows,
     store_span,
+    store_vector,
     through_momentum,
     update_adjoint,
-    workspace_of,
 )
 from hope_kernels.backends.triton.resident_forward import (
     Scratch,
@@ -116,20 +127,33 @@ def store_factor(pointer, place, chunk, x, plan: tl.constexpr):
 
 
 @triton.jit
-def load_write(coefficients, place, chunk, plan: tl.constexpr):
-    """The coefficients of one chunk; for dgd the steps are left to the solve."""
+def load_write(coefficients, place, chunk, work, plan: tl.constexpr):
+    """How the chunk writes, from the coefficients; for dgd from what its solve left in ``vectors``."""
     step = load_gate(coefficients.step, place, chunk, 0.0, plan)
-    momentum_step = step
-    if coefficients.momentum_step is not None:
-        momentum_step = load_gate(coefficients.momentum_step, place, chunk, 0.0, plan)
-    return Write(
-        step,
-        step,
-        step,
-        momentum_step,
-        step,
-        step,
-        load_factor(coefficients.decay, place, chunk, 1.0, plan),
+    if plan.rule == "dgd":
+        return Write(
+            step,
+            load_vector(work, STEP_IN, plan),
+            load_vector(work, STEP_OUT, plan),
+            step,
+            load_vector(work, BEFORE, plan),
+            load_vector(work, AFTER, plan),
+        )
+    else:
+        momentum_step = step
+        if coefficients.momentum_step is not None:
+            momentum_step = load_gate(coefficients.momentum_step, place, chunk, 0.0, plan)
+        return Write(step, step, step, momentum_step, step, step)
+
+
+@triton.jit
+def load_factors(coefficients, place, chunk, work, plan: tl.constexpr):
+    """Decay, carry and the momentum's decay of the chunk."""
+    decay = load_factor(coefficients.decay, place, chunk, 1.0, plan)
+    if plan.rule == "dgd":
+        decay = tl.load(work.vectors + DECAY * plan.block_chunk)
+    return (
+        decay,
         load_factor(coefficients.momentum_carry, place, chunk, 0.0, plan),
         load_factor(coefficients.momentum_decay, place, chunk, 0.0, plan),
     )
@@ -150,9 +174,7 @@ def clear_coefficients(coefficients, place, chunk, plan: tl.constexpr):
 
 
 @triton.jit
-def chunk_adjoint(
-    problem, grad_output, results, state, adjoint, work, place, chunk, reads: tl.constexpr, plan: tl.constexpr
-):
+def chunk_adjoint(task, chunk, slot, reads: tl.constexpr, plan: tl.constexpr):
     """The adjoint of one complete chunk: gradients of its tokens and coefficients, and the adjoint of its first state.
 
     Starts and ends behind a barrier.
@@ -160,44 +182,55 @@ def chunk_adjoint(
     delta_rule: tl.constexpr = plan.rule == "dgd"
     values: tl.constexpr = plan.objective == "self"
     hidden_layer: tl.constexpr = plan.form != "linear"
-    head = place.head
+    problem = task.problem
+    results = task.results
+    coefficients = problem.coefficients
     span = Span(chunk * plan.chunk, (chunk + 1) * plan.chunk)
-    write = load_write(problem.coefficients, place, chunk, plan)
 
     # What the chunk computed, and the last layer's write.
-    xk = load_span(problem.k, problem.pending_k, place, span, plan)
-    xv = load_span(problem.v, problem.pending_v, place, span, plan)
-    b_k, through, square = key_products(xk, state, adjoint, work, head, plan)
-    prediction = b_k
-    target = b_k
     if values:
-        target = read_rows(xv, state, head, plan)
+        place, state, adjoint, work = enter(task, slot, plan)
+        xv = load_span(problem.v, problem.pending_v, place, span, plan)
+        store_rows(work, D_WRITTEN, read_rows(xv, state, place.head, plan), plan)
+    place, state, adjoint, work = enter(task, slot, plan)
+    xk = load_span(problem.k, problem.pending_k, place, span, plan)
+    b_k, through, square = key_products(xk, state, adjoint, work, place.head, plan)
+    tl.debug_barrier()
+    place, state, adjoint, work = enter(task, slot, plan)
+    delta = b_k
     if plan.residual:
-        prediction += xk.to(tl.float32)
-    delta = form_delta(prediction, xv, target, plan)
+        delta += load_span(problem.k, problem.pending_k, place, span, plan).to(tl.float32)
+    target = load_rows(work, D_WRITTEN, plan) if values else b_k
+    delta = form_delta(delta, load_span(problem.v, problem.pending_v, place, span, plan), target, plan)
     store_rows(work, DELTA, delta, plan)
+    d_momentum_step = tl.full([plan.block_chunk], 0.0, tl.float32)
     if delta_rule:
         store_rows(work, D_DELTA, through, plan)
         store_rows(work, D_PRODUCT, b_k, plan)
-    tl.debug_barrier()
-    d_step = tl.full([plan.block_chunk], 0.0, tl.float32)
-    d_momentum_step = d_step
-    if delta_rule:
-        write, d_before, d_after, d_step, d_diagonal = last_layer_solve(
-            problem, place, span, chunk, square, write, work, plan
-        )
-    else:
-        d_step -= tl.sum(through * delta, 1)
-        d_written = -write.step_out[:, None] * through
-        if len(adjoint.momentum) > 0:
-            through = through_momentum(xk, adjoint, work, head, plan)
-            d_momentum_step -= tl.sum(through * delta, 1)
-            d_written -= write.momentum_step[:, None] * through
-        store_rows(work, D_WRITTEN, d_written, plan)
         tl.debug_barrier()
+        d_step = last_layer_solve(task, slot, span, chunk, square, plan)
+    else:
+        write = load_write(coefficients, place, chunk, work, plan)
+        d_step = -tl.sum(through * delta, 1)
+        tl.debug_barrier()
+        store_rows(work, D_WRITTEN, -write.step_out[:, None] * through, plan)
+        tl.debug_barrier()
+        if len(adjoint.momentum) > 0:
+            place, state, adjoint, work = enter(task, slot, plan)
+            xk = load_span(problem.k, problem.pending_k, place, span, plan)
+            through = through_momentum(xk, adjoint, work, place.head, plan)
+            place, state, adjoint, work = enter(task, slot, plan)
+            write = load_write(coefficients, place, chunk, work, plan)
+            d_momentum_step -= tl.sum(through * load_rows(work, DELTA, plan), 1)
+            d_written = load_rows(work, D_WRITTEN, plan) - write.momentum_step[:, None] * through
+            tl.debug_barrier()
+            store_rows(work, D_WRITTEN, d_written, plan)
+            tl.debug_barrier()
 
     # The input layers' write, and how their errors depend on delta.
+    place, state, adjoint, work = enter(task, slot, plan)
     if hidden_layer:
+        write = load_write(coefficients, place, chunk, work, plan)
         inverses = (write.step_in, write.step_in)
         if delta_rule:
             inverses = (
@@ -206,71 +239,85 @@ def chunk_adjoint(
             )
         zeros = tl.full([plan.block_chunk], 0.0, tl.float32)
         xk = load_span(problem.k, problem.pending_k, place, span, plan)
+        delta = load_rows(work, DELTA, plan).to(plan.operand)
         d_delta, sums = errors_adjoint(
-            xk, load_rows(work, DELTA, plan), write, inverses, (zeros, zeros), state, adjoint, work, head, plan
-        )
+            xk, delta, write, inverses, (zeros, zeros), state, adjoint, work, place.head, plan
+        )  # fmt: skip
+        place, state, adjoint, work = enter(task, slot, plan)
         d_delta += load_rows(work, D_WRITTEN, plan)
-        if delta_rule:
-            d_before += sums[1]
-        else:
+        if not delta_rule:
             d_step += sums[0]
             d_momentum_step += sums[1]
     else:
         d_delta = load_rows(work, D_WRITTEN, plan)
+    if not delta_rule:
+        store_gate(results.coefficients.step, place, chunk, d_step, plan)
+        store_gate(results.coefficients.momentum_step, place, chunk, d_momentum_step, plan)
 
     # The objective.
     if plan.objective == "error":
-        store_span(results.v, results.pending_v, place, span, d_delta, plan)
+        store_span(results.v, results.pending_v, task.sizes, place, span, d_delta, plan)
     elif not values:
-        store_span(results.v, results.pending_v, place, span, -d_delta, plan)
+        store_span(results.v, results.pending_v, task.sizes, place, span, -d_delta, plan)
     store_rows(work, D_DELTA, d_delta, plan)
     d_product = d_delta
     if not plan.needs_prediction:
         d_product = tl.full([plan.block_chunk, plan.block_dim], 0.0, tl.float32)
     if delta_rule:
-        d_product += write.before[:, None] * load_rows(work, D_WRITTEN, plan)
+        before = load_vector(work, BEFORE, plan)
+        d_product += before[:, None] * load_rows(work, D_WRITTEN, plan)
     store_rows(work, D_PRODUCT, d_product, plan)
     tl.debug_barrier()
 
     # The layers at the keys.
-    d_overlap = d_step
+    if delta_rule:
+        if hidden_layer:
+            d_diagonal = input_layers_solve(task, slot, span, chunk, d_step, sums, plan)
+        else:
+            d_diagonal = load_vector(work, D_DIAGONAL, plan)
+            store_gate(results.coefficients.step, place, chunk, d_step, plan)
+    place, state, adjoint, work = enter(task, slot, plan)
+    write = load_write(coefficients, place, chunk, work, plan)
+    d_overlap = write.lr
     if delta_rule and hidden_layer:
-        d_step_in, d_after_in, d_diagonal_in = input_layers_solve(problem, place, span, sums[0], write, work, plan)
-        d_step += d_step_in
-        d_after += d_after_in
-        d_overlap = load_overlap(work, D_GRAM_HIDDEN, d_diagonal, plan)
-        d_diagonal = d_diagonal_in
+        d_overlap = load_overlap(work, D_GRAM_HIDDEN, load_vector(work, D_DIAGONAL, plan), plan)
     right = load_rows(work, RIGHT if delta_rule else DELTA, plan)
+    d_out = load_rows(work, D_PRODUCT, plan).to(plan.operand)
     if hidden_layer:
-        d_xk = keys_adjoint(load_rows(work, D_PRODUCT, plan), right, d_overlap, write, state, adjoint, work, head, plan)
+        d_xk = keys_adjoint(d_out, right, d_overlap, write, state, adjoint, work, place.head, plan)
+        place, state, adjoint, work = enter(task, slot, plan)
     else:
-        d_xk = product(load_rows(work, D_PRODUCT, plan), tl.trans(load_linear(state, head, plan)), plan)
-        d_xk -= product(write.step_out[:, None] * right, tl.trans(load_linear(adjoint, head, plan)), plan)
+        d_xk = product(d_out, tl.trans(load_linear(state, place.head, plan)), plan)
+        d_xk -= product(write.step_out[:, None] * right, tl.trans(load_linear(adjoint, place.head, plan)), plan)
         if len(adjoint.momentum) > 0:
-            s = load_linear(State(adjoint.momentum, (), adjoint.row), head, plan)
+            s = load_linear(State(adjoint.momentum, (), adjoint.row), place.head, plan)
             d_xk -= product(write.momentum_step[:, None] * right, tl.trans(s), plan)
     if plan.residual and plan.needs_prediction:
         d_xk += load_rows(work, D_DELTA, plan)
     if delta_rule:
         xk = load_span(problem.k, problem.pending_k, place, span, plan)
         d_xk += product(load_overlap(work, D_GRAM, d_diagonal, plan), xk, plan)
-    store_span(results.k, results.pending_k, place, span, d_xk, plan)
+    store_span(results.k, results.pending_k, task.sizes, place, span, d_xk, plan)
 
     # What the values (`self`) and the queries read.
     if values:
+        place, state, adjoint, work = enter(task, slot, plan)
         xv = load_span(problem.v, problem.pending_v, place, span, plan)
-        d_xv = rows_adjoint(xv, -load_rows(work, D_DELTA, plan), VALUES, state, work, head, plan)
-        store_span(results.v, results.pending_v, place, span, d_xv, plan)
+        d_out = (-load_rows(work, D_DELTA, plan)).to(plan.operand)
+        d_xv = rows_adjoint(xv, d_out, VALUES, state, work, place.head, plan)
+        place, state, adjoint, work = enter(task, slot, plan)
+        if plan.residual:
+            d_xv -= load_rows(work, D_DELTA, plan)
+        store_span(results.v, results.pending_v, task.sizes, place, span, d_xv, plan)
     if reads:
-        queries_adjoint(problem, grad_output, results, state, work, place, span, plan)
+        queries_adjoint(task, slot, span, plan)
 
     tl.debug_barrier()
     wants_decay: tl.constexpr = results.coefficients.decay is not None or results.coefficients.retention is not None
-    d_decay, d_carry, d_momentum_decay = update_adjoint(
-        problem, grad_output, place, span, write, state, adjoint, work, True, reads, wants_decay, plan
-    )
-    store_gate(results.coefficients.step, place, chunk, d_step, plan)
-    store_gate(results.coefficients.momentum_step, place, chunk, d_momentum_step, plan)
+    place, state, adjoint, work = enter(task, slot, plan)
+    factors = load_factors(coefficients, place, chunk, work, plan)
+    d_decay, d_carry, d_momentum_decay = update_adjoint(task, slot, span, factors, True, reads, wants_decay, plan)
+    place, state, adjoint, work = enter(task, slot, plan)
     store_factor(results.coefficients.decay, place, chunk, d_decay, plan)
     store_factor(results.coefficients.momentum_carry, place, chunk, d_carry, plan)
     store_factor(results.coefficients.momentum_decay, place, chunk, d_momentum_decay, plan)
@@ -278,11 +325,11 @@ def chunk_adjoint(
         d_retention = retention_adjoint(
             tl.load(square_tile(work.squares, BETWEEN, False, plan)),
             tl.load(square_tile(work.squares, BETWEEN, True, plan)),
-            write.before,
-            write.after,
+            load_vector(work, BEFORE, plan),
+            load_vector(work, AFTER, plan),
             tl.load(square_tile(work.squares, D_BETWEEN, False, plan)),
-            d_before,
-            d_after,
+            load_vector(work, D_BEFORE, plan),
+            load_vector(work, D_AFTER, plan),
             d_decay,
             plan,
         )
@@ -291,113 +338,130 @@ def chunk_adjoint(
 
 
 @triton.jit
-def queries_adjoint(problem, grad_output, results, state, work, place, span, plan: tl.constexpr):
-    """Gradients of the queries of ``span``, read in ``state``."""
-    xq = load_span(problem.q, None, place, span, plan)
-    d_out = load_span(grad_output, None, place, span, plan)
+def queries_adjoint(task, slot, span, plan: tl.constexpr):
+    """Gradients of the queries of ``span``, read in the state of ``slot``."""
+    place, state, _, work = enter(task, slot, plan)
+    xq = load_span(task.problem.q, None, place, span, plan)
+    d_out = load_span(task.grad_output, None, place, span, plan).to(plan.operand)
     d_xq = rows_adjoint(xq, d_out, QUERIES, state, work, place.head, plan)
-    store_span(results.q, None, place, span, d_xq, plan)
+    place = place_of(task, plan)
+    if plan.residual:
+        d_xq += load_span(task.grad_output, None, place, span, plan).to(tl.float32)
+    store_span(task.results.q, None, task.sizes, place, span, d_xq, plan)
 
 
 # ---- delta gradient descent ------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def last_layer_solve(problem, place, span, chunk, square, write, work, plan: tl.constexpr):
+def last_layer_solve(task, slot, span, chunk, square, plan: tl.constexpr):
     """The solves of one chunk and the adjoint of the last layer's; ``square [BC]`` are the norms of that layer's
     inputs.
 
-    Takes delta, ``H A`` and ``H W`` from ``DELTA``, ``D_DELTA`` and ``D_PRODUCT``. Returns the completed ``write``,
-    gradients ``[BC]`` of ``before``, ``after`` and the step, and the factor of the layer's inputs in their own
-    gradient. Leaves ``RIGHT``, ``D_WRITTEN`` and all of ``squares`` but ``D_GRAM``, which a linear memory has instead
-    of ``D_GRAM_HIDDEN``. Starts and ends behind a barrier.
+    Takes delta, ``H A`` and ``H W`` from ``DELTA``, ``D_DELTA`` and ``D_PRODUCT``. Returns the gradient ``[BC]`` of the
+    step. Leaves ``RIGHT``, ``D_WRITTEN``, all of ``vectors`` and all of ``squares`` but ``D_GRAM``, which a linear
+    memory has instead of ``D_GRAM_HIDDEN``. Starts and ends behind a barrier.
     """
     linear: tl.constexpr = plan.form == "linear"
     inverse_i: tl.constexpr = INVERSE if linear else INVERSE_HIDDEN
     gram_i: tl.constexpr = D_GRAM if linear else D_GRAM_HIDDEN
+    problem = task.problem
+    place, _, _, work = enter(task, slot, plan)
+    lr = load_gate(problem.coefficients.step, place, chunk, 0.0, plan)
     row = (place.chunk_row + chunk) * plan.heads + place.head
     before, after, between, decay = load_products(problem.coefficients.retention, row, plan)
     tl.store(square_tile(work.squares, BETWEEN, False, plan), between)
+    tl.store(work.vectors + DECAY * plan.block_chunk, decay)
+    store_vector(work, BEFORE, before, plan)
+    store_vector(work, AFTER, after, plan)
     xk = load_span(problem.k, problem.pending_k, place, span, plan)
-    gram = product(xk, tl.trans(xk), plan)
     keys = xk.to(tl.float32)
-    proximal = effective_step(write.lr, tl.sum(keys * keys, 1))
-    step_in = proximal * after
+    proximal = effective_step(lr, tl.sum(keys * keys, 1))
+    store_vector(work, STEP_IN, proximal * after, plan)
+    gram = product(xk, tl.trans(xk), plan)
+    if linear:
+        store_vector(work, STEP_OUT, proximal * after, plan)
+        # The overlaps wait where their gradient will be.
+        tl.store(square_tile(work.squares, gram_i, False, plan), gram)
     tl.store(square_tile(work.squares, INVERSE, False, plan), overlap_inverse(gram, proximal, between, plan))
-    step_out = step_in
     if not linear:
-        gram = hidden_overlaps(work, plan)
-        proximal = effective_step(write.lr, square)
-        step_out = proximal * after
+        place, state, _, work = enter(task, slot, plan)
+        gram = hidden_overlaps(work, state.row, plan)
+        tl.store(square_tile(work.squares, gram_i, False, plan), gram)
+        proximal = effective_step(lr, square)
+        store_vector(work, STEP_OUT, proximal * after, plan)
         tl.store(square_tile(work.squares, INVERSE_HIDDEN, False, plan), overlap_inverse(gram, proximal, between, plan))
-    # The overlaps wait where their gradient will be.
-    tl.store(square_tile(work.squares, gram_i, False, plan), gram)
     tl.debug_barrier()
 
-    product_out = load_rows(work, D_PRODUCT, plan)
+    place, _, _, work = enter(task, slot, plan)
+    before = load_vector(work, BEFORE, plan)
     inverse = tl.load(square_tile(work.squares, inverse_i, False, plan))
-    right = product(inverse, load_rows(work, DELTA, plan) + before[:, None] * product_out, plan)
+    corrected = load_rows(work, DELTA, plan) + before[:, None] * load_rows(work, D_PRODUCT, plan)
+    right = product(inverse, corrected, plan)
     store_rows(work, RIGHT, right, plan)
     tl.debug_barrier()
 
+    place, _, _, work = enter(task, slot, plan)
     through = load_rows(work, D_DELTA, plan)
     d_weight = -tl.sum(through * load_rows(work, RIGHT, plan), 1)
     inverse_t = tl.load(square_tile(work.squares, inverse_i, True, plan))
-    d_errors = product(inverse_t, -step_out[:, None] * through, plan)
+    d_errors = product(inverse_t, -load_vector(work, STEP_OUT, plan)[:, None] * through, plan)
     store_rows(work, D_WRITTEN, d_errors, plan)
-    d_before = tl.sum(d_errors * load_rows(work, D_PRODUCT, plan), 1)
+    store_vector(work, D_BEFORE, tl.sum(d_errors * load_rows(work, D_PRODUCT, plan), 1), plan)
     right_t = tl.load(row_tile(work.tokens, RIGHT, True, plan))  # [BD, BC]
     d_gram, d_diagonal, d_step, d_after, d_between = overlap_adjoint(
         -gradient_product(d_errors, right_t, plan),
         d_weight,
         tl.load(square_tile(work.squares, gram_i, False, plan)),
-        write.lr,
+        load_gate(problem.coefficients.step, place, chunk, 0.0, plan),
         square,
         tl.load(square_tile(work.squares, BETWEEN, False, plan)),
-        after,
+        load_vector(work, AFTER, plan),
     )
     tl.debug_barrier()
     tl.store(square_tile(work.squares, gram_i, False, plan), d_gram)
     tl.store(square_tile(work.squares, D_BETWEEN, False, plan), d_between)
+    store_vector(work, D_AFTER, d_after, plan)
+    store_vector(work, D_DIAGONAL, d_diagonal, plan)
     tl.debug_barrier()
-    completed = Write(
-        write.lr,
-        step_in,
-        step_out,
-        write.momentum_step,
-        before,
-        after,
-        decay,
-        write.carry,
-        write.momentum_decay,
-    )
-    return completed, d_before, d_after, d_step, d_diagonal
+    return d_step
 
 
 @triton.jit
-def input_layers_solve(problem, place, span, d_weight, write, work, plan: tl.constexpr):
-    """Adjoint of the input layers' solve: gradients of step and ``after``, and the keys' factor in their own gradient.
+def input_layers_solve(task, slot, span, chunk, d_step, sums, plan: tl.constexpr):
+    """Adjoint of the input layers' solve, which completes the gradient ``d_step [BC]`` of the step; returns the keys'
+    factor in their own gradient.
 
-    Leaves ``D_GRAM``. Starts and ends behind a barrier.
+    ``sums``: gradients of the write's weights and of ``before``. Leaves ``D_GRAM``. Starts and ends behind a barrier.
     """
+    problem = task.problem
+    place, state, _, work = enter(task, slot, plan)
     d_lower = tl.full([plan.block_chunk, plan.block_chunk], 0.0, tl.float32)
     for h in tl.range(0, plan.hidden, plan.block_hidden, num_stages=1, disable_licm=True):
+        h = opaque(h, state.row, plan.block_hidden)
         for i in tl.static_range(input_layers(plan)):
             right = load_block(work.errors, i, h, plan)
             d_lower -= product(load_block(work.d_errors, i, h, plan), tl.trans(right), plan)
+    place, _, _, work = enter(task, slot, plan)
     xk = load_span(problem.k, problem.pending_k, place, span, plan)
     keys = xk.to(tl.float32)
+    lr = load_gate(problem.coefficients.step, place, chunk, 0.0, plan)
     between = tl.load(square_tile(work.squares, BETWEEN, False, plan))
-    d_gram, d_diagonal, d_step, d_after, d_between = overlap_adjoint(
-        d_lower, d_weight, product(xk, tl.trans(xk), plan), write.lr, tl.sum(keys * keys, 1), between, write.after
+    after = load_vector(work, AFTER, plan)
+    d_gram, d_diagonal, d_step_in, d_after, d_between = overlap_adjoint(
+        d_lower, sums[0], product(xk, tl.trans(xk), plan), lr, tl.sum(keys * keys, 1), between, after
     )
-    p_between = square_tile(work.squares, D_BETWEEN, False, plan)
-    d_between += tl.load(p_between)
+    store_gate(task.results.coefficients.step, place, chunk, d_step + d_step_in, plan)
+    d_between += tl.load(square_tile(work.squares, D_BETWEEN, False, plan))
+    d_after += load_vector(work, D_AFTER, plan)
+    d_before = sums[1] + load_vector(work, D_BEFORE, plan)
     tl.debug_barrier()
-    tl.store(p_between, d_between)
+    tl.store(square_tile(work.squares, D_BETWEEN, False, plan), d_between)
     tl.store(square_tile(work.squares, D_GRAM, False, plan), d_gram)
+    store_vector(work, D_AFTER, d_after, plan)
+    store_vector(work, D_BEFORE, d_before, plan)
     tl.debug_barrier()
-    return d_step, d_after, d_diagonal
+    return d_diagonal
 
 
 @triton.jit
@@ -412,19 +476,16 @@ def load_overlap(work, i: tl.constexpr, d_diagonal, plan: tl.constexpr):
 
 
 @triton.jit
-def clear_tokens(view, pending_view, place, first, end, plan: tl.constexpr):
+def clear_tokens(to, pending_to, sizes, place, first, end, plan: tl.constexpr):
     """Gradient 0 for the tokens ``first .. end``."""
-    o_c = tl.arange(0, plan.block_chunk)
-    o_d = tl.arange(0, plan.block_dim)
     zeros = tl.full([plan.block_chunk, plan.block_dim], 0.0, tl.float32)
-    for j0 in tl.range(first, end, plan.block_chunk, num_stages=1, disable_licm=True):
-        j = j0 + o_c
-        store_tokens(view, pending_view, place, j, j < end, o_d, o_d < plan.dim, zeros)
+    for j in tl.range(first, end, plan.block_chunk, num_stages=1, disable_licm=True):
+        store_span(to, pending_to, sizes, place, Span(j, end), zeros, plan)
 
 
 @triton.jit
 def load_adjoint(adjoint, final, head, plan: tl.constexpr):
-    """Gradients of the final state, each 0 if it is None."""
+    """Gradients of the final state."""
     for i in tl.static_range(len(adjoint.weights)):
         copy_weight(adjoint.weights[i], adjoint.row, final[0][i], adjoint.row, head, i, plan)
         if len(adjoint.momentum) > 0:
@@ -440,33 +501,38 @@ def clear_adjoint(adjoint, head, plan: tl.constexpr):
 
 
 @triton.jit
-def rebuild_states(problem, sizes, checkpoints, running, slots, work, s, n, first, last, plan: tl.constexpr):
+def rebuild_states(task, first, last, plan: tl.constexpr):
     """The states at the start of chunks ``first .. last`` into slots 0, 1, ..; ``first`` starts a segment.
 
     16-bit tokens have slots in their own dtype, since every product rounds the weights to it anyhow, and a float32
     running state. Starts and ends behind a barrier.
     """
-    place = find_place(problem, sizes, s, n, plan)
-    start = segment_start(running, slots, place, sizes, plan)
+    problem = task.problem
+    sizes = task.sizes
+    place = place_of(task, plan)
+    start = segment_start(task.running, task.slots, place, sizes, plan)
     if first == 0:
         copy_state(start, State(problem.weights, problem.momentum, place.sequence), place.head, plan)
-    elif checkpoints is not None:
+    elif task.checkpoints is not None:
         row = place.chunk_row // sizes.interval + first // sizes.interval - 1
-        copy_state(start, contiguous_state(checkpoints, row, plan), place.head, plan)
+        copy_state(start, contiguous_state(task.checkpoints, row, plan), place.head, plan)
     tl.debug_barrier()
-    if running is not None:
-        copy_state(slot_state(slots, place, sizes, 0, plan), start, place.head, plan)
+    if task.running is not None:
+        copy_state(slot_state(task.slots, place, sizes, 0, plan), start, place.head, plan)
     for chunk in tl.range(first, last, num_stages=1, disable_licm=True):
-        place = find_place(problem, sizes, s, n, plan)
-        own = workspace_of(work, place.sequence * plan.heads + place.head, plan)
-        scratch = Scratch(own.tokens, own.squares, own.hidden)
-        after = slot_state(slots, place, sizes, chunk - first + 1, plan)
-        if running is not None:
-            state = contiguous_state(running, place.sequence, plan)
+        tl.debug_barrier()
+        place, before, _, work = enter(task, chunk - first, plan)
+        chunk = opaque(chunk, place.sequence, 1)
+        scratch = Scratch(work.tokens, work.squares, work.hidden)
+        after = slot_state(task.slots, place, sizes, chunk - first + 1, plan)
+        if task.running is not None:
+            state = contiguous_state(task.running, place.sequence, plan)
             forward_chunk(problem, None, state, state, scratch, place, chunk, False, plan)
+            place = place_of(task, plan)
+            state = contiguous_state(task.running, place.sequence, plan)
+            after = slot_state(task.slots, place, sizes, chunk - first + 1, plan)
             copy_state(after, state, place.head, plan)
         else:
-            before = slot_state(slots, place, sizes, chunk - first, plan)
             forward_chunk(problem, None, before, after, scratch, place, chunk, False, plan)
     tl.debug_barrier()
 
@@ -481,110 +547,89 @@ def segment_start(running, slots, place, sizes, plan: tl.constexpr):
 
 
 @triton.jit
-def slot_state(slots, place, sizes, i, plan: tl.constexpr):
-    """The state in slot ``i``."""
-    return contiguous_state(slots, place.sequence * sizes.interval + i, plan)
-
-
-@triton.jit
-def read_adjoint(problem, grad_output, results, state, adjoint, work, place, first, end, plan: tl.constexpr):
-    """The adjoint of queries ``first .. end`` alone, read in ``state``. Starts and ends behind a barrier."""
-    write = Write(None, None, None, None, None, None, None, None, None)
+def read_adjoint(task, slot, first, end, plan: tl.constexpr):
+    """The adjoint of queries ``first .. end`` alone, read in ``slot``. Starts and ends behind a barrier."""
     for j in tl.range(first, end, plan.block_chunk, num_stages=1, disable_licm=True):
         span = Span(j, tl.minimum(j + plan.block_chunk, end))
-        queries_adjoint(problem, grad_output, results, state, work, place, span, plan)
+        queries_adjoint(task, slot, span, plan)
         tl.debug_barrier()
-        update_adjoint(
-            problem, grad_output, place, span, write, state, adjoint, work, False, True, False, plan
-        )  # fmt: skip
+        update_adjoint(task, slot, span, (1.0, 0.0, 0.0), False, True, False, plan)
         tl.debug_barrier()
 
 
 @triton.jit
-def chunk_task(
-    problem, sizes, grad_output, results, slots, work, s, n, chunk, slot, live, reads: tl.constexpr, plan: tl.constexpr
-):
+def chunk_task(task, chunk, slot, live, reads: tl.constexpr, plan: tl.constexpr):
     """One step back: the adjoint of ``chunk``, whose first state is in ``slot``; or of the queries behind the last one.
 
     ``live``: whether a gradient has reached the state after the chunk. If not, the write needs no adjoint. Returns the
     same for the state before.
     """
-    place = find_place(problem, sizes, s, n, plan)
-    adjoint = contiguous_state((results.weights, results.momentum), place.sequence, plan)
-    state = slot_state(slots, place, sizes, slot, plan)
-    own = workspace_of(work, place.sequence * plan.heads + place.head, plan)
+    results = task.results
+    place = place_of(task, plan)
+    chunk = opaque(chunk, place.sequence, 1)
     written = chunk < place.chunks
-    if written & (sizes.bptt_chunks > 0):
+    if written & (task.sizes.bptt_chunks > 0):
         # The state after this chunk was detached.
-        if (place.chunk_index + chunk + 1) % tl.maximum(sizes.bptt_chunks, 1) == 0:
+        if (place.chunk_index + chunk + 1) % tl.maximum(task.sizes.bptt_chunks, 1) == 0:
+            adjoint = contiguous_state((results.weights, results.momentum), place.sequence, plan)
             clear_adjoint(adjoint, place.head, plan)
             live = live * 0
             tl.debug_barrier()
     if written & (live > 0):
-        if problem.k is not None:
-            chunk_adjoint(problem, grad_output, results, state, adjoint, own, place, chunk, reads, plan)
+        if task.problem.k is not None:
+            chunk_adjoint(task, chunk, slot, reads, plan)
     else:
         from_token = tl.maximum(chunk * plan.chunk, place.pending)
         to_token = place.pending + place.length
         if written:
-            if problem.k is not None:
+            if task.problem.k is not None:
                 to_token = (chunk + 1) * plan.chunk
-                clear_tokens(results.k, results.pending_k, place, chunk * plan.chunk, to_token, plan)
-                clear_tokens(results.v, results.pending_v, place, chunk * plan.chunk, to_token, plan)
+                clear_tokens(results.k, results.pending_k, task.sizes, place, chunk * plan.chunk, to_token, plan)
+                clear_tokens(results.v, results.pending_v, task.sizes, place, chunk * plan.chunk, to_token, plan)
                 clear_coefficients(results.coefficients, place, chunk, plan)
         if reads:
             live = tl.where(from_token < to_token, 1, live)
-            read_adjoint(problem, grad_output, results, state, adjoint, own, place, from_token, to_token, plan)
+            read_adjoint(task, slot, from_token, to_token, plan)
     return live
 
 
 @triton.jit
 def backward_task(
-    problem, sizes, checkpoints, grad_output, final, results, running, slots, work, s, n, plan: tl.constexpr
+    problem, sizes, checkpoints, grad_output, final, results, running, slots, work, program, plan: tl.constexpr
 ):
-    """The backward of the whole scan of sequence ``s`` and head ``n``."""
+    """The backward of the whole scan of the sequence and head of ``program``."""
     reads: tl.constexpr = problem.q is not None and grad_output is not None
-    place = find_place(problem, sizes, s, n, plan)
+    number = work[2] + program
+    tl.store(number, program)
+    tl.debug_barrier()
+    task = Task(problem, sizes, checkpoints, grad_output, results, running, slots, work, number)
+    place = place_of(task, plan)
     end = place.pending + place.length
     complete = place.chunks * plan.chunk
     adjoint = contiguous_state((results.weights, results.momentum), place.sequence, plan)
-    results = Results(
-        None if results.q is None else contiguous_tokens(results.q, sizes.tokens, plan),
-        None if results.k is None else contiguous_tokens(results.k, sizes.tokens, plan),
-        None if results.v is None else contiguous_tokens(results.v, sizes.tokens, plan),
-        None if results.pending_k is None else contiguous_tokens(results.pending_k, sizes.pending, plan),
-        None if results.pending_v is None else contiguous_tokens(results.pending_v, sizes.pending, plan),
-        results.coefficients,
-        results.weights,
-        results.momentum,
-    )
-    if final is None:
+    if len(final) == 0:
         clear_adjoint(adjoint, place.head, plan)
     else:
         load_adjoint(adjoint, final, place.head, plan)
     # Nothing behind the last complete chunk was written.
     if problem.k is not None:
-        clear_tokens(results.k, results.pending_k, place, complete, end, plan)
-        clear_tokens(results.v, results.pending_v, place, complete, end, plan)
+        clear_tokens(results.k, results.pending_k, sizes, place, complete, end, plan)
+        clear_tokens(results.v, results.pending_v, sizes, place, complete, end, plan)
     if problem.q is not None and not reads:
-        clear_tokens(results.q, None, place, place.pending, end, plan)
+        clear_tokens(results.q, None, sizes, place, place.pending, end, plan)
     tl.debug_barrier()
 
-    # The last state that anything was computed with, and the segment it lies in.
+    # The last state that anything was computed with.
     newest = place.chunks - 1
     if reads:
         newest = tl.where(tl.maximum(complete, place.pending) < end, place.chunks, newest)
-    segments = (newest + sizes.interval) // sizes.interval
-    live = 0 if final is None else 1
-    for back in tl.range(0, segments, num_stages=1, disable_licm=True):
-        first = (segments - 1 - back) * sizes.interval
-        last = tl.minimum(first + sizes.interval - 1, newest)
-        rebuild_states(problem, sizes, checkpoints, running, slots, work, s, n, first, last, plan)
-        for chunk_back in tl.range(0, last - first + 1, num_stages=1, disable_licm=True):
-            slot = last - first - chunk_back
-            live = chunk_task(
-                problem, sizes, grad_output, results, slots, work, s, n, first + slot, slot, live, reads, plan
-            )
+    live = 0 if len(final) == 0 else 1
+    for back in tl.range(0, newest + 1, num_stages=1, disable_licm=True):
+        chunk = newest - back
+        first = chunk // sizes.interval * sizes.interval
+        if (back == 0) | (chunk - first == sizes.interval - 1):
+            rebuild_states(task, first, chunk, plan)
+        live = chunk_task(task, chunk, chunk - first, live, reads, plan)
 
 
 @triton.jit
@@ -595,8 +640,7 @@ def backward_program(
     count = sizes.sequences * plan.heads
     if (program >= 0) & (program < count):
         backward_task(
-            problem, sizes, checkpoints, grad_output, final, result, running, slots, work,
-            program // plan.heads, program % plan.heads, plan,
+            problem, sizes, checkpoints, grad_output, final, result, running, slots, work, program, plan
         )  # fmt: skip
     return count
 
@@ -608,7 +652,7 @@ def backward_kernel(
     """One or several scans that do not depend on each other; each argument has an entry per scan.
 
     ``checkpoints``, ``running`` (None: the slots are float32) and ``slots`` hold contiguous tensors (weights,
-    momentum), ``finals`` views of the gradients of the final state (None: all are 0). Grid ``(sum of S * heads,)``, as
+    momentum), ``finals`` views of the gradients of the final state (empty: all are 0). Grid ``(sum of S * heads,)``, as
     for the forward.
     """
     program = tl.program_id(0)

@@ -28,6 +28,7 @@ from hope_kernels.backends.triton.operands import (
     item,
     load_tokens,
     matrix_pointers,
+    opaque,
     outer_size,
     product,
     store_tokens,
@@ -90,6 +91,7 @@ def read_rows(x, state, head, plan: tl.constexpr):
     else:
         out = tl.full([x.shape[0], plan.block_dim], 0.0, tl.float32)
         for h in tl.range(0, plan.hidden, plan.block_hidden, num_stages=1, disable_licm=True):
+            h = opaque(h, state.row, plan.block_hidden)
             w_in, w_up, w_out = load_layers(state, head, h, plan)
             out += product(hidden_values(x, w_in, w_up, plan), w_out, plan)
     if plan.residual:
@@ -182,11 +184,12 @@ def scratch_tile(base, o_row, o_column, stride: tl.constexpr):
 
 
 @triton.jit
-def hidden_overlaps(scratch, plan: tl.constexpr):
+def hidden_overlaps(scratch, row, plan: tl.constexpr):
     """``H H^T [BC, BC]`` of the hidden values at the keys."""
     o_c = tl.arange(0, plan.block_chunk)
     gram = tl.full([plan.block_chunk, plan.block_chunk], 0.0, tl.float32)
     for h in tl.range(0, plan.hidden, plan.block_hidden, num_stages=1, disable_licm=True):
+        h = opaque(h, row, plan.block_hidden)
         o_h = h + tl.arange(0, plan.block_hidden)
         rows = tl.load(
             scratch_tile(scratch.hidden, o_c[:, None], o_h[None, :], plan.hidden),
@@ -220,6 +223,7 @@ def second_walk(
     if delta_rule:
         inverse_t = tl.load(scratch_tile(scratch.inverse, o_c[None, :], o_c[:, None], plan.block_chunk))
     for h in tl.range(0, plan.hidden, plan.block_hidden, num_stages=1, disable_licm=True):
+        h = opaque(h, before.row, plan.block_hidden)
         o_h = h + tl.arange(0, plan.block_hidden)
         mask = (o_h < plan.hidden)[:, None] & m_d[None, :]
         p_in = matrix_pointers(before.weights[0], before.row, head, o_d[None, :], o_h[:, None])
@@ -294,6 +298,7 @@ def forward_chunk(problem, output, before, after, scratch, place, chunk, reads: 
             b_v = product(xv, weight, plan)
     else:
         for h in tl.range(0, plan.hidden, plan.block_hidden, num_stages=1, disable_licm=True):
+            h = opaque(h, before.row, plan.block_hidden)
             w_in, w_up, w_out = load_layers(before, head, h, plan)
             if keys_out:
                 hidden = hidden_values(xk, w_in, w_up, plan)
@@ -344,7 +349,7 @@ def forward_chunk(problem, output, before, after, scratch, place, chunk, reads: 
             tl.debug_barrier()
             proximal = effective_step(step, square)
             step_out = proximal * later
-            own = overlap_inverse(hidden_overlaps(scratch, plan), proximal, between, plan)
+            own = overlap_inverse(hidden_overlaps(scratch, before.row, plan), proximal, between, plan)
             right = product(own, delta + earlier[:, None] * b_k, plan)
     factors = (decay, carry, momentum_decay)
 

@@ -14,17 +14,11 @@ import triton.language as tl
 
 from hope_kernels.backends.triton.operands import find_place, matrix_pointers, store_tokens
 from hope_kernels.backends.triton.resident_forward import load_factor
-from hope_kernels.backends.triton.tiled_delta_rule import (
-    store_errors_adjoint,
-    store_partial,
-    sum_partials,
-    sum_scalars,
-)
-from hope_kernels.backends.triton.tiled_kernels import (
+from hope_kernels.backends.triton.tiled_forward import layer_error
+from hope_kernels.backends.triton.tiled_products import (
     contract,
     is_reading,
     is_writing,
-    layer_error,
     load_steps,
     load_tile,
     load_vector,
@@ -33,7 +27,10 @@ from hope_kernels.backends.triton.tiled_kernels import (
     section_is_active,
     section_rows,
     span,
+    store_partial,
     store_tile,
+    sum_partials,
+    sum_scalars,
     zeros,
 )
 
@@ -53,6 +50,29 @@ def update_adjoint(
         store_partial(momentum_partials, place, index, count, o_t, m_t, -tl.sum(acc * b_error, 1), plan)
         d_error -= load_steps(problem.coefficients.momentum_step, place, chunk, o_t, m_t, plan)[:, None] * acc
     return d_error
+
+
+@triton.jit
+def store_errors_adjoint(
+    d_gate, d_up, direct_gate, direct_up, error_hidden, slope, curve, gate, up, d_error_hidden, extra,
+    place, o_t, m_t, o_h, m_h, plan: tl.constexpr,
+):  # fmt: skip
+    """Adjoint of the forward's ``layer_error``, one tile; ``direct_*`` reach the pre-activations by another way."""
+    b_eh = load_tile(error_hidden, place, o_t, m_t, o_h, m_h)
+    b_slope = load_tile(slope, place, o_t, m_t, o_h, m_h)
+    b_curve = load_tile(curve, place, o_t, m_t, o_h, m_h)
+    if plan.form == "glu":
+        b_gate = load_tile(gate, place, o_t, m_t, o_h, m_h)
+        b_up = load_tile(up, place, o_t, m_t, o_h, m_h)
+        d_eh = d_gate * b_up * b_slope + d_up * b_gate
+        direct_gate += b_eh * (d_gate * b_up * b_curve + d_up * b_slope)
+        direct_up += d_gate * b_eh * b_slope
+        store_tile(extra[1], place, o_t, m_t, o_h, m_h, direct_up)
+    else:
+        d_eh = d_gate * b_slope
+        direct_gate += d_gate * b_eh * b_curve
+    store_tile(d_error_hidden, place, o_t, m_t, o_h, m_h, d_eh)
+    store_tile(extra[0], place, o_t, m_t, o_h, m_h, direct_gate)
 
 
 @triton.jit(do_not_specialize=["sizes", "chunk"])
@@ -83,6 +103,30 @@ def input_errors_adjoint_kernel(
         )  # fmt: skip
     store_errors_adjoint(
         d_gate, d_up, zeros(tile), zeros(tile), error_hidden, slope, curve, gate, up, d_error_hidden, extra,
+        place, o_t, m_t, o_h, m_h, plan,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["sizes", "chunk"])
+def errors_adjoint_kernel(
+    problem, sizes, chunk, d_errors, error_hidden, slope, curve, gate, up, before, d_error_hidden, extra,
+    plan: tl.constexpr, tile: tl.constexpr,
+):  # fmt: skip
+    """dgd: from the adjoints of the input layers' errors: that of ``error_hidden`` and, in ``extra``, what reaches the
+    pre-activations directly, all ``[C, H]``."""
+    task, i, c = locate(triton.cdiv(plan.chunk, tile.rows), triton.cdiv(plan.hidden, tile.columns), tile)
+    place = find_place(problem, sizes, task // plan.heads, task % plan.heads, plan)
+    if not is_writing(place, chunk):
+        return
+    o_t, o_h = span(i, tile.rows), span(c, tile.columns)
+    m_t, m_h = o_t < plan.chunk, o_h < plan.hidden
+    b_before = load_vector(before, place, o_t, m_t, plan)[:, None]
+    d_gate = load_tile(d_errors[0], place, o_t, m_t, o_h, m_h)
+    d_up = d_gate
+    if plan.form == "glu":
+        d_up = load_tile(d_errors[1], place, o_t, m_t, o_h, m_h)
+    store_errors_adjoint(
+        d_gate, d_up, b_before * d_gate, b_before * d_up, error_hidden, slope, curve, gate, up, d_error_hidden, extra,
         place, o_t, m_t, o_h, m_h, plan,
     )  # fmt: skip
 
@@ -158,7 +202,7 @@ def through_write(
 
 @triton.jit
 def contract_mixed(acc, a, b, place, o_m, m_m, o_n, m_n, start, stop, tile: tl.constexpr, plan: tl.constexpr):
-    """:func:`~hope_kernels.backends.triton.tiled_kernels.contract` with a float32 ``A``: gradients that 16-bit factors
+    """:func:`~hope_kernels.backends.triton.tiled_products.contract` with a float32 ``A``: gradients that 16-bit factors
     would round or flush to 0."""
     for k in tl.range(start, stop, tile.inner, num_stages=2):
         o_k = (k + tl.arange(0, tile.inner)).to(tl.int64)

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from hope_kernels.backends.triton.delta_rule import effective_step, gradient_product, overlap_inverse
 from hope_kernels.backends.triton.operands import find_place, matrix_pointers, product
-from hope_kernels.backends.triton.tiled_kernels import (
+from hope_kernels.backends.triton.tiled_products import (
     contract,
     is_writing,
     load_steps,
@@ -24,33 +24,13 @@ from hope_kernels.backends.triton.tiled_kernels import (
     load_vector,
     locate,
     span,
+    store_partial,
     store_tile,
+    store_vector,
+    sum_partials,
+    sum_scalars,
     zeros,
 )
-
-
-@triton.jit
-def store_vector(pointer, place, o_t, m_t, x, plan: tl.constexpr):
-    """Rows ``o_t`` of a scratch ``[tasks, C]``."""
-    tl.store(pointer + (place.sequence * plan.heads + place.head) * plan.chunk + o_t, x, mask=m_t)
-
-
-@triton.jit
-def store_partial(pointer, place, index, count: tl.constexpr, o_t, m_t, x, plan: tl.constexpr):
-    """Row ``index`` of ``count`` in a scratch ``[tasks, count, C]`` of sums that :func:`sum_partials` adds up."""
-    task = place.sequence * plan.heads + place.head
-    tl.store(pointer + (task * count + index) * plan.chunk + o_t, x, mask=m_t)
-
-
-@triton.jit
-def sum_partials(pointer, place, count: tl.constexpr, o_t, m_t, width: tl.constexpr, plan: tl.constexpr):
-    """Sum over the rows of a scratch ``[tasks, count, C]``, in order: ``[width]``."""
-    rows = pointer + (place.sequence * plan.heads + place.head) * count * plan.chunk
-    total = tl.zeros([width], tl.float32)
-    for i in tl.range(count):
-        total += tl.load(rows + i * plan.chunk + o_t, mask=m_t, other=0.0)
-    return total
-
 
 # ---- products of retentions ------------------------------------------------------------------------------------------
 
@@ -126,7 +106,7 @@ def steps_kernel(
         return
     o_t = span(i, tile.rows)
     m_t = o_t < plan.chunk
-    b_square = tl.zeros([tile.rows], tl.float32)
+    b_square = tl.full([tile.rows], 0.0, tl.float32)
     for c in tl.range(triton.cdiv(width, tile.columns)):
         o_u = c * tile.columns + tl.arange(0, tile.columns)
         b_u = load_tile(u, place, o_t, m_t, o_u, o_u < width)
@@ -315,7 +295,7 @@ def triangle_adjoint_kernel(
     m_s = o_s < plan.chunk
     b_square = load_vector(square, place, o_s, m_s, plan)
     b_step = load_vector(step, place, o_s, m_s, plan)
-    d_step = tl.zeros([tile.rows], tl.float32)
+    d_step = tl.full([tile.rows], 0.0, tl.float32)
     for i in tl.range(j, BLOCKS):
         o_t = span(i, tile.rows)
         m_t = o_t < plan.chunk
@@ -335,53 +315,6 @@ def triangle_adjoint_kernel(
     store_partial(step_partials, place, group, groups, o_s, m_s, d_step * shrink * shrink, plan)
     store_partial(after_partials, place, group, groups, o_s, m_s, d_weight * b_step, plan)
     store_vector(d_norm, place, o_s, m_s, -2.0 * d_step * b_step * b_step, plan)
-
-
-@triton.jit(do_not_specialize=["sizes", "chunk"])
-def errors_adjoint_kernel(
-    problem, sizes, chunk, d_errors, error_hidden, slope, curve, gate, up, before, d_error_hidden, extra,
-    plan: tl.constexpr, tile: tl.constexpr,
-):  # fmt: skip
-    """From the adjoints of the input layers' errors: that of ``error_hidden`` and, in ``extra``, what reaches the
-    pre-activations directly, all ``[C, H]``."""
-    task, i, c = locate(triton.cdiv(plan.chunk, tile.rows), triton.cdiv(plan.hidden, tile.columns), tile)
-    place = find_place(problem, sizes, task // plan.heads, task % plan.heads, plan)
-    if not is_writing(place, chunk):
-        return
-    o_t, o_h = span(i, tile.rows), span(c, tile.columns)
-    m_t, m_h = o_t < plan.chunk, o_h < plan.hidden
-    b_before = load_vector(before, place, o_t, m_t, plan)[:, None]
-    d_gate = load_tile(d_errors[0], place, o_t, m_t, o_h, m_h)
-    d_up = d_gate
-    if plan.form == "glu":
-        d_up = load_tile(d_errors[1], place, o_t, m_t, o_h, m_h)
-    store_errors_adjoint(
-        d_gate, d_up, b_before * d_gate, b_before * d_up, error_hidden, slope, curve, gate, up, d_error_hidden, extra,
-        place, o_t, m_t, o_h, m_h, plan,
-    )  # fmt: skip
-
-
-@triton.jit
-def store_errors_adjoint(
-    d_gate, d_up, direct_gate, direct_up, error_hidden, slope, curve, gate, up, d_error_hidden, extra,
-    place, o_t, m_t, o_h, m_h, plan: tl.constexpr,
-):  # fmt: skip
-    """Adjoint of :func:`layer_error`, one tile; ``direct_*`` reach the pre-activations by another way."""
-    b_eh = load_tile(error_hidden, place, o_t, m_t, o_h, m_h)
-    b_slope = load_tile(slope, place, o_t, m_t, o_h, m_h)
-    b_curve = load_tile(curve, place, o_t, m_t, o_h, m_h)
-    if plan.form == "glu":
-        b_gate = load_tile(gate, place, o_t, m_t, o_h, m_h)
-        b_up = load_tile(up, place, o_t, m_t, o_h, m_h)
-        d_eh = d_gate * b_up * b_slope + d_up * b_gate
-        direct_gate += b_eh * (d_gate * b_up * b_curve + d_up * b_slope)
-        direct_up += d_gate * b_eh * b_slope
-        store_tile(extra[1], place, o_t, m_t, o_h, m_h, direct_up)
-    else:
-        d_eh = d_gate * b_slope
-        direct_gate += d_gate * b_eh * b_curve
-    store_tile(d_error_hidden, place, o_t, m_t, o_h, m_h, d_eh)
-    store_tile(extra[0], place, o_t, m_t, o_h, m_h, direct_gate)
 
 
 @triton.jit(do_not_specialize=["sizes", "chunk"])
@@ -407,7 +340,7 @@ def retention_adjoint_kernel(
     for i in tl.range(j, BLOCKS):
         o_t = span(i, tile.rows)
         m_t = o_t < plan.chunk
-        through = tl.zeros([tile.rows, tile.rows], tl.float32)
+        through = tl.full([tile.rows, tile.rows], 0.0, tl.float32)
         for k in tl.range(j + 1):
             o_s = span(k, tile.rows)
             d = load_tile(d_between, place, o_t, m_t, o_s, o_s < plan.chunk)
@@ -442,14 +375,3 @@ def turned_between(problem, place, chunk, i, j, width: tl.constexpr, plan: tl.co
         columns = products_after(alpha, j * width, width, plan)
         between = rows[None, :] * (middle * columns)[:, None]
     return tl.where(lower, between, 0.0)
-
-
-@triton.jit
-def sum_scalars(pointer, task, count: tl.constexpr):
-    """Sum of a task's ``count`` numbers in a scratch ``[tasks, count]``, in fixed order."""
-    WIDTH: tl.constexpr = 1024
-    o = tl.arange(0, WIDTH)
-    total = tl.zeros([WIDTH], tl.float32)
-    for i in tl.range(0, count, WIDTH):
-        total += tl.load(pointer + task.to(tl.int64) * count + i + o, mask=i + o < count, other=0.0)
-    return tl.sum(total, 0)

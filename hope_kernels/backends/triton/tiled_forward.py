@@ -3,15 +3,10 @@
 A program makes one tile of one product and finishes it in registers (activation, error, weighting by step, decay and
 accumulation into the state), so that each intermediate is written once. FLOPs per token, mlp with objective l2: the
 convention's 14 D H. The float32 state is read and written once per chunk; what the products read of it in 16 bits is a
-copy that the same write leaves.
-
-The rows of a chunk are stacked in sections of C rows: keys, values (objective ``self``), queries. Rows of a section
-without a token are 0, sections without any are left out: every kernel asks :func:`section_is_active`.
+copy that the same write leaves. Kernels are in the order of a chunk's launches.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import triton
 import triton.language as tl
@@ -19,158 +14,20 @@ import triton.language as tl
 from hope_kernels.backends.triton.activation import activate, activate_with_curve, activate_with_slope
 from hope_kernels.backends.triton.operands import find_place, load_tokens, matrix_pointers, store_tokens
 from hope_kernels.backends.triton.resident_forward import form_delta, load_factor
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How a product is cut: a program makes ``rows x columns`` of it, ``inner`` terms at a time."""
-
-    rows: int
-    columns: int
-    inner: int
-    group: int  # row blocks that go through all column blocks together: they find their operands in the L2 cache
-    warps: int
-    stages: int
-    even: bool  # C, D and H are multiples of rows, columns and inner: products need no masks
-
-
-@dataclass(frozen=True)
-class Sections:
-    """Which sections a chunk's stack of rows has, as 0 or 1, in their order."""
-
-    keys: int
-    values: int
-    queries: int
-    shared: bool = False  # the queries are the keys: the keys' outputs are what was read
-
-    @property
-    def count(self) -> int:
-        return self.keys + self.values + self.queries
-
-    @property
-    def written(self) -> int:
-        """Sections that belong to the write; the queries follow them."""
-        return self.keys + self.values
-
-
-# ---- finding work ----------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def locate(row_blocks: tl.constexpr, column_blocks: tl.constexpr, tile: tl.constexpr):
-    """This program's task (sequence and head), row block and column block."""
-    program = tl.program_id(0)
-    tiles: tl.constexpr = row_blocks * column_blocks
-    task = program // tiles
-    i = program % tiles
-    per_group: tl.constexpr = tile.group * column_blocks
-    first = i // per_group * tile.group
-    rows = tl.minimum(row_blocks - first, tile.group)
-    return task, first + i % per_group % rows, i % per_group // rows
-
-
-@triton.jit
-def span(index, width: tl.constexpr):
-    """Indices of block ``index``, 64 bits."""
-    return (tl.zeros([], tl.int64) + index) * width + tl.arange(0, width)
-
-
-@triton.jit
-def is_writing(place, chunk):
-    return chunk < place.chunks
-
-
-@triton.jit
-def is_reading(place, chunk, plan: tl.constexpr):
-    """Whether any new token lies in the chunk."""
-    begin = chunk.to(tl.int64) * plan.chunk
-    return (begin < place.pending + place.length) & (begin + plan.chunk > place.pending)
-
-
-@triton.jit
-def section_is_active(place, chunk, section, sections: tl.constexpr, plan: tl.constexpr):
-    """Whether the rows of a section are there (in stack order)."""
-    reading = is_reading(place, chunk, plan)
-    active = tl.where(section >= sections.written, reading, is_writing(place, chunk))
-    if sections.shared:
-        active = active | ((section == 0) & reading)
-    return active
-
-
-@triton.jit
-def section_rows(place, chunk, section, o_t, sections: tl.constexpr, plan: tl.constexpr):
-    """Token numbers ``j`` of rows ``o_t`` of a section, and which of them are there."""
-    j = chunk.to(tl.int64) * plan.chunk + o_t
-    first = tl.where(section < sections.written, 0, place.pending)
-    return j, (o_t < plan.chunk) & (j >= first) & (j < place.pending + place.length)
-
-
-@triton.jit
-def only_rows(condition, o_t, plan: tl.constexpr):
-    """Mask of a chunk's rows, all or (where ``condition`` is false) none."""
-    return o_t < tl.where(condition, plan.chunk, 0)
-
-
-# ---- tiles -----------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def zeros(tile: tl.constexpr):
-    return tl.zeros([tile.rows, tile.columns], tl.float32)
-
-
-@triton.jit
-def contract(acc, a, b, place, o_m, m_m, o_n, m_n, start, stop, tile: tl.constexpr, plan: tl.constexpr):
-    """``acc + A[o_m, start:stop] B[start:stop, o_n]``, summed in float32, in order."""
-    o_k = start + tl.arange(0, tile.inner)
-    o_k64 = o_k.to(tl.int64)
-    p_a = matrix_pointers(a, place.sequence, place.head, o_m[:, None], o_k64[None, :])
-    p_b = matrix_pointers(b, place.sequence, place.head, o_k64[:, None], o_n[None, :])
-    step_a = tl.full([], tile.inner, tl.int64) * a.outer
-    step_b = tl.full([], tile.inner, tl.int64) * b.inner
-    for k in tl.range(start, stop, tile.inner):
-        if tile.even:
-            x = tl.load(p_a)
-            y = tl.load(p_b)
-        else:
-            m_k = o_k < stop - (k - start)
-            x = tl.load(p_a, mask=m_m[:, None] & m_k[None, :], other=0.0)
-            y = tl.load(p_b, mask=m_k[:, None] & m_n[None, :], other=0.0)
-        acc = tl.dot(x, y, acc, input_precision=plan.precision, out_dtype=tl.float32)
-        p_a += step_a
-        p_b += step_b
-    return acc
-
-
-@triton.jit
-def load_tile(view, place, o_m, m_m, o_n, m_n):
-    """A tile in float32, 0 outside."""
-    pointers = matrix_pointers(view, place.sequence, place.head, o_m[:, None], o_n[None, :])
-    return tl.load(pointers, mask=m_m[:, None] & m_n[None, :], other=0.0).to(tl.float32)
-
-
-@triton.jit
-def store_tile(view, place, o_m, m_m, o_n, m_n, x):
-    """The opposite; nothing where the view is None."""
-    if view is not None:
-        pointers = matrix_pointers(view, place.sequence, place.head, o_m[:, None], o_n[None, :])
-        tl.store(pointers, x.to(view.data.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
-
-
-@triton.jit
-def load_steps(pointer, place, chunk, o_t, m_t, plan: tl.constexpr):
-    """A per-token coefficient ``[M, heads, C]`` of the chunk; 0 outside."""
-    row = (place.chunk_row + chunk) * plan.heads + place.head
-    return tl.load(pointer + row * plan.chunk + o_t, mask=m_t, other=0.0)
-
-
-@triton.jit
-def load_vector(pointer, place, o_t, m_t, plan: tl.constexpr):
-    """Rows ``o_t`` of a scratch ``[tasks, C]``; 0 outside."""
-    return tl.load(pointer + (place.sequence * plan.heads + place.head) * plan.chunk + o_t, mask=m_t, other=0.0)
-
-
-# ---- a chunk, in the order of its launches ---------------------------------------------------------------------------
+from hope_kernels.backends.triton.tiled_products import (
+    contract,
+    is_writing,
+    load_steps,
+    load_tile,
+    load_vector,
+    locate,
+    only_rows,
+    section_is_active,
+    section_rows,
+    span,
+    store_tile,
+    zeros,
+)
 
 
 @triton.jit(do_not_specialize=["sizes", "chunk"])
@@ -273,25 +130,25 @@ def out_kernel(
     rows = section * plan.chunk + o_t
     is_query = section >= sections.written
     terms = WIDTH if PREDICT else tl.where(is_query, WIDTH, 0)
-    acc = contract(zeros(tile), u, weight, place, rows, m_t, o_d, m_d, 0, terms, tile, plan)
-    b_product = acc
+    b_product = contract(zeros(tile), u, weight, place, rows, m_t, o_d, m_d, 0, terms, tile, plan)
+    b_output = b_product
     if plan.residual:
-        acc += load_tile(x, place, rows, m_t, o_d, m_d)
+        b_output += load_tile(x, place, rows, m_t, o_d, m_d)
     j, m_j = section_rows(place, chunk, section, o_t, sections, plan)
     if output is not None:
         if is_query | sections.shared:
-            store_tokens(output, None, place, j, m_j, o_d, m_d, acc)
+            store_tokens(output, None, place, j, m_j, o_d, m_d, b_output)
     if writes:
         if (not is_query) & is_writing(place, chunk):
-            b_target = acc
-            b_v = load_tokens(problem.v, problem.pending_v, place, j, m_j, o_d, m_d)
             if plan.objective == "self":
-                b_target = contract(
-                    zeros(tile), u, weight, place, plan.chunk + o_t, m_t, o_d, m_d, 0, WIDTH, tile, plan
-                )
+                # The values' product is added to minus the keys': one sum in registers, not two.
+                o_v = plan.chunk + o_t
+                b_delta = -contract(-b_product, u, weight, place, o_v, m_t, o_d, m_d, 0, WIDTH, tile, plan)
                 if plan.residual:
-                    b_target += b_v.to(tl.float32)
-            b_delta = form_delta(acc, b_v, b_target, plan)
+                    b_delta += load_tile(x, place, rows, m_t, o_d, m_d) - load_tile(x, place, o_v, m_t, o_d, m_d)
+            else:
+                b_v = load_tokens(problem.v, problem.pending_v, place, j, m_j, o_d, m_d)
+                b_delta = form_delta(b_output, b_v, b_output, plan)
             store_tile(delta, place, o_t, m_t, o_d, m_d, b_delta)
             if DELTA_RULE:
                 b_before = load_vector(before, place, o_t, m_t, plan)

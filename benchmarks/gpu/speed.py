@@ -1,0 +1,473 @@
+"""What a GPU is timed at: the named shapes, ``torch.compile``, growth with length and batch, decoding; and tuning.
+
+Every part runs in a process of its own and alone on the machine, measures the peaks it is held against itself, and
+leaves each row as it is taken. Times follow :mod:`hope_kernels.bench.timing`; nothing is timed before its results are
+finite and those of the reference in the same dtype.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+
+import torch
+
+from benchmarks.gpu.checks import first_line, sized
+from benchmarks.gpu.children import result_file
+from benchmarks.gpu.setting import Setting
+from hope_kernels.bench.decode import DECODE, DecodeShape, measure_decode
+from hope_kernels.bench.gpu import bytes_kept_by_reference, copy_peak, gemm_peak, peak_memory
+from hope_kernels.bench.implementations import REFERENCE, Implementation, make_call
+from hope_kernels.bench.problems import Problem, shape_problem
+from hope_kernels.bench.shapes import GPU_SHAPES, MODES, SHAPES, Shape
+from hope_kernels.bench.speed import DisagreementError, compare_speed
+from hope_kernels.bench.timing import Timer, time_side_by_side
+
+COMPILED = Implementation("reference", compiled=True)
+# torch.compile unrolls the reference's loop over chunks: it is compared over this many.
+COMPILED_CHUNKS = 8
+# A reference that keeps more than this part of the free memory for its backward is compared at fewer tokens.
+ROOM = 0.6
+
+
+def peaks(setting: Setting) -> dict:
+    """Rates measured now: dense products in the benchmark's dtype, copies within the device."""
+    tiny = {"size": 256, "repeats": 3} if setting.dry else {}
+    gemm = gemm_peak(setting.dtype, setting.device, **tiny)
+    copy = copy_peak(setting.device, **(tiny and {"size": 1 << 20, "repeats": 3}))
+    return {"gemm_tflops": gemm / 1e12, "copy_tb_s": copy / 1e12}
+
+
+def gathered(setting: Setting, names: list[str]) -> dict:
+    """The parts one after the other: their rows, problems, and the highest peaks any of them measured."""
+    result: dict = {"rows": [], "problems": [], "peaks": {}}
+
+    def finished(name: str, part: dict) -> None:
+        result["rows"] += part.get("rows", [])
+        result["problems"] += part.get("problems", [])
+        if part["passed"] is not True and not part.get("problems"):
+            result["problems"].append(f"{name}: {part['summary']}")
+        for peak, value in part.get("peaks", {}).items():
+            result["peaks"][peak] = max(value, result["peaks"].get(peak, 0.0))
+        setting.leave(**result)
+
+    done = setting.parts(names, at_once=1, finished=finished)
+    result["problems"] += [f"{name}: no time was left" for name in names if name not in done]
+    said = [f"{len(result['rows'])} rows", f"{len(result['problems'])} not measured", *result["problems"][:2]]
+    said += [f"{name} {value:.3g}" for name, value in result["peaks"].items()]
+    return result | {"passed": bool(result["rows"]) and not result["problems"], "summary": "; ".join(said)}
+
+
+class Rows:
+    """The rows of one part, left behind as they come."""
+
+    def __init__(self, setting: Setting) -> None:
+        self._setting = setting
+        self.peaks = peaks(setting)
+        self.rows: list[dict] = []
+        self.problems: list[str] = []
+        self._leave()
+
+    def add(self, rows: Iterable[dict]) -> None:
+        self.rows += rows
+        self._leave()
+
+    def _leave(self) -> None:
+        self._setting.leave(rows=self.rows, problems=self.problems, peaks=self.peaks)
+
+    @contextmanager
+    def attempt(self, what: str) -> Iterator[None]:
+        """One that fails is noted, and its memory given back: the next ones are still worth having."""
+        try:
+            yield
+        except Exception as error:
+            self.problems.append(f"{what}: {first_line(error)}")
+        finally:
+            release(self._setting)
+            self._leave()
+
+    def result(self) -> dict:
+        summary = f"{len(self.rows)} rows, {len(self.problems)} not measured"
+        return {
+            "passed": bool(self.rows) and not self.problems,
+            "summary": "; ".join([summary, *self.problems[:1]]),
+            "rows": self.rows,
+            "problems": self.problems,
+            "peaks": self.peaks,
+        }
+
+
+def release(setting: Setting) -> None:
+    """Memory that nothing refers to, back to the device."""
+    gc.collect()
+    torch._dynamo.reset()
+    if not setting.dry:
+        torch.cuda.empty_cache()
+
+
+def engines(setting: Setting) -> list[Implementation]:
+    """The compiled backends, each with the plan it chooses."""
+    return [Implementation(name) for name in setting.backends() if ":" not in name]
+
+
+# ---- the named shapes ------------------------------------------------------------------------------------------------
+
+
+def bench(setting: Setting) -> dict:
+    """Each GPU shape, forward and forward+backward: the reference and every compiled backend, alternating."""
+    return gathered(setting, [f"bench:{name}" for name in GPU_SHAPES])
+
+
+def bench_part(setting: Setting, name: str) -> dict:
+    found = Rows(setting)
+    shape = sized(SHAPES[name], setting)
+    problem = shape_problem(shape, dtype=setting.dtype, device=setting.device)
+    for mode in MODES:
+        note, fitting, inputs = "", shape, problem
+        while not reference_fits(setting, fitting, mode) and fitting.tokens >= 2 * fitting.chunk_size:
+            fitting = fitting.scaled(tokens=fitting.tokens // 2)
+            inputs = first_tokens(problem, fitting.tokens)
+            note = f"at {fitting.tokens} tokens: the reference keeps too much for this memory at {shape.tokens}"
+        with found.attempt(f"{name} {mode}"):
+            found.add(compared(setting, fitting, inputs, mode, [REFERENCE, *engines(setting)], note))
+    return found.result()
+
+
+def compared(
+    setting: Setting, shape: Shape, problem: Problem, mode: str, implementations: list[Implementation], note: str = ""
+) -> list[dict]:
+    """Rows of one shape and mode, each with the peak memory of a call."""
+    report = compare_speed(
+        [shape],
+        implementations,
+        modes=[mode],
+        dtype=setting.dtype,
+        device=setting.device,
+        repeats=2 if setting.dry else 5,
+        memory_modes=() if setting.dry else [mode],
+        problem=problem,
+    )
+    return [asdict(row) | {"note": note} for row in report.rows]
+
+
+def reference_fits(setting: Setting, shape: Shape, mode: str) -> bool:
+    """Whether what the reference keeps for its backward leaves room for the rest of it; counted before it is run."""
+    if setting.dry or mode == "forward":
+        return True
+    free, _ = torch.cuda.mem_get_info()
+    return bytes_kept_by_reference(shape, setting.dtype) <= ROOM * free
+
+
+def first_tokens(problem: Problem, tokens: int) -> Problem:
+    """The problem cut to so many tokens."""
+    return replace(
+        problem,
+        **{name: getattr(problem, name)[:, :tokens].contiguous() for name in ("q", "k", "v", "d_output", "lr")},
+    )
+
+
+def repeated(problem: Problem, times: int) -> Problem:
+    """The problem with its tokens so many times over."""
+    return replace(
+        problem,
+        **{
+            name: getattr(problem, name).repeat(1, times, *[1] * (getattr(problem, name).dim() - 2))
+            for name in ("q", "k", "v", "d_output", "lr")
+        },
+    )
+
+
+# ---- torch.compile ---------------------------------------------------------------------------------------------------
+
+
+def compiled(setting: Setting) -> dict:
+    """The reference through ``torch.compile`` beside it and the compiled backends, over eight chunks of each shape."""
+    return gathered(setting, [f"compiled:{name}" for name in ("G64", "G16", "GL")])
+
+
+def compiled_part(setting: Setting, name: str) -> dict:
+    found = Rows(setting)
+    shape = sized(SHAPES[name], setting)
+    shape = shape.scaled(tokens=min(shape.tokens, COMPILED_CHUNKS * shape.chunk_size))
+    problem = shape_problem(shape, dtype=setting.dtype, device=setting.device)
+    others = [] if setting.dry else [COMPILED]  # minutes on a CPU
+    for mode in MODES:
+        with found.attempt(f"{name} {mode} torch.compile"):
+            note = f"over {shape.tokens // shape.chunk_size} chunks"
+            found.add(compared(setting, shape, problem, mode, [REFERENCE, *others, *engines(setting)], note))
+    return found.result()
+
+
+# ---- growth ----------------------------------------------------------------------------------------------------------
+
+
+def scale(setting: Setting) -> dict:
+    """G64 at 1k, 8k and 64k tokens, and at twice the batch: milliseconds, memory beyond inputs and results, state."""
+    return gathered(setting, ["scale:tokens"])
+
+
+def scale_part(setting: Setting, what: str) -> dict:
+    found = Rows(setting)
+    shape = sized(SHAPES["G64"], setting)
+    problem = shape_problem(shape, dtype=setting.dtype, device=setting.device)
+    for implementation in engines(setting):
+        for mode in MODES:
+            with found.attempt(f"{implementation.name} {mode}"):
+                # One length at a time: at 64k tokens inputs and gradients take 12 GB.
+                for part, times in ((8, 1), (1, 1), (1, 2 if setting.dry else 8)):
+                    long = shape.scaled(tokens=max(shape.chunk_size, shape.tokens // part) * times)
+                    inputs = repeated(first_tokens(problem, max(shape.chunk_size, shape.tokens // part)), times)
+                    found.add([growth_row(setting, implementation, long, inputs, mode)])
+                    del inputs
+                    release(setting)
+                wide = shape.scaled(batch=2 * shape.batch)
+                both = replace(
+                    problem,
+                    **{name: torch.cat([getattr(problem, name)] * 2) for name in ("q", "k", "v", "d_output", "lr")},
+                )
+                found.add([growth_row(setting, implementation, wide, both, mode)])
+    return found.result()
+
+
+def growth_row(setting: Setting, implementation: Implementation, shape: Shape, problem: Problem, mode: str) -> dict:
+    """One length or batch: the results are compared with the reference's elsewhere, here they must be finite."""
+    call = make_call(implementation, problem, mode)
+    results = call()
+    if not all(x.isfinite().all() for x in results.values()):
+        raise DisagreementError(f"{implementation.name} at {shape.sizes}, {mode}: results are not finite")
+    result_bytes = sum(x.numel() * x.element_size() for x in results.values())
+    del results
+    timing = time_side_by_side({"it": call}, repeats=3 if setting.dry else 7, device=setting.device)["it"]
+    return {
+        "implementation": implementation.name,
+        "mode": mode,
+        "sizes": shape.sizes,
+        "batch": shape.batch,
+        "tokens": shape.tokens,
+        "chunks": shape.tokens // shape.chunk_size,
+        "ms": timing.median * 1e3,
+        "ns_per_head_token": timing.median * 1e9 / shape.head_tokens,
+        "working_bytes": None if setting.dry else peak_memory(call, setting.device) - result_bytes,
+    }
+
+
+# ---- decoding --------------------------------------------------------------------------------------------------------
+
+
+def decode(setting: Setting) -> dict:
+    """One token at a time through a sequential Continuum Memory System, launched by the host and as CUDA graphs."""
+    return gathered(setting, [f"decode:{batch}" for batch in ((2,) if setting.dry else (1, 64))])
+
+
+def decode_part(setting: Setting, batch: str) -> dict:
+    found = Rows(setting)
+    shape = DecodeShape(heads=1, dim=8, hidden=16, chunk_sizes=(1, 2, None)) if setting.dry else DECODE
+    names = ["reference", *(engine.name for engine in engines(setting))]
+    with found.attempt(f"decode, batch {batch}"):
+        rows = measure_decode(
+            shape,
+            int(batch),
+            names,
+            dtype=setting.dtype,
+            device=setting.device,
+            rounds=1 if setting.dry else 7,
+            problems=found.problems,
+        )
+        copied = found.peaks["copy_tb_s"] * 1e12
+        found.add(
+            asdict(row) | {"copy_fraction": row.bytes_per_token / (row.us_median * 1e-6) / copied} for row in rows
+        )
+    return found.result()
+
+
+# ---- tuning ----------------------------------------------------------------------------------------------------------
+
+# What is tried: hidden units of a block, warps, stages (None: Triton's own choice).
+CANDIDATES = tuple(
+    {"block_hidden": hidden, "num_warps": warps, "num_stages": stages}
+    for hidden in (16, 32, 64)
+    for warps in (4, 8)
+    for stages in (None, 1)
+)
+TUNED = tuple(f"{kernel}:{name}" for kernel in ("resident_forward", "resident_backward") for name in ("G64", "G16"))
+
+
+def tune(setting: Setting) -> dict:
+    """The resident kernels' configurations at G64 and G16, and the tiles of products at GL, timed.
+
+    The fastest configurations go to a table in the suite's folder: ``HOPE_KERNELS_TRITON_CONFIGURATIONS=<that file>``
+    makes the engine use it. Tiles are no part of that table: their times are reported. All candidates are compiled side
+    by side at first, so that timing them waits for no compiler.
+    """
+    compiling = [f"compiling:{subject}:{i}" for subject in TUNED for i in range(len(CANDIDATES))]
+    compiling = [f"tiles:GL:{i}" for i in range(len(TILES))] + compiling  # these take longest
+    result = {"rows": [], "problems": [], "table": "triton_configurations.json"}
+    done: dict[str, dict] = {}
+    if not setting.dry:
+        done = setting.parts(compiling, at_once=12)
+    result["problems"] += [f"{name}: {part['summary']}" for name, part in done.items() if part["passed"] is not True]
+    setting.leave(**result)
+    measured = gathered(setting, [*(f"tune:{subject}" for subject in TUNED), "tiles:GL"])
+    return measured | {"problems": result["problems"] + measured["problems"], "table": result["table"]}
+
+
+def _subject(setting: Setting, kernel: str, name: str, tokens: int | None):
+    """The class of the shape, and a function that launches the kernel on inputs of it."""
+    from hope_kernels.backends.triton import configurations
+
+    shape = sized(SHAPES[name], setting)
+    shape = shape if tokens is None else shape.scaled(tokens=tokens, batch=1)
+    problem = shape_problem(shape, dtype=setting.dtype, device=setting.device).requires_grad()
+    bits = torch.finfo(setting.dtype).bits
+    padded = configurations.padded
+    described = configurations.ShapeClass(
+        shape.form, shape.spec.rule, bits, padded(shape.chunk_size), padded(shape.dim)
+    )
+    if kernel == "resident_forward":
+        return described, make_call(Implementation("triton:resident"), problem, "forward")
+    from hope_kernels.bench.implementations import scan
+
+    output, inputs = scan(problem, "triton:resident")[0], list(problem.inputs().values())
+    return described, lambda: torch.autograd.grad(output, inputs, problem.d_output, retain_graph=True)
+
+
+def compiling_part(setting: Setting, kernel: str, name: str, candidate: str) -> dict:
+    """One candidate compiled, by running it on two chunks; the compiler keeps it on disk."""
+    from hope_kernels.backends.triton.configurations import Configuration, assume
+
+    with assume({kernel: Configuration.of(**CANDIDATES[int(candidate)])}):
+        _, run = _subject(setting, kernel, name, 2 * SHAPES[name].chunk_size)
+        run()
+    torch.cuda.synchronize()
+    return {"passed": True, "summary": "compiled"}
+
+
+def compiles(setting: Setting, part: str) -> bool:
+    """Whether the part that compiled a candidate said that it did; no part, no reason to leave it out."""
+    path = result_file(setting.out, part)
+    return not path.exists() or json.loads(path.read_text())["passed"] is True
+
+
+def tune_part(setting: Setting, kernel: str, name: str) -> dict:
+    from hope_kernels.backends.triton import configurations
+    from hope_kernels.backends.triton.configurations import Configuration
+
+    found = Rows(setting)
+    candidates = [
+        Configuration.of(**each)
+        for i, each in enumerate(CANDIDATES)
+        if setting.dry or compiles(setting, f"compiling:{kernel}:{name}:{i}")
+    ]
+    with found.attempt(f"{kernel} {name}"):
+        shape, run = _subject(setting, kernel, name, None)
+        present = configurations.choose(kernel, shape, configurations.device_of(torch.empty(0, device=setting.device)))
+        if present is not None and present not in candidates:
+            candidates.insert(0, present)
+        if setting.dry:  # nothing to tune: each candidate runs once
+            outcome: dict = {}
+            timer = Timer(setting.device)
+            for candidate in candidates[:2]:
+                with configurations.assume({kernel: candidate}):
+                    outcome[candidate] = statistics.median(timer(run) for _ in range(1))
+        else:
+            outcome = configurations.tune(
+                kernel, shape, run, candidates, path=setting.out / "triton_configurations.json"
+            )
+        found.add(
+            {
+                "kernel": kernel,
+                "shape": name,
+                "settings": candidate.settings(),
+                "present": candidate == present,
+                "ms": seconds * 1e3 if isinstance(seconds, float) else None,
+                "reason": None if isinstance(seconds, float) else seconds,
+            }
+            for candidate, seconds in outcome.items()
+        )
+    return found.result()
+
+
+# Sums a program holds at once, and the tile tried for such products: rows, columns, inner, warps, stages.
+TILES = (
+    None,  # those of the engine
+    (1, (128, 128, 64, 8, 4)),
+    (1, (128, 128, 64, 4, 3)),
+    (1, (128, 256, 64, 8, 3)),
+    (1, (256, 128, 64, 8, 3)),
+    (2, (128, 64, 64, 4, 4)),
+    (2, (128, 128, 64, 8, 3)),
+    (4, (64, 64, 64, 8, 3)),
+    (4, (128, 64, 64, 8, 3)),
+)
+
+
+@contextmanager
+def tiles(candidate: tuple[int, tuple[int, ...]] | None) -> Iterator[None]:
+    """Inside, products of 16-bit operands and that many sums are cut into these tiles."""
+    from hope_kernels.backends.triton import tiled_tiles as engine
+
+    before = dict(engine.TILES)
+    if candidate is not None:
+        engine.TILES[2, candidate[0]] = candidate[1]
+    engine.choose_tile.cache_clear()
+    try:
+        yield
+    finally:
+        engine.TILES.update(before)
+        engine.choose_tile.cache_clear()
+
+
+def tiles_part(setting: Setting, name: str, only: str | None = None) -> dict:
+    """The tiled plan at ``name`` with each candidate; ``only`` one: compiled, by running it on two chunks."""
+    shape = sized(SHAPES[name], setting)
+    tiled = Implementation("triton:tiled")
+    if only is not None:
+        shape = shape.scaled(tokens=2 * shape.chunk_size, batch=1)
+        problem = shape_problem(shape, dtype=setting.dtype, device=setting.device)
+        with tiles(TILES[int(only)]):
+            for mode in MODES:
+                make_call(tiled, problem, mode)()
+        torch.cuda.synchronize()
+        return {"passed": True, "summary": "compiled"}
+    found = Rows(setting)
+    problem = shape_problem(shape, dtype=setting.dtype, device=setting.device)
+    timer = Timer(setting.device)
+    chosen = [each for i, each in enumerate(TILES) if setting.dry or compiles(setting, f"tiles:{name}:{i}")]
+    for mode in MODES:
+        call = make_call(tiled, problem, mode)
+        samples: dict = {each: [] for each in (chosen[:2] if setting.dry else chosen)}
+        with found.attempt(f"tiles {name} {mode}"):
+            for round_index in range(2 if setting.dry else 6):  # the first warms up
+                for each, times in samples.items():
+                    with tiles(each):
+                        seconds = timer(call)
+                    if round_index:
+                        times.append(seconds)
+            found.add(
+                {
+                    "kernel": f"tiled, {mode}",
+                    "shape": name,
+                    "settings": {} if each is None else {"sums": each[0], "tile": "/".join(map(str, each[1]))},
+                    "present": each is None,
+                    "ms": statistics.median(times) * 1e3,
+                    "reason": None,
+                }
+                for each, times in samples.items()
+            )
+    return found.result()
+
+
+STAGES = {stage.__name__: stage for stage in (bench, decode, scale, compiled, tune)}
+PARTS = {
+    "bench": bench_part,
+    "decode": decode_part,
+    "scale": scale_part,
+    "compiled": compiled_part,
+    "compiling": compiling_part,
+    "tune": tune_part,
+    "tiles": tiles_part,
+}
