@@ -11,7 +11,9 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -32,6 +34,7 @@ pytestmark = pytest.mark.skipif(not STATUS, reason=f"triton: {STATUS.reason}")
 
 if STATUS:
     from hope_kernels.backends import triton as engine
+    from hope_kernels.backends.triton import plan as plan_module
     from hope_kernels.backends.triton.compile_only import meta_problem
     from hope_kernels.backends.triton.configurations import Configuration, assume
     from hope_kernels.backends.triton.plan import choose_plan
@@ -123,7 +126,7 @@ def test_the_plan_follows_from_the_sizes_and_the_table(chunk_size, dim, dtype, n
 
 def test_forward_and_backward_each_follow_their_own_configurations():
     problem = meta_problem(
-        MemorySpec(), dtype=torch.float16, batch=1, tokens=32, heads=1, dim=64, hidden=8, chunk_size=16
+        MemorySpec(), dtype=torch.float16, batch=1, tokens=66, heads=1, dim=64, hidden=8, chunk_size=33
     )
     for absent, present in (("forward", "backward"), ("backward", "forward")):
         known = {f"resident_{absent}": None, f"resident_{present}": Configuration.of(block_hidden=16, num_warps=4)}
@@ -134,10 +137,23 @@ def test_forward_and_backward_each_follow_their_own_configurations():
             assert choose_plan(problem, present).name == "resident"
 
 
-def either_plan(directions: dict[str, bool]) -> AbstractContextManager[None]:
-    """The resident plan for those directions that are true, the tiled plan for the others."""
+def test_short_chunks_are_resident_even_where_no_configuration_is_known():
+    problem = meta_problem(
+        MemorySpec(), dtype=torch.float16, batch=1, tokens=64, heads=1, dim=64, hidden=8, chunk_size=32
+    )
+    with assume({"resident_backward": None}):
+        choice = choose_plan(problem, "backward")
+    assert choice.name == "resident"
+    assert "32 tokens are too few for several launches" in choice.reason
+
+
+@contextmanager
+def either_plan(directions: dict[str, bool]) -> Iterator[None]:
+    """The resident plan for those directions that are true, the tiled plan for the others, however short the chunk."""
     configuration = Configuration.of(block_hidden=16, num_warps=4)
-    return assume({f"resident_{name}": configuration if resident else None for name, resident in directions.items()})
+    known = {f"resident_{name}": configuration if resident else None for name, resident in directions.items()}
+    with assume(known), patch.object(plan_module, "SHORT_CHUNK", 0):
+        yield
 
 
 @pytest.mark.parametrize("forward", [True, False], ids=["resident-tiled", "tiled-resident"])

@@ -53,7 +53,7 @@ def test_steps_follow_the_stream(backend, variant):
 def test_levels_of_an_independent_system_share_one_launch(monkeypatch):
     from tests.backends.test_triton import Launches
 
-    cms = make_cms("independent", backend="triton:resident").float().to(device_of("triton"))
+    cms = make_cms("independent", backend="triton").float().to(device_of("triton"))
     x = tokens(2, 12).float().to(device_of("triton")).requires_grad_()
     with monkeypatch.context() as patch:
         counted = Launches(patch)
