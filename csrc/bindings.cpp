@@ -146,7 +146,8 @@ void raise(const hope::Status& status) {
     case hope::StatusCode::ok: return;
     case hope::StatusCode::invalid_argument: throw py::value_error(status.message);
     case hope::StatusCode::out_of_memory: throw std::bad_alloc();
-    case hope::StatusCode::unsupported: throw std::runtime_error(status.message);
+    case hope::StatusCode::unsupported:
+    case hope::StatusCode::device_error: throw std::runtime_error(status.message);
   }
 }
 

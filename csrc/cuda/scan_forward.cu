@@ -1,0 +1,717 @@
+// Forward scan with the state on chip: one block of eight warps walks one (sequence, head) through its chunks.
+//
+// Roofline, per token of an mlp with objective l2: 14 D H FLOPs, of which the tensor cores do all but the activations;
+// 8 D bytes of tokens from and to global memory. The state (2 D H float32) stays in the registers of the block for the whole
+// sequence. What limits it: the activations' special functions, and the sum of F over the warps (8 D floats written and read
+// through shared memory for each token), beside the issue of tensor-core instructions.
+//
+// A chunk: (1) every warp applies its hidden units to a slice of 16 tokens, keys first, then queries; the warps' parts of
+// the output are summed in fixed order through shared memory, and become the errors of the keys, laid over the values, or
+// the outputs, laid over the queries; (2) every warp forms the errors of its hidden units from its rows of W_out as they were,
+// and adds its part of the products to the state. Numbers are rounded to 16 bits only as operands of products.
+#include "scan.h"
+
+#include <cuda_runtime.h>
+
+#include "activation.h"
+#include "check.h"
+#include "cuda/ptx.h"
+#include "launch.h"
+#include "scan_place.h"
+#include "scan_state.h"
+
+namespace hope::cuda {
+namespace {
+
+// Tensors of tokens in shared memory, in this order; kQueries is left out where nothing is read.
+enum Tensor : int { kQueries = 0, kKeys = 1, kValues = 2, kTensors = 3 };
+
+struct ForwardParams {
+  ScanProblem problem;
+  ForwardResult result;
+  ScanLayout layout;
+  int64_t checkpoints;  // of one sequence, without a table
+  int span;             // tokens of a chunk, or of a piece that is only read
+  int rows;             // the same in whole slices
+  TokenView tokens[kTensors], pending[kTensors];
+  int stages;           // 2: the next chunk's tokens are loaded while one is computed
+  bool vectors;         // token rows are whole and aligned: they move 16 bytes at a time
+};
+
+template <class Traits>
+class ForwardScan {
+ public:
+  using Element = typename Pair<Traits::kType>::Element;
+  using Numbers = Pair<Traits::kType>;
+
+  __device__ __forceinline__ ForwardScan(const ForwardParams& params, char* shared)
+      : params_(params), problem_(params.problem), shared_(shared), place_(block_shared<Place>()) {}
+
+  __device__ __forceinline__ void run() {
+    if (threadIdx.x == 0) block_shared<Place>() = place_of(problem_, blockIdx.x, params_.span);
+    // With two stages piece i + 1 is loaded while piece i is computed.
+    for (int next = 0;; ++next) {
+      cp_async_wait<0>();
+      __syncthreads();  // the place is known; everyone's share of the tokens is there; the stage loaded next is free
+      if (next < place_.pieces) load_tokens(next, next & (params_.stages - 1));
+      if (next == 0) load_initial();
+      if (params_.stages == 1) {
+        cp_async_wait<0>();
+        __syncthreads();  // everyone's share of the tokens is there
+      }
+      const int piece = next - (params_.stages - 1);
+      if (piece < 0) continue;
+      save_state(piece);
+      if (piece == place_.pieces) return;
+      const int stage = piece & (params_.stages - 1);
+      apply(piece, stage);
+      __syncthreads();  // the last slice's errors or outputs are complete
+      if (writes(piece)) write(piece, stage);
+      store_outputs(piece, stage);
+    }
+  }
+
+ private:
+  // ---- pieces of the sequence: its chunks, then what follows them and is only read ----------------------------------
+
+  __device__ __forceinline__ bool writes(int piece) const { return piece < place_.chunks; }
+  __device__ __forceinline__ bool reads() const { return problem_.q.data != nullptr; }
+  // Tokens of a piece: rows [0, count) of its tensors in shared memory; queries from row first_query on.
+  __device__ __forceinline__ int token_count(int piece) const {
+    return int(min(place_.end - int64_t(piece) * params_.span, int64_t(params_.span)));
+  }
+  __device__ __forceinline__ int first_query(int piece) const {
+    return int(clamped(place_.seq.pending - int64_t(piece) * params_.span, 0, params_.span));
+  }
+
+  // ---- shared memory ------------------------------------------------------------------------------------------------
+
+  __device__ __forceinline__ Element* tensor(int stage, int t) const {
+    const int place = reads() ? t : t - 1;
+    return reinterpret_cast<Element*>(shared_ + params_.layout.tokens + stage * params_.layout.stage_bytes +
+                                      place * params_.layout.tensor_bytes);
+  }
+  // Partial sums of one slice: [warp][tile of D][lane] accumulators.
+  __device__ __forceinline__ float4* partial(int set) const {
+    return reinterpret_cast<float4*>(shared_ + params_.layout.partial + set * params_.layout.partial_bytes);
+  }
+  // What this thread keeps of a slice of keys; no other thread looks at it.
+  __device__ __forceinline__ uint4* kept(int slice) const {
+    return reinterpret_cast<uint4*>(shared_ + params_.layout.kept) + slice * Traits::kKept * Traits::kThreads + threadIdx.x;
+  }
+  // Address this lane gives for the 16x16 tile of a slice of `rows` that starts at a column.
+  __device__ __forceinline__ const Element* tile(const Element* rows, int slice, int column) const {
+    const int lane = threadIdx.x % kWarp;
+    return rows + (slice * kSlice + lane % 16) * Traits::kPitch + column + lane / 16 * 8;
+  }
+
+  // ---- tokens -------------------------------------------------------------------------------------------------------
+
+  // Starts loading the tokens of a piece, zeros around them: queries, and keys and values if it is a chunk.
+  __device__ __forceinline__ void load_tokens(int piece, int stage) const {
+    const int count = token_count(piece), end = writes(piece) ? kTensors : kKeys;
+#pragma unroll 1
+    for (int t = reads() ? kQueries : kKeys; t < end; ++t) {
+      const TokenView &fresh = params_.tokens[t], &pending = params_.pending[t];
+      const int first = t == kQueries ? first_query(piece) : 0;
+      Element* to = tensor(stage, t);
+      const auto token = [&](int row) {
+        const int64_t j = int64_t(piece) * params_.span + row;
+        return j < place_.seq.pending ? static_cast<const Element*>(pending.data) + place_.pending(pending, j)
+                                      : static_cast<const Element*>(fresh.data) + place_.fresh(fresh, j);
+      };
+      if (params_.vectors) {
+        constexpr int kParts = Traits::kDim / 8;
+        for (int i = threadIdx.x; i < params_.rows * kParts; i += Traits::kThreads) {
+          const int row = i / kParts, column = i % kParts * 8;
+          const bool inside = first <= row && row < count;
+          cp_async_16(to + row * Traits::kPitch + column, inside ? token(row) + column : fresh.data, inside);
+        }
+      } else {
+        for (int i = threadIdx.x; i < params_.rows * Traits::kDim; i += Traits::kThreads) {
+          const int row = i / Traits::kDim, column = i % Traits::kDim;
+          const bool inside = first <= row && row < count && column < problem_.dim;
+          to[row * Traits::kPitch + column] = inside ? token(row)[column] : Element(0.0f);
+        }
+      }
+    }
+    cp_async_commit();
+  }
+
+  __device__ __forceinline__ void store_outputs(int piece, int stage) const {
+    const TokenView& output = params_.result.output;
+    if (!output.data) return;
+    const int first = first_query(piece), count = token_count(piece);
+    const Element* from = tensor(stage, kQueries);
+    const auto token = [&](int row) {
+      return static_cast<Element*>(output.data) + place_.fresh(output, int64_t(piece) * params_.span + row);
+    };
+    if (params_.vectors) {
+      constexpr int kParts = Traits::kDim / 8;
+      for (int i = threadIdx.x + first * kParts; i < count * kParts; i += Traits::kThreads) {
+        const int row = i / kParts, column = i % kParts * 8;
+        *reinterpret_cast<uint4*>(token(row) + column) =
+            *reinterpret_cast<const uint4*>(from + row * Traits::kPitch + column);
+      }
+    } else {
+      for (int i = threadIdx.x + first * Traits::kDim; i < count * Traits::kDim; i += Traits::kThreads) {
+        const int row = i / Traits::kDim, column = i % Traits::kDim;
+        if (column < problem_.dim) token(row)[column] = from[row * Traits::kPitch + column];
+      }
+    }
+  }
+
+  // ---- state --------------------------------------------------------------------------------------------------------
+
+  __device__ __forceinline__ int64_t state_size() const { return problem_.dim * problem_.hidden; }
+  __device__ __forceinline__ float* state_at(void* matrices, int64_t row) const {
+    return static_cast<float*>(matrices) + row * state_size();
+  }
+  __device__ __forceinline__ int64_t final_row() const { return place_.sequence * problem_.heads + place_.head; }
+  // The momentum lives where it is wanted in the end; every number is read and written by one thread only.
+  __device__ __forceinline__ float* momentum(int i) const { return state_at(params_.result.momentum[i], final_row()); }
+
+  __device__ __forceinline__ void load_initial() {
+    const int dim = problem_.dim, hidden = problem_.hidden;
+    if constexpr (Traits::kMomentum) {
+      if (problem_.momentum[0].data) {
+        load_state(state_, problem_.momentum[0], problem_.momentum[1], place_.sequence, place_.head, dim, hidden);
+      } else {
+        each_in(state_, [](float& x, int, int) { x = 0.0f; });
+        each_out(state_, [](float& x, int, int) { x = 0.0f; });
+      }
+      store_state(state_, momentum(0), momentum(1), dim, hidden);
+    }
+    load_state(state_, problem_.weights[0], problem_.weights[1], place_.sequence, place_.head, dim, hidden);
+  }
+
+  // Stores the state before a piece where a checkpoint or, behind the last piece, the result wants it.
+  __device__ __forceinline__ void save_state(int piece) {
+    const bool last = piece == place_.pieces;
+    const bool checkpoint = !last && piece > 0 && piece <= place_.chunks &&
+                            piece % int(problem_.checkpoint_interval) == 0 && params_.result.checkpoints[0];
+    if (!checkpoint && !(last && params_.result.weights[0])) return;
+    void* const* to = checkpoint ? params_.result.checkpoints : params_.result.weights;
+    const int64_t row = checkpoint ? place_.checkpoint_row(problem_, params_.checkpoints, piece) : final_row();
+    store_state(state_, state_at(to[0], row), state_at(to[1], row), problem_.dim, problem_.hidden);
+    if constexpr (Traits::kMomentum) {
+      if (!checkpoint) return;
+      const auto copy = [&](int i) {
+        float* saved = state_at(to[kMaxWeights + i], row);
+        return [saved, from = momentum(i)](int64_t at) { saved[at] = from[at]; };
+      };
+      const auto copy_in = copy(0), copy_out = copy(1);
+      each_in(state_, [&](float&, int d, int h) {
+        if (d < problem_.dim && h < problem_.hidden) copy_in(d * problem_.hidden + h);
+      });
+      each_out(state_, [&](float&, int d, int h) {
+        if (d < problem_.dim && h < problem_.hidden) copy_out(h * problem_.dim + d);
+      });
+    }
+  }
+
+  // ---- (1) the memory applied to tokens -----------------------------------------------------------------------------
+
+  // z = X W_in of one slice, this warp's units.
+  __device__ __forceinline__ void project(float (&z)[Traits::kUnitTiles][4], const Element* rows, int slice) const {
+#pragma unroll
+    for (int n = 0; n < Traits::kUnitTiles; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) z[n][e] = 0.0f;
+#pragma unroll
+    for (int k = 0; k < Traits::kDimTiles / 2; ++k) {
+      uint32_t a[4];
+      ldmatrix(a, tile(rows, slice, 16 * k));
+#pragma unroll
+      for (int n = 0; n < Traits::kUnitTiles; ++n) {
+        const float(&low)[4] = state_.in[n / 2][2 * k], (&high)[4] = state_.in[n / 2][2 * k + 1];
+        const int e = n % 2 * 2;
+        Numbers::mma(z[n], a, {Numbers::pack(low[e], low[e + 1]), Numbers::pack(high[e], high[e + 1])});
+      }
+    }
+  }
+
+  // This warp's part of H W_out of one slice, for the sum over the warps. h[n] holds rows g and g + 8 of unit tile n.
+  __device__ __forceinline__ void multiply_out(const uint32_t (&h)[Traits::kUnitTiles][2], float4* sums) const {
+    sums += threadIdx.x / kWarp * (Traits::kDimTiles * kWarp) + threadIdx.x % kWarp;
+#pragma unroll
+    for (int j = 0; j < Traits::kDimTiles; ++j) {
+      float y[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+      for (int m = 0; m < Traits::kUnitTiles / 2; ++m) {
+        const uint32_t a[4] = {h[2 * m][0], h[2 * m][1], h[2 * m + 1][0], h[2 * m + 1][1]};
+        const float(&low)[4] = state_.out[j / 2][2 * m], (&high)[4] = state_.out[j / 2][2 * m + 1];
+        const int e = j % 2 * 2;
+        Numbers::mma(y, a, {Numbers::pack(low[e], low[e + 1]), Numbers::pack(high[e], high[e + 1])});
+      }
+      sums[j * kWarp] = float4{y[0], y[1], y[2], y[3]};
+    }
+  }
+
+  // Sums the warps' parts of a slice, warp 0 first, and calls finish(row, column, sum0, sum1) for pairs of columns.
+  template <class Finish>
+  __device__ __forceinline__ void sum_warps(const float4* sums, int slice, const Finish& finish) const {
+    constexpr int kCount = Traits::kDimTiles * kWarp;
+    for (int i = threadIdx.x; i < kCount; i += Traits::kThreads) {
+      float4 x = sums[i];
+#pragma unroll
+      for (int w = 1; w < Traits::kWarps; ++w) {
+        const float4 y = sums[w * kCount + i];
+        x.x += y.x, x.y += y.y, x.z += y.z, x.w += y.w;
+      }
+      const int row = slice * kSlice + i % kWarp / 4, column = i / kWarp * 8 + i % 4 * 2;
+      finish(row, column, x.x, x.y);
+      finish(row + 8, column, x.z, x.w);
+    }
+  }
+
+  static __device__ __forceinline__ uint32_t& pair_at(Element* rows, int row, int column) {
+    return *reinterpret_cast<uint32_t*>(rows + row * Traits::kPitch + column);
+  }
+
+  // Weight of a row's error in a write, the sign of the step and of the objective's error included; 0 beyond the chunk.
+  __device__ __forceinline__ float weight(const void* steps, int piece, int row) const {
+    const float sign = problem_.objective == Objective::dot ? 1.0f : -1.0f;
+    const float* of_chunk =
+        static_cast<const float*>(steps) + place_.coefficient_row(problem_, piece) * problem_.chunk_size;
+    return row < params_.span ? sign * of_chunk[row] : 0.0f;
+  }
+
+  // z <- act(z) of a slice.
+  __device__ __forceinline__ void activate_slice(float (&z)[Traits::kUnitTiles][4]) const {
+    with_activation<Traits::kType>(problem_.activation, [&](auto activate) {
+#pragma unroll
+      for (int n = 0; n < Traits::kUnitTiles; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          float slope;
+          activate(z[n][e], slope);
+        }
+    });
+  }
+
+  // The same for keys, whose hidden values and slopes are kept for the write. Without momentum both are kept already
+  // multiplied by their tokens' weights: one rounding fewer.
+  __device__ __forceinline__ void activate_keys(float (&z)[Traits::kUnitTiles][4], int piece, int slice) const {
+    const Lane lane;
+    float w[2] = {1.0f, 1.0f};
+    if constexpr (!Traits::kMomentum) {
+      w[0] = weight(problem_.step, piece, slice * kSlice + lane.group);
+      w[1] = weight(problem_.step, piece, slice * kSlice + lane.group + 8);
+    }
+    uint32_t hidden[Traits::kUnitTiles][2], slopes[Traits::kUnitTiles][2];
+    with_activation<Traits::kType>(problem_.activation, [&](auto activate) {
+#pragma unroll
+      for (int n = 0; n < Traits::kUnitTiles; ++n)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          float &z0 = z[n][2 * r], &z1 = z[n][2 * r + 1], slope0, slope1;
+          activate(z0, slope0);
+          activate(z1, slope1);
+          hidden[n][r] = Numbers::pack(w[r] * z0, w[r] * z1);
+          slopes[n][r] = Numbers::pack(w[r] * slope0, w[r] * slope1);
+        }
+    });
+    store_kept(slice, 0, hidden);
+    store_kept(slice, 1, slopes);
+  }
+
+  // Part 0: hidden values; part 1: slopes.
+  __device__ __forceinline__ void store_kept(int slice, int part, const uint32_t (&x)[Traits::kUnitTiles][2]) const {
+    uint4* to = kept(slice) + part * (Traits::kKept / 2) * Traits::kThreads;
+#pragma unroll
+    for (int n = 0; n < Traits::kUnitTiles; n += 2)
+      to[n / 2 * Traits::kThreads] = uint4{x[n][0], x[n][1], x[n + 1][0], x[n + 1][1]};
+  }
+  __device__ __forceinline__ void load_kept(int slice, int part, uint32_t (&x)[Traits::kUnitTiles][2]) const {
+    const uint4* from = kept(slice) + part * (Traits::kKept / 2) * Traits::kThreads;
+#pragma unroll
+    for (int n = 0; n < Traits::kUnitTiles; n += 2) {
+      const uint4 y = from[n / 2 * Traits::kThreads];
+      x[n][0] = y.x, x[n][1] = y.y, x[n + 1][0] = y.z, x[n + 1][1] = y.w;
+    }
+  }
+
+  // Keys: what the write needs of them, and their errors over the values. Queries: their outputs over themselves.
+  __device__ __forceinline__ void apply(int piece, int stage) {
+    const Objective objective = problem_.objective;
+    const bool self = objective == Objective::self;
+    const int key_slices = writes(piece) ? params_.rows / kSlice : 0;
+    // Queries of slices that hold only pending tokens were read by an earlier call.
+    const int first = first_query(piece), count = token_count(piece);
+    const int first_slice = first / kSlice;
+    const int query_slices = reads() && first < count ? (count + kSlice - 1) / kSlice - first_slice : 0;
+    for (int i = 0; i < key_slices + query_slices; ++i) {
+      const bool is_key = i < key_slices;
+      const int slice = is_key ? i : i - key_slices + first_slice;
+      float h[Traits::kUnitTiles][4];
+      project(h, is_key ? tensor(stage, kKeys) : tensor(stage, kQueries), slice);
+      if (is_key)
+        activate_keys(h, piece, slice);
+      else
+        activate_slice(h);
+      // The errors of `dot` and `error` do not depend on the memory.
+      if (is_key && (objective == Objective::dot || objective == Objective::error)) continue;
+      if (is_key && self) {
+        // f(k) - f(v) is one product: that of the difference of their hidden values.
+        float target[Traits::kUnitTiles][4];
+        project(target, tensor(stage, kValues), slice);
+        activate_slice(target);
+#pragma unroll
+        for (int n = 0; n < Traits::kUnitTiles; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) h[n][e] -= target[n][e];
+      }
+      uint32_t hidden[Traits::kUnitTiles][2];
+#pragma unroll
+      for (int n = 0; n < Traits::kUnitTiles; ++n)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) hidden[n][r] = Numbers::pack(h[n][2 * r], h[n][2 * r + 1]);
+      float4* sums = partial(set_);
+      set_ ^= 1;
+      multiply_out(hidden, sums);
+      __syncthreads();  // every warp's part of this slice is there; the set before this one is free
+      const float residual = problem_.residual ? 1.0f : 0.0f;
+      Element* from = is_key ? tensor(stage, kKeys) : tensor(stage, kQueries);
+      Element* to = is_key ? tensor(stage, kValues) : tensor(stage, kQueries);
+      sum_warps(sums, slice, [&](int row, int column, float x0, float x1) {
+        const float2 x = Numbers::unpack(pair_at(from, row, column));
+        uint32_t& place = pair_at(to, row, column);
+        x0 = fmaf(residual, x.x, x0), x1 = fmaf(residual, x.y, x1);
+        if (is_key) {
+          const float2 v = Numbers::unpack(place);
+          const float of_target = self ? residual : 1.0f;
+          x0 = fmaf(-of_target, v.x, x0), x1 = fmaf(-of_target, v.y, x1);
+        }
+        place = Numbers::pack(x0, x1);
+      });
+    }
+  }
+
+  // ---- (2) the state after the chunk --------------------------------------------------------------------------------
+
+  static __device__ __forceinline__ void scale_pairs(uint32_t (&x)[Traits::kUnitTiles][2], float w0, float w1) {
+#pragma unroll
+    for (int n = 0; n < Traits::kUnitTiles; ++n) {
+      const float2 a = Numbers::unpack(x[n][0]), b = Numbers::unpack(x[n][1]);
+      x[n][0] = Numbers::pack(w0 * a.x, w0 * a.y);
+      x[n][1] = Numbers::pack(w1 * b.x, w1 * b.y);
+    }
+  }
+  static __device__ __forceinline__ void turn(uint32_t (&x)[Traits::kUnitTiles][2]) {
+#pragma unroll
+    for (int n = 0; n < Traits::kUnitTiles; ++n)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) x[n][r] = movmatrix(x[n][r]);
+  }
+
+  // in[d] += E^T K of one slice for 16 units: e = two unit tiles of E, turned.
+  __device__ __forceinline__ void add_in(float (&in)[Traits::kDimTiles][4], const uint32_t (&e0)[2],
+                                         const uint32_t (&e1)[2], int k, const uint32_t (&b)[4]) const {
+    const uint32_t a[4] = {e0[0], e1[0], e0[1], e1[1]};
+    Numbers::mma(in[2 * k], a, {b[0], b[1]});
+    Numbers::mma(in[2 * k + 1], a, {b[2], b[3]});
+  }
+
+  __device__ __forceinline__ float of_chunk(const void* coefficients, int piece, float absent) const {
+    return coefficients ? static_cast<const float*>(coefficients)[place_.coefficient_row(problem_, piece)] : absent;
+  }
+
+  __device__ __forceinline__ void write(int piece, int stage) {
+    const Lane lane;
+    const int slices = params_.rows / kSlice;
+    const Element *k = tensor(stage, kKeys), *delta = tensor(stage, kValues);
+    // W_out as it was: the B fragments of its transpose.
+    uint32_t turned[Traits::kDimTiles / 2][Traits::kUnitTiles][2];
+#pragma unroll
+    for (int p = 0; p < Traits::kDimTiles / 2; ++p) {
+#pragma unroll
+      for (int n = 0; n < Traits::kUnitTiles; ++n) {
+        const float(&w)[4] = state_.out[p][n];
+        turned[p][n][0] = Numbers::pack(w[0], w[1]);
+        turned[p][n][1] = Numbers::pack(w[2], w[3]);
+      }
+      turn(turned[p]);
+    }
+    const float decay = of_chunk(problem_.decay, piece, 1.0f);
+    each_in(state_, [&](float& x, int, int) { x *= decay; });
+    each_out(state_, [&](float& x, int, int) { x *= decay; });
+    for (int s = 0; s < slices; ++s) {
+      // E = (delta W_out^T) * act'(z), rows g and g + 8 of each unit tile.
+      uint32_t errors[Traits::kUnitTiles][2];
+      {
+        float e[Traits::kUnitTiles][4];
+#pragma unroll
+        for (int n = 0; n < Traits::kUnitTiles; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) e[n][i] = 0.0f;
+#pragma unroll
+        for (int p = 0; p < Traits::kDimTiles / 2; ++p) {
+          uint32_t a[4];
+          ldmatrix(a, tile(delta, s, 16 * p));
+#pragma unroll
+          for (int n = 0; n < Traits::kUnitTiles; ++n)
+            Numbers::mma(e[n], a, turned[p][n]);
+        }
+        load_kept(s, 1, errors);
+#pragma unroll
+        for (int n = 0; n < Traits::kUnitTiles; ++n)
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            const float2 slope = Numbers::unpack(errors[n][r]);
+            errors[n][r] = Numbers::pack(e[n][2 * r] * slope.x, e[n][2 * r + 1] * slope.y);
+          }
+      }
+      uint32_t hidden[Traits::kUnitTiles][2];
+      load_kept(s, 0, hidden);
+      if constexpr (Traits::kMomentum) {
+        store_kept(s, 1, errors);
+        const float w0 = weight(problem_.step, piece, s * kSlice + lane.group);
+        const float w1 = weight(problem_.step, piece, s * kSlice + lane.group + 8);
+        scale_pairs(errors, w0, w1);
+        scale_pairs(hidden, w0, w1);
+      }
+      turn(errors);
+#pragma unroll
+      for (int j = 0; j < Traits::kDimTiles / 2; ++j) {
+        uint32_t b[4];
+        ldmatrix_transposed(b, tile(k, s, 16 * j));
+#pragma unroll
+        for (int i = 0; i < Traits::kUnitTiles / 2; ++i) add_in(state_.in[i], errors[2 * i], errors[2 * i + 1], j, b);
+      }
+      turn(hidden);
+#pragma unroll
+      for (int p = 0; p < Traits::kDimTiles / 2; ++p) add_out(state_.out[p], hidden, delta, s, p);
+    }
+    if constexpr (Traits::kMomentum) write_momentum(piece, k, delta, slices);
+  }
+
+  // out[n] += delta^T H of one slice for 16 features: hidden values turned.
+  __device__ __forceinline__ void add_out(float (&out)[Traits::kUnitTiles][4], const uint32_t (&hidden)[Traits::kUnitTiles][2],
+                                          const Element* delta, int slice, int p) const {
+    uint32_t m[4];
+    ldmatrix_transposed(m, tile(delta, slice, 16 * p));
+    const uint32_t a[4] = {m[0], m[2], m[1], m[3]};
+#pragma unroll
+    for (int n = 0; n < Traits::kUnitTiles; ++n) Numbers::mma(out[n], a, hidden[n]);
+  }
+
+  // W += carry S;  S <- momentum_decay S - U^T diag(momentum_step) E, 16 units or 16 features at a time.
+  __device__ __forceinline__ void write_momentum(int piece, const Element* k, const Element* delta, int slices) {
+    const Lane lane;
+    const int dim = problem_.dim, hidden_size = problem_.hidden;
+    const int unit = threadIdx.x / kWarp * Traits::kUnits;
+    const float carry = of_chunk(problem_.momentum_carry, piece, 0.0f);
+    const float decay = of_chunk(problem_.momentum_decay, piece, 0.0f);
+    const auto weigh = [&](uint32_t(&x)[Traits::kUnitTiles][2], int s) {
+      scale_pairs(x, weight(problem_.momentum_step, piece, s * kSlice + lane.group),
+                  weight(problem_.momentum_step, piece, s * kSlice + lane.group + 8));
+      turn(x);
+    };
+#pragma unroll
+    for (int i = 0; i < Traits::kUnitTiles / 2; ++i) {
+      float speed[Traits::kDimTiles][4];
+      const auto at = [&](int j, int e) -> float* {
+        const int d = 8 * j + lane.column(e), h = unit + 16 * i + lane.row(e);
+        return d < dim && h < hidden_size ? momentum(0) + d * hidden_size + h : nullptr;
+      };
+#pragma unroll
+      for (int j = 0; j < Traits::kDimTiles; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float* from = at(j, e);
+          const float old = from ? *from : 0.0f;
+          state_.in[i][j][e] = fmaf(carry, old, state_.in[i][j][e]);
+          speed[j][e] = decay * old;
+        }
+      for (int s = 0; s < slices; ++s) {
+        uint32_t errors[Traits::kUnitTiles][2];
+        load_kept(s, 1, errors);
+        weigh(errors, s);
+#pragma unroll
+        for (int j = 0; j < Traits::kDimTiles / 2; ++j) {
+          uint32_t b[4];
+          ldmatrix_transposed(b, tile(k, s, 16 * j));
+          add_in(speed, errors[2 * i], errors[2 * i + 1], j, b);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < Traits::kDimTiles; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          if (float* to = at(j, e)) *to = speed[j][e];
+    }
+#pragma unroll
+    for (int p = 0; p < Traits::kDimTiles / 2; ++p) {
+      float speed[Traits::kUnitTiles][4];
+      const auto at = [&](int n, int e) -> float* {
+        const int d = 16 * p + lane.row(e), h = unit + 8 * n + lane.column(e);
+        return d < dim && h < hidden_size ? momentum(1) + h * dim + d : nullptr;
+      };
+#pragma unroll
+      for (int n = 0; n < Traits::kUnitTiles; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float* from = at(n, e);
+          const float old = from ? *from : 0.0f;
+          state_.out[p][n][e] = fmaf(carry, old, state_.out[p][n][e]);
+          speed[n][e] = decay * old;
+        }
+      for (int s = 0; s < slices; ++s) {
+        uint32_t hidden[Traits::kUnitTiles][2];
+        load_kept(s, 0, hidden);
+        weigh(hidden, s);
+        add_out(speed, hidden, delta, s, p);
+      }
+#pragma unroll
+      for (int n = 0; n < Traits::kUnitTiles; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          if (float* to = at(n, e)) *to = speed[n][e];
+    }
+  }
+
+  const ForwardParams& params_;
+  const ScanProblem& problem_;
+  char* const shared_;
+  const Place& place_;  // in shared memory: registers are for the state
+  int set_ = 0;
+  ScanState<Traits> state_;
+};
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1) scan_forward_kernel(const ForwardParams params) {
+  ForwardScan<Traits>(params, dynamic_shared<char>()).run();
+}
+
+
+// ---- host -------------------------------------------------------------------------------------------------------------
+
+// Tokens of a piece where nothing is written: enough to hide the latency of loading the next one.
+constexpr int kReadSpan = 64;
+
+Status refused(const char* reason) { return {StatusCode::unsupported, reason}; }
+
+bool writes_state(const ScanProblem& problem) { return problem.k.data && problem.chunks > 0; }
+
+// Whether every token row starts at a multiple of 16 bytes.
+bool rows_aligned(const ScanProblem& p, const ForwardResult& r) {
+  for (const TokenView& view : {p.q, p.k, p.v, p.pending_k, p.pending_v, r.output})
+    if (view.data && (reinterpret_cast<uintptr_t>(view.data) % 16 || view.row % 8 || view.token % 8 || view.head % 8))
+      return false;
+  return true;
+}
+
+// Sizes, stages and shared memory; stages 0 where the chunk does not fit.
+template <class Traits>
+ForwardParams make_params(const ScanProblem& problem, const ForwardResult& result, const Device& device) {
+  ForwardParams params{};
+  params.problem = problem;
+  params.result = result;
+  params.checkpoints = problem.sequences ? 0 : checkpoints_per_sequence(problem);
+  const bool writes = writes_state(problem);
+  params.span = writes ? int(problem.chunk_size) : kReadSpan;
+  params.rows = (params.span + kSlice - 1) / kSlice * kSlice;
+  for (params.stages = 2; params.stages > 0; --params.stages) {
+    params.layout = scan_layout<Traits>(params.rows, params.stages, writes, problem.q.data);
+    if (params.layout.bytes + int64_t(sizeof(Place)) <= device.shared_memory) break;
+  }
+  params.vectors = problem.dim == Traits::kDim && rows_aligned(problem, result);
+  const TokenView fresh[kTensors] = {problem.q, problem.k, problem.v};
+  const TokenView pending[kTensors] = {problem.q, problem.pending_k, problem.pending_v};
+  for (int t = 0; t < kTensors; ++t) params.tokens[t] = fresh[t], params.pending[t] = pending[t];
+  return params;
+}
+
+// Calls body(Traits{}) with the smallest plan that holds the memory.
+template <DType kType, bool kMomentum, class Body>
+Status with_sizes(const ScanProblem& problem, const Body& body) {
+  if (problem.dim <= 32 && problem.hidden <= 128) return body(ScanTraits<kType, 32, 128, kMomentum>{});
+  if (problem.hidden <= 128) return body(ScanTraits<kType, 64, 128, kMomentum>{});
+  return body(ScanTraits<kType, 64, 256, kMomentum>{});
+}
+template <class Body>
+Status with_traits(const ScanProblem& problem, const Body& body) {
+  const bool momentum = problem.momentum_step != nullptr;
+  if (problem.dtype == DType::bfloat16)
+    return momentum ? with_sizes<DType::bfloat16, true>(problem, body) : with_sizes<DType::bfloat16, false>(problem, body);
+  return momentum ? with_sizes<DType::float16, true>(problem, body) : with_sizes<DType::float16, false>(problem, body);
+}
+
+// Why the class of the problem is not covered, without regard to the chunk's length.
+Status supports_class(const ScanProblem& p, const ForwardResult& r, const Device& device) {
+  constexpr int64_t kMost = int64_t(1) << 31;
+  if (device.architecture < 80) return refused("the CUDA engine needs an sm_80 or newer device");
+  if (p.form != Form::mlp) return refused("the CUDA scan computes mlp memories only");
+  if (p.rule != Rule::gd) return refused("the CUDA scan computes the rule gd only");
+  if (p.dtype != DType::bfloat16 && p.dtype != DType::float16)
+    return refused("the CUDA scan takes bfloat16 or float16 tokens");
+  if (p.dim > 64) return refused("the CUDA scan keeps the state in the registers of one block: dim at most 64");
+  if (p.hidden > 256) return refused("the CUDA scan keeps the state in the registers of one block: hidden at most 256");
+  for (int i = 0; i < weight_count(p.form); ++i) {
+    const MatrixView& w = p.weights[i];
+    if (w.dtype != DType::float32 && w.dtype != p.dtype)
+      return refused("the CUDA scan takes weights in float32 or the dtype of the tokens");
+    if (w.dtype != p.weights[0].dtype) return refused("the CUDA scan takes weights of one dtype");
+    for (const MatrixView& m : {w, p.momentum[i]}) {
+      const int64_t in = m.in < 0 ? -m.in : m.in, out = m.out < 0 ? -m.out : m.out;
+      if (in * 256 + out * 256 >= kMost) return refused("the CUDA scan takes matrices that span less than 2^31 elements");
+    }
+    if (p.momentum[i].data && p.momentum[i].dtype != DType::float32)
+      return refused("the CUDA scan takes momentum in float32");
+    if (p.momentum_step && !r.momentum[i])
+      return {StatusCode::invalid_argument, "momentum needs a result to live in while the scan runs"};
+  }
+  if (r.segment.data) return refused("the CUDA scan keeps no segment for the backward");
+  const int64_t tokens = p.tokens + p.pending_capacity;
+  if (p.sequence_count * p.heads >= kMost || tokens >= kMost || p.checkpoint_interval >= kMost || p.chunks >= kMost)
+    return refused("the CUDA scan counts sequences, tokens and chunks in 31 bits");
+  return {};
+}
+
+Status supports_chunk(const ScanProblem& problem, const ForwardResult& result, const Device& device) {
+  if (writes_state(problem) && problem.chunk_size > 1024)
+    return refused("the CUDA scan keeps a chunk in shared memory: chunk_size is too large");
+  return with_traits(problem, [&](auto traits) {
+    const ForwardParams params = make_params<decltype(traits)>(problem, result, device);
+    return params.stages ? Status{} : refused("the CUDA scan keeps a chunk in shared memory: chunk_size is too large");
+  });
+}
+
+}  // namespace
+
+Status supports_forward(const ScanProblem& problem, const ForwardResult& result, const Device& device) {
+  Status status = check_problem(problem);
+  if (status.code == StatusCode::ok) status = supports_class(problem, result, device);
+  return status.code == StatusCode::ok ? supports_chunk(problem, result, device) : status;
+}
+
+Status scan_forward(const ScanProblem& problem, const ForwardResult& result, const Device& device, void* stream) {
+  const Status status = supports_forward(problem, result, device);
+  if (status.code != StatusCode::ok) return status;
+  const int64_t tasks = problem.sequence_count * problem.heads;
+  if (tasks == 0) return {};
+  return with_traits(problem, [&](auto traits) {
+    using Traits = decltype(traits);
+    const ForwardParams params = make_params<Traits>(problem, result, device);
+    LaunchShape shape;
+    shape.grid = dim3(unsigned(tasks));
+    shape.block = dim3(Traits::kThreads);
+    shape.shared_bytes = size_t(params.layout.bytes);
+    shape.stream = static_cast<cudaStream_t>(stream);
+    return launch("the forward scan", shape, scan_forward_kernel<Traits>, params);
+  });
+}
+
+Status current_device(Device* device) {
+  int number = 0, major = 0, minor = 0, shared = 0;
+  cudaError_t error = cudaGetDevice(&number);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, number);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, number);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, number);
+  if (error != cudaSuccess) return status_of(error, "the current device");
+  *device = Device{10 * major + minor, shared};
+  return {};
+}
+
+}  // namespace hope::cuda
