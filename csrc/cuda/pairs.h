@@ -25,7 +25,7 @@ struct Pair<DType::bfloat16> {
   }
   static __device__ __forceinline__ float2 unpack(uint32_t bits) {
     __nv_bfloat162 both;
-    memcpy(&both, &bits, sizeof(bits));
+    memcpy(static_cast<void*>(&both), &bits, sizeof(bits));
     return __bfloat1622float2(both);
   }
   // x += A B.
@@ -45,7 +45,7 @@ struct Pair<DType::float16> {
   }
   static __device__ __forceinline__ float2 unpack(uint32_t bits) {
     __half2 both;
-    memcpy(&both, &bits, sizeof(bits));
+    memcpy(static_cast<void*>(&both), &bits, sizeof(bits));
     return __half22float2(both);
   }
   // x += A B.

@@ -55,7 +55,7 @@ def thread_sanitizer_unavailable() -> str | None:
 
 def _compile(output: Path, source: Path, flags: list[str]) -> None:
     includes = ["-I", str(HERE / "include"), "-I", str(ROOT / "csrc"), "-isystem", str(toolkit() / "include")]
-    command = ["g++", "-x", "c++", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-fPIC", *flags, *includes]
+    command = ["g++", "-x", "c++", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", *flags, *includes]
     _run([*command, "-c", str(source), "-o", str(output)])
 
 
