@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 
 #include "../check.h"
 #include "thread_pool.h"
@@ -124,6 +125,21 @@ Status scan_forward(const ScanProblem& problem, const ForwardResult& result) {
 
 Status scan_backward(const ScanProblem& problem, const BackwardResult& result) {
   return run(problem, result, &Variant::scan_backward);
+}
+
+Status level_update(const LevelUpdateProblem& problem, int threads) {
+  const char* reason = "";
+  const Variant* chosen = variant(&reason);
+  if (!chosen) return {StatusCode::unsupported, reason};
+  const Status status = check(problem);
+  if (status.code != StatusCode::ok) return status;
+  if (threads < 1) return {StatusCode::invalid_argument, "threads must be positive"};
+  if (problem.level_count == 0) return {};
+  const size_t sums = size_t(total_pieces(problem)), scales = size_t(problem.level_count);
+  const std::unique_ptr<float[]> scratch(new (std::nothrow) float[sums + scales]);
+  if (!scratch) return {StatusCode::out_of_memory, "no memory for the sums of squares"};
+  chosen->level_update(problem, scratch.get(), scratch.get() + sums, threads);
+  return {};
 }
 
 double fma_peak(int threads) {

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hope_kernels.memory.spec import MemorySpec
+    from hope_kernels.optim.problem import UpdateProblem
 
 _FORMS = {"linear": 0, "mlp": 1, "glu": 2}
 _ACTIVATIONS = {"gelu_tanh": 0, "gelu": 1, "silu": 2, "relu2": 3}
@@ -294,3 +295,23 @@ def scan_backward(
         torch.get_num_threads(),
     )
     return ScanGradients(*tokens, *coefficients, weights, momentum)
+
+
+def refuses_level_update(device: torch.device) -> str | None:
+    """None when an update of tensors on ``device`` can run, else the reason it cannot."""
+    state = status()
+    if not state:
+        return state.reason
+    return None if device.type == "cpu" else f"it needs CPU tensors, got {device}"
+
+
+def level_update(problem: UpdateProblem) -> Tensor:
+    """Updates in place and returns the norms ``[levels]``, as ``hope_kernels.optim`` says."""
+    core, state = _load()
+    if core is None:
+        raise RuntimeError(f"backend 'cpu' is not available: {state.reason}")
+    norms = torch.empty(len(problem.levels))
+    core.level_update(
+        *problem.tables(), problem.grad_scale, problem.max_norm or 0.0, norms.data_ptr(), torch.get_num_threads()
+    )
+    return norms

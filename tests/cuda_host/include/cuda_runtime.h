@@ -127,8 +127,6 @@ void __stcs(T* address, T value) {
 }
 inline float __uint_as_float(unsigned bits) { return cuda_host::from_word<float>(bits); }
 inline unsigned __float_as_uint(float x) { return unsigned(cuda_host::to_word(x)); }
-inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
-inline float __expf(float x) { return std::exp(x); }
 template <class A, class B>
 constexpr std::common_type_t<A, B> min(A a, B b) {
   return b < a ? b : a;
