@@ -19,10 +19,14 @@ struct Device {
 // Looks at vocabulary, sizes, strides and which pointers are null; never at what they point to.
 Status supports_forward(const ScanProblem& problem, const ForwardResult& result, const Device& device);
 
+// Bytes of device memory, aligned to 16, that the forward scan of a supported problem works in (0 without momentum, which
+// does not fit on chip beside the weights).
+int64_t forward_workspace(const ScanProblem& problem);
+
 // Starts the forward scan on `stream` (a cudaStream_t, null: the default one) of the current device. Asynchronous: an error
-// inside the kernel shows up where the stream is next waited for. With momentum, result.momentum is also the memory the
-// momentum lives in while the kernel runs, and must be there.
-Status scan_forward(const ScanProblem& problem, const ForwardResult& result, const Device& device, void* stream);
+// inside the kernel shows up where the stream is next waited for. The workspace's contents do not matter.
+Status scan_forward(const ScanProblem& problem, const ForwardResult& result, const Device& device, void* workspace,
+                    void* stream);
 
 // The current device.
 Status current_device(Device* device);

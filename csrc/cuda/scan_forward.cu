@@ -30,6 +30,7 @@ struct ForwardParams {
   ScanProblem problem;
   ForwardResult result;
   ScanLayout layout;
+  void* workspace;
   int64_t checkpoints;  // of one sequence, without a table
   int span;             // tokens of a chunk, or of a piece that is only read
   int rows;             // the same in whole slices
@@ -163,26 +164,57 @@ class ForwardScan {
 
   // ---- state --------------------------------------------------------------------------------------------------------
 
-  __device__ __forceinline__ int64_t state_size() const { return problem_.dim * problem_.hidden; }
-  __device__ __forceinline__ float* state_at(void* matrices, int64_t row) const {
-    return static_cast<float*>(matrices) + row * state_size();
-  }
   __device__ __forceinline__ int64_t final_row() const { return place_.sequence * problem_.heads + place_.head; }
-  // The momentum lives where it is wanted in the end; every number is read and written by one thread only.
-  __device__ __forceinline__ float* momentum(int i) const { return state_at(params_.result.momentum[i], final_row()); }
+  // The momentum does not fit on chip beside the weights: it is read and written once for each chunk, through L2.
+  __device__ __forceinline__ ParkedState<Traits> momentum() const { return {params_.workspace, blockIdx.x}; }
+
+  // The state is staged where partial sums lie at other times.
+  __device__ __forceinline__ float* staging() const { return reinterpret_cast<float*>(partial(0)); }
+
+  // Matrix of this (sequence, head), staged for all to see; the block moves on together from `use`.
+  template <bool kOut, class Use>
+  __device__ __forceinline__ void load_matrix(const MatrixView& view, const Use& use) const {
+    const StagedMatrix<Traits, kOut> staged(staging());
+    const int rows = kOut ? problem_.hidden : problem_.dim, columns = kOut ? problem_.dim : problem_.hidden;
+    const int64_t first = place_.sequence * view.sequence + place_.head * view.head;
+    if (!view.data)
+      staged.load(static_cast<const float*>(nullptr), view, 0, 0);
+    else if (view.dtype == DType::float32)
+      staged.load(static_cast<const float*>(view.data) + first, view, rows, columns);
+    else
+      staged.load(static_cast<const Element*>(view.data) + first, view, rows, columns);
+    __syncthreads();  // the matrix is staged
+    use(staged);
+    __syncthreads();  // nobody reads it any more
+  }
+  // The other way: `fill` stages this thread's numbers.
+  template <bool kOut, class Fill>
+  __device__ __forceinline__ void store_matrix(void* matrices, int64_t row, const Fill& fill) const {
+    if (!matrices) return;
+    const StagedMatrix<Traits, kOut> staged(staging());
+    const int rows = kOut ? problem_.hidden : problem_.dim, columns = kOut ? problem_.dim : problem_.hidden;
+    fill(staged);
+    __syncthreads();  // the matrix is staged
+    staged.store(static_cast<float*>(matrices) + row * rows * columns, rows, columns);
+    __syncthreads();  // nobody reads it any more
+  }
 
   __device__ __forceinline__ void load_initial() {
-    const int dim = problem_.dim, hidden = problem_.hidden;
     if constexpr (Traits::kMomentum) {
-      if (problem_.momentum[0].data) {
-        load_state(state_, problem_.momentum[0], problem_.momentum[1], place_.sequence, place_.head, dim, hidden);
-      } else {
-        each_in(state_, [](float& x, int, int) { x = 0.0f; });
-        each_out(state_, [](float& x, int, int) { x = 0.0f; });
-      }
-      store_state(state_, momentum(0), momentum(1), dim, hidden);
+      const ParkedState<Traits> parked = momentum();
+      load_matrix<false>(problem_.momentum[0], [&](const StagedMatrix<Traits, false>& staged) {
+        each_in(state_, [&](int i, int j, float(&x)[4]) { staged.get(i, j, x), parked.in(i, j) = four(x); });
+      });
+      load_matrix<true>(problem_.momentum[1], [&](const StagedMatrix<Traits, true>& staged) {
+        each_out(state_, [&](int i, int j, float(&x)[4]) { staged.get(i, j, x), parked.out(i, j) = four(x); });
+      });
     }
-    load_state(state_, problem_.weights[0], problem_.weights[1], place_.sequence, place_.head, dim, hidden);
+    load_matrix<false>(problem_.weights[0], [&](const StagedMatrix<Traits, false>& staged) {
+      each_in(state_, [&](int i, int j, float(&x)[4]) { staged.get(i, j, x); });
+    });
+    load_matrix<true>(problem_.weights[1], [&](const StagedMatrix<Traits, true>& staged) {
+      each_out(state_, [&](int i, int j, float(&x)[4]) { staged.get(i, j, x); });
+    });
   }
 
   // Stores the state before a piece where a checkpoint or, behind the last piece, the result wants it.
@@ -193,19 +225,20 @@ class ForwardScan {
     if (!checkpoint && !(last && params_.result.weights[0])) return;
     void* const* to = checkpoint ? params_.result.checkpoints : params_.result.weights;
     const int64_t row = checkpoint ? place_.checkpoint_row(problem_, params_.checkpoints, piece) : final_row();
-    store_state(state_, state_at(to[0], row), state_at(to[1], row), problem_.dim, problem_.hidden);
+    store_matrix<false>(to[0], row, [&](const StagedMatrix<Traits, false>& staged) {
+      each_in(state_, [&](int i, int j, float(&x)[4]) { staged.put(i, j, x); });
+    });
+    store_matrix<true>(to[1], row, [&](const StagedMatrix<Traits, true>& staged) {
+      each_out(state_, [&](int i, int j, float(&x)[4]) { staged.put(i, j, x); });
+    });
     if constexpr (Traits::kMomentum) {
-      if (!checkpoint) return;
-      const auto copy = [&](int i) {
-        float* saved = state_at(to[kMaxWeights + i], row);
-        return [saved, from = momentum(i)](int64_t at) { saved[at] = from[at]; };
-      };
-      const auto copy_in = copy(0), copy_out = copy(1);
-      each_in(state_, [&](float&, int d, int h) {
-        if (d < problem_.dim && h < problem_.hidden) copy_in(d * problem_.hidden + h);
+      void* const* speeds = checkpoint ? params_.result.checkpoints + kMaxWeights : params_.result.momentum;
+      const ParkedState<Traits> parked = momentum();
+      store_matrix<false>(speeds[0], row, [&](const StagedMatrix<Traits, false>& staged) {
+        each_in(state_, [&](int i, int j, float(&)[4]) { staged.put(i, j, parked.in(i, j)); });
       });
-      each_out(state_, [&](float&, int d, int h) {
-        if (d < problem_.dim && h < problem_.hidden) copy_out(h * problem_.dim + d);
+      store_matrix<true>(speeds[1], row, [&](const StagedMatrix<Traits, true>& staged) {
+        each_out(state_, [&](int i, int j, float(&)[4]) { staged.put(i, j, parked.out(i, j)); });
       });
     }
   }
@@ -367,8 +400,7 @@ class ForwardScan {
       for (int n = 0; n < Traits::kUnitTiles; ++n)
 #pragma unroll
         for (int r = 0; r < 2; ++r) hidden[n][r] = Numbers::pack(h[n][2 * r], h[n][2 * r + 1]);
-      float4* sums = partial(set_);
-      set_ ^= 1;
+      float4* sums = partial(i & 1);
       multiply_out(hidden, sums);
       __syncthreads();  // every warp's part of this slice is there; the set before this one is free
       const float residual = problem_.residual ? 1.0f : 0.0f;
@@ -406,7 +438,8 @@ class ForwardScan {
   }
 
   // in[d] += E^T K of one slice for 16 units: e = two unit tiles of E, turned.
-  __device__ __forceinline__ void add_in(float (&in)[Traits::kDimTiles][4], const uint32_t (&e0)[2],
+  template <int kTiles>
+  __device__ __forceinline__ void add_in(float (&in)[kTiles][4], const uint32_t (&e0)[2],
                                          const uint32_t (&e1)[2], int k, const uint32_t (&b)[4]) const {
     const uint32_t a[4] = {e0[0], e1[0], e0[1], e1[1]};
     Numbers::mma(in[2 * k], a, {b[0], b[1]});
@@ -434,8 +467,12 @@ class ForwardScan {
       turn(turned[p]);
     }
     const float decay = of_chunk(problem_.decay, piece, 1.0f);
-    each_in(state_, [&](float& x, int, int) { x *= decay; });
-    each_out(state_, [&](float& x, int, int) { x *= decay; });
+    const auto scale = [&](int, int, float(&x)[4]) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x[e] *= decay;
+    };
+    each_in(state_, scale);
+    each_out(state_, scale);
     for (int s = 0; s < slices; ++s) {
       // E = (delta W_out^T) * act'(z), rows g and g + 8 of each unit tile.
       uint32_t errors[Traits::kUnitTiles][2];
@@ -496,78 +533,59 @@ class ForwardScan {
     for (int n = 0; n < Traits::kUnitTiles; ++n) Numbers::mma(out[n], a, hidden[n]);
   }
 
-  // W += carry S;  S <- momentum_decay S - U^T diag(momentum_step) E, 16 units or 16 features at a time.
+  // W += carry S;  S <- momentum_decay S - U^T diag(momentum_step) E, a few tiles at a time.
   __device__ __forceinline__ void write_momentum(int piece, const Element* k, const Element* delta, int slices) {
-    const Lane lane;
-    const int dim = problem_.dim, hidden_size = problem_.hidden;
-    const int unit = threadIdx.x / kWarp * Traits::kUnits;
+    constexpr int kTogether = 4;  // tiles of W_in: more do not fit beside the state
+    const ParkedState<Traits> parked = momentum();
     const float carry = of_chunk(problem_.momentum_carry, piece, 0.0f);
     const float decay = of_chunk(problem_.momentum_decay, piece, 0.0f);
-    const auto weigh = [&](uint32_t(&x)[Traits::kUnitTiles][2], int s) {
-      scale_pairs(x, weight(problem_.momentum_step, piece, s * kSlice + lane.group),
-                  weight(problem_.momentum_step, piece, s * kSlice + lane.group + 8));
+    const auto begin = [&](float(&w)[4], float(&speed)[4], const float4& s) {
+      const float old[4] = {s.x, s.y, s.z, s.w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        w[e] = fmaf(carry, old[e], w[e]);
+        speed[e] = decay * old[e];
+      }
+    };
+    const auto load_weighted = [&](int slice, int part, uint32_t(&x)[Traits::kUnitTiles][2]) {
+      const Lane lane;
+      load_kept(slice, part, x);
+      scale_pairs(x, weight(problem_.momentum_step, piece, slice * kSlice + lane.group),
+                  weight(problem_.momentum_step, piece, slice * kSlice + lane.group + 8));
       turn(x);
     };
 #pragma unroll
-    for (int i = 0; i < Traits::kUnitTiles / 2; ++i) {
-      float speed[Traits::kDimTiles][4];
-      const auto at = [&](int j, int e) -> float* {
-        const int d = 8 * j + lane.column(e), h = unit + 16 * i + lane.row(e);
-        return d < dim && h < hidden_size ? momentum(0) + d * hidden_size + h : nullptr;
-      };
+    for (int i = 0; i < Traits::kUnitTiles / 2; ++i)
 #pragma unroll
-      for (int j = 0; j < Traits::kDimTiles; ++j)
+      for (int first = 0; first < Traits::kDimTiles; first += kTogether) {
+        float speed[kTogether][4];
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float* from = at(j, e);
-          const float old = from ? *from : 0.0f;
-          state_.in[i][j][e] = fmaf(carry, old, state_.in[i][j][e]);
-          speed[j][e] = decay * old;
+        for (int j = 0; j < kTogether; ++j) begin(state_.in[i][first + j], speed[j], parked.in(i, first + j));
+        for (int s = 0; s < slices; ++s) {
+          uint32_t errors[Traits::kUnitTiles][2];
+          load_weighted(s, 1, errors);
+#pragma unroll
+          for (int j = 0; j < kTogether / 2; ++j) {
+            uint32_t b[4];
+            ldmatrix_transposed(b, tile(k, s, 8 * first + 16 * j));
+            add_in(speed, errors[2 * i], errors[2 * i + 1], j, b);
+          }
         }
-      for (int s = 0; s < slices; ++s) {
-        uint32_t errors[Traits::kUnitTiles][2];
-        load_kept(s, 1, errors);
-        weigh(errors, s);
 #pragma unroll
-        for (int j = 0; j < Traits::kDimTiles / 2; ++j) {
-          uint32_t b[4];
-          ldmatrix_transposed(b, tile(k, s, 16 * j));
-          add_in(speed, errors[2 * i], errors[2 * i + 1], j, b);
-        }
+        for (int j = 0; j < kTogether; ++j) parked.in(i, first + j) = four(speed[j]);
       }
 #pragma unroll
-      for (int j = 0; j < Traits::kDimTiles; ++j)
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-          if (float* to = at(j, e)) *to = speed[j][e];
-    }
-#pragma unroll
-    for (int p = 0; p < Traits::kDimTiles / 2; ++p) {
+    for (int i = 0; i < Traits::kDimTiles / 2; ++i) {
       float speed[Traits::kUnitTiles][4];
-      const auto at = [&](int n, int e) -> float* {
-        const int d = 16 * p + lane.row(e), h = unit + 8 * n + lane.column(e);
-        return d < dim && h < hidden_size ? momentum(1) + h * dim + d : nullptr;
-      };
 #pragma unroll
-      for (int n = 0; n < Traits::kUnitTiles; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float* from = at(n, e);
-          const float old = from ? *from : 0.0f;
-          state_.out[p][n][e] = fmaf(carry, old, state_.out[p][n][e]);
-          speed[n][e] = decay * old;
-        }
+      for (int j = 0; j < Traits::kUnitTiles; ++j) begin(state_.out[i][j], speed[j], parked.out(i, j));
       for (int s = 0; s < slices; ++s) {
         uint32_t hidden[Traits::kUnitTiles][2];
-        load_kept(s, 0, hidden);
-        weigh(hidden, s);
-        add_out(speed, hidden, delta, s, p);
+        load_weighted(s, 0, hidden);
+        add_out(speed, hidden, delta, s, i);
       }
 #pragma unroll
-      for (int n = 0; n < Traits::kUnitTiles; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-          if (float* to = at(n, e)) *to = speed[n][e];
+      for (int j = 0; j < Traits::kUnitTiles; ++j) parked.out(i, j) = four(speed[j]);
     }
   }
 
@@ -575,7 +593,6 @@ class ForwardScan {
   const ScanProblem& problem_;
   char* const shared_;
   const Place& place_;  // in shared memory: registers are for the state
-  int set_ = 0;
   ScanState<Traits> state_;
 };
 
@@ -652,15 +669,8 @@ Status supports_class(const ScanProblem& p, const ForwardResult& r, const Device
     const MatrixView& w = p.weights[i];
     if (w.dtype != DType::float32 && w.dtype != p.dtype)
       return refused("the CUDA scan takes weights in float32 or the dtype of the tokens");
-    if (w.dtype != p.weights[0].dtype) return refused("the CUDA scan takes weights of one dtype");
-    for (const MatrixView& m : {w, p.momentum[i]}) {
-      const int64_t in = m.in < 0 ? -m.in : m.in, out = m.out < 0 ? -m.out : m.out;
-      if (in * 256 + out * 256 >= kMost) return refused("the CUDA scan takes matrices that span less than 2^31 elements");
-    }
     if (p.momentum[i].data && p.momentum[i].dtype != DType::float32)
       return refused("the CUDA scan takes momentum in float32");
-    if (p.momentum_step && !r.momentum[i])
-      return {StatusCode::invalid_argument, "momentum needs a result to live in while the scan runs"};
   }
   if (r.segment.data) return refused("the CUDA scan keeps no segment for the backward");
   const int64_t tokens = p.tokens + p.pending_capacity;
@@ -686,14 +696,27 @@ Status supports_forward(const ScanProblem& problem, const ForwardResult& result,
   return status.code == StatusCode::ok ? supports_chunk(problem, result, device) : status;
 }
 
-Status scan_forward(const ScanProblem& problem, const ForwardResult& result, const Device& device, void* stream) {
+int64_t forward_workspace(const ScanProblem& problem) {
+  int64_t bytes = 0;
+  if (problem.momentum_step)
+    with_traits(problem, [&](auto traits) {
+      bytes = ParkedState<decltype(traits)>::kBytes * problem.sequence_count * problem.heads;
+      return Status{};
+    });
+  return bytes;
+}
+
+Status scan_forward(const ScanProblem& problem, const ForwardResult& result, const Device& device, void* workspace,
+                    void* stream) {
   const Status status = supports_forward(problem, result, device);
   if (status.code != StatusCode::ok) return status;
   const int64_t tasks = problem.sequence_count * problem.heads;
   if (tasks == 0) return {};
+  if (!workspace && forward_workspace(problem) > 0) return {StatusCode::invalid_argument, "the workspace is missing"};
   return with_traits(problem, [&](auto traits) {
     using Traits = decltype(traits);
-    const ForwardParams params = make_params<Traits>(problem, result, device);
+    ForwardParams params = make_params<Traits>(problem, result, device);
+    params.workspace = workspace;
     LaunchShape shape;
     shape.grid = dim3(unsigned(tasks));
     shape.block = dim3(Traits::kThreads);

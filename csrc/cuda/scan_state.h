@@ -1,4 +1,7 @@
 // The state of one (sequence, head), spread over the registers of a block, and its way from and to global memory.
+//
+// It goes through shared memory, one matrix at a time: there a thread finds its numbers at distances known when compiling,
+// and the block moves whole rows. Straight from the registers, a thread would need an address for every number it holds.
 #pragma once
 
 #include "pairs.h"
@@ -17,74 +20,89 @@ struct ScanState {
 struct Lane {
   int group, pair;  // row within 8, first of two columns within 8
   __device__ __forceinline__ Lane() : group(threadIdx.x % kWarp / 4), pair(2 * (threadIdx.x % 4)) {}
-  __device__ __forceinline__ int row(int e) const { return group + 8 * (e / 2); }
-  __device__ __forceinline__ int column(int e) const { return pair + e % 2; }
 };
 
-// Calls visit(value, d, h) for every number of W_in, then W_out, that this thread holds; d and h are feature and hidden unit.
+// One matrix of a state in shared memory, [in, out] and whole: W_in [kDim, kHidden] (kOut false) or W_out [kHidden, kDim].
+template <class Traits, bool kOut>
+class StagedMatrix {
+ public:
+  static constexpr int kRows = kOut ? Traits::kHidden : Traits::kDim, kColumns = kOut ? Traits::kDim : Traits::kHidden;
+
+  __device__ __forceinline__ explicit StagedMatrix(float* shared) : shared_(shared) {
+    const Lane lane;
+    const int unit = threadIdx.x / kWarp * Traits::kUnits;
+    own_ = shared_ + (kOut ? (unit + lane.pair) * kColumns + lane.group : lane.pair * kColumns + unit + lane.group);
+  }
+
+  // Between shared memory and this thread's accumulators of tile (i, j).
+  __device__ __forceinline__ void get(int i, int j, float (&x)[4]) const {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) x[e] = own_[distance(i, j, e)];
+  }
+  __device__ __forceinline__ void put(int i, int j, const float (&x)[4]) const {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) own_[distance(i, j, e)] = x[e];
+  }
+  __device__ __forceinline__ void put(int i, int j, const float4& x) const { put(i, j, {x.x, x.y, x.z, x.w}); }
+
+  // From a matrix of any strides; zero beyond its size.
+  template <class From>
+  __device__ __forceinline__ void load(const From* from, const MatrixView& view, int rows, int columns) const {
+    for (int r = threadIdx.x / kWarp; r < kRows; r += Traits::kWarps)
+      for (int c = threadIdx.x % kWarp; c < kColumns; c += kWarp)
+        shared_[r * kColumns + c] = r < rows && c < columns ? float(from[r * view.in + c * view.out]) : 0.0f;
+  }
+  // To a contiguous matrix.
+  __device__ __forceinline__ void store(float* to, int rows, int columns) const {
+    for (int r = threadIdx.x / kWarp; r < rows; r += Traits::kWarps)
+      for (int c = threadIdx.x % kWarp; c < columns; c += kWarp) to[int64_t(r) * columns + c] = shared_[r * kColumns + c];
+  }
+
+ private:
+  // Rows of an accumulator of W_in^T are hidden units, of one of W_out^T features.
+  static constexpr __device__ __forceinline__ int distance(int i, int j, int e) {
+    return (8 * j + e % 2) * kColumns + 16 * i + e / 2 * 8;
+  }
+
+  float *shared_, *own_;
+};
+
+// Memory for a state in the order of the registers: accumulators of one tile lie side by side, one thread beside the other.
+// A thread sees only its own numbers.
+template <class Traits>
+class ParkedState {
+ public:
+  static constexpr int kInTiles = Traits::kUnitTiles / 2 * Traits::kDimTiles, kTiles = 2 * kInTiles;
+  static constexpr int64_t kBytes = int64_t(kTiles) * Traits::kThreads * sizeof(float4);
+
+  __device__ __forceinline__ ParkedState(void* workspace, int64_t task)
+      : own_(static_cast<float4*>(workspace) + task * kTiles * Traits::kThreads + threadIdx.x) {}
+
+  __device__ __forceinline__ float4& in(int i, int j) const { return own_[(i * Traits::kDimTiles + j) * Traits::kThreads]; }
+  __device__ __forceinline__ float4& out(int i, int j) const {
+    return own_[(kInTiles + i * Traits::kUnitTiles + j) * Traits::kThreads];
+  }
+
+ private:
+  float4* own_;
+};
+
+__device__ __forceinline__ float4 four(const float (&x)[4]) { return float4{x[0], x[1], x[2], x[3]}; }
+
+// Calls visit(i, j, accumulators) for every tile of W_in, of W_out, that this thread holds.
 template <class Traits, class Visit>
 __device__ __forceinline__ void each_in(ScanState<Traits>& state, const Visit& visit) {
-  const Lane lane;
-  const int unit = threadIdx.x / kWarp * Traits::kUnits;
 #pragma unroll
   for (int i = 0; i < Traits::kUnitTiles / 2; ++i)
 #pragma unroll
-    for (int j = 0; j < Traits::kDimTiles; ++j)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) visit(state.in[i][j][e], 8 * j + lane.column(e), unit + 16 * i + lane.row(e));
+    for (int j = 0; j < Traits::kDimTiles; ++j) visit(i, j, state.in[i][j]);
 }
 template <class Traits, class Visit>
 __device__ __forceinline__ void each_out(ScanState<Traits>& state, const Visit& visit) {
-  const Lane lane;
-  const int unit = threadIdx.x / kWarp * Traits::kUnits;
 #pragma unroll
   for (int i = 0; i < Traits::kDimTiles / 2; ++i)
 #pragma unroll
-    for (int j = 0; j < Traits::kUnitTiles; ++j)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) visit(state.out[i][j][e], 16 * i + lane.row(e), unit + 8 * j + lane.column(e));
-}
-
-__device__ __forceinline__ float load_number(const float* p) { return *p; }
-__device__ __forceinline__ float load_number(const __nv_bfloat16* p) { return __bfloat162float(*p); }
-__device__ __forceinline__ float load_number(const __half* p) { return __half2float(*p); }
-
-// Matrices of this (sequence, head), of numbers of type From and any strides with which one matrix spans less than 2^31
-// elements; zero beyond the memory's sizes.
-template <class From, class Traits>
-__device__ __forceinline__ void load_state_as(ScanState<Traits>& state, const MatrixView& in, const MatrixView& out,
-                                              int64_t sequence, int64_t head, int dim, int hidden) {
-  const From* w_in = static_cast<const From*>(in.data) + sequence * in.sequence + head * in.head;
-  const From* w_out = static_cast<const From*>(out.data) + sequence * out.sequence + head * out.head;
-  const int in_d = int(in.in), in_h = int(in.out), out_h = int(out.in), out_d = int(out.out);
-  each_in(state, [&](float& x, int d, int h) {
-    x = d < dim && h < hidden ? load_number(w_in + (d * in_d + h * in_h)) : 0.0f;
-  });
-  each_out(state, [&](float& x, int d, int h) {
-    x = d < dim && h < hidden ? load_number(w_out + (h * out_h + d * out_d)) : 0.0f;
-  });
-}
-
-// Both views have one dtype: float32 or that of the tokens.
-template <class Traits>
-__device__ __forceinline__ void load_state(ScanState<Traits>& state, const MatrixView& in, const MatrixView& out,
-                                           int64_t sequence, int64_t head, int dim, int hidden) {
-  using Element = typename Pair<Traits::kType>::Element;
-  if (in.dtype == DType::float32)
-    load_state_as<float>(state, in, out, sequence, head, dim, hidden);
-  else
-    load_state_as<Element>(state, in, out, sequence, head, dim, hidden);
-}
-
-// To contiguous matrices [in, out] of float32: eight lanes of a warp write eight neighbours, 32 bytes.
-template <class Traits>
-__device__ __forceinline__ void store_state(ScanState<Traits>& state, float* w_in, float* w_out, int dim, int hidden) {
-  each_in(state, [&](float& x, int d, int h) {
-    if (d < dim && h < hidden) w_in[d * hidden + h] = x;
-  });
-  each_out(state, [&](float& x, int d, int h) {
-    if (d < dim && h < hidden) w_out[h * dim + d] = x;
-  });
+    for (int j = 0; j < Traits::kUnitTiles; ++j) visit(i, j, state.out[i][j]);
 }
 
 }  // namespace hope::cuda

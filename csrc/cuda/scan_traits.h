@@ -33,6 +33,8 @@ struct ScanTraits {
   static_assert(kUnits % 16 == 0, "a warp's hidden units are the rows of 16x16 tiles");
   static_assert(kPitch * 2 % 16 == 0 && kPitch * 2 / 16 % 2 == 1,
                 "a row starts at a multiple of 16 bytes, and an odd multiple keeps eight rows in different banks");
+  static_assert(kDim * kHidden * 4 <= 2 * kWarps * kDimTiles * kWarp * 16,
+                "one matrix is staged in the shared memory of the partial sums");
   static_assert(kStateRegisters <= 128, "the state, its products and their operands share 255 registers of a thread");
 };
 

@@ -1,5 +1,6 @@
 // The CUDA scan behind C functions, for the tests: called from Python (scan.py) on problems of Python's making, and from a
 // program of its own (case_main.cpp) under ThreadSanitizer on small problems made here.
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <string>
@@ -54,7 +55,8 @@ int supports_forward(const ScanProblem* problem, const ForwardResult* result, co
 
 int scan_forward(const ScanProblem* problem, const ForwardResult* result, const cuda::Device* device, char* message,
                  size_t size) {
-  return report(cuda::scan_forward(*problem, *result, *device, nullptr), message, size);
+  std::vector<float> workspace(cuda::forward_workspace(*problem) / sizeof(float), NAN);
+  return report(cuda::scan_forward(*problem, *result, *device, workspace.data(), nullptr), message, size);
 }
 
 // One head of one sequence: `chunks` chunks of 20 tokens, three of them pending, and two tokens behind. Words of the name:
@@ -101,7 +103,8 @@ int run_case(const char* name) {
     if (momentum) r.momentum[i] = states[2 + i].data(), r.checkpoints[kMaxWeights + i] = checkpoints[2 + i].data();
   }
   const int64_t room = !has("single") ? 232448 : D == 64 ? 120000 : 58000;
-  const Status status = cuda::scan_forward(p, r, cuda::Device{90, room}, nullptr);
+  std::vector<float> workspace(cuda::forward_workspace(p) / sizeof(float), NAN);
+  const Status status = cuda::scan_forward(p, r, cuda::Device{90, room}, workspace.data(), nullptr);
   if (status.code != StatusCode::ok) return std::fprintf(stderr, "%s\n", status.message), 1;
   return 0;
 }
