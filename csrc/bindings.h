@@ -109,19 +109,20 @@ inline void raise(const hope::Status& status) {
 
 // An update's tables, from one tuple per tensor (addresses or None of parameter, gradient, accumulator, first, second, copy;
 // elements, level, dtypes of gradient and copy, decay) and one per level (rule, due, nesterov, lr, beta1, beta2, eps,
-// correction1, correction2, scale, max_norm).
+// gain1, gain2, correction1, correction2, scale, max_norm).
 class UpdateTables {
  public:
   UpdateTables(const py::tuple& tensors, const py::tuple& levels) {
     Items l(levels.ptr(), "levels");
     for (size_t i = 0; i < levels.size(); ++i) {
-      Items items(l.next(), "a level", 11);
+      Items items(l.next(), "a level", 13);
       UpdateLevel level{};
       level.rule = static_cast<UpdateRule>(items.number());
       level.due = static_cast<int32_t>(items.number());
       level.nesterov = static_cast<int32_t>(items.number());
       for (float UpdateLevel::*field :
-           {&UpdateLevel::lr, &UpdateLevel::beta1, &UpdateLevel::beta2, &UpdateLevel::eps, &UpdateLevel::correction1,
+           {&UpdateLevel::lr, &UpdateLevel::beta1, &UpdateLevel::beta2, &UpdateLevel::eps, &UpdateLevel::gain1,
+            &UpdateLevel::gain2, &UpdateLevel::correction1,
             &UpdateLevel::correction2, &UpdateLevel::scale, &UpdateLevel::max_norm})
         level.*field = items.real();
       levels_.push_back(level);

@@ -5,7 +5,7 @@
 // and where the level is due, with g = sum * scale * (clipping coefficient), lambda the tensor's decay:
 //   sgd        p = (1 - lr lambda) p - lr g
 //   momentum   m = beta1 m + g                                p = (1 - lr lambda) p - lr (nesterov ? g + beta1 m : m)
-//   adam       m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2
+//   adam       m = beta1 m + gain1 g;  v = beta2 v + gain2 g^2
 //              p = (1 - lr lambda) p - lr (m / correction1) / (sqrt(v / correction2) + eps)
 // the accumulator is 0 again and the 16-bit copy is p rounded to nearest even. Where it is not due, accumulator = sum.
 //
@@ -42,6 +42,7 @@ struct UpdateLevel {
   int32_t due, nesterov;
   int64_t first_piece, pieces;  // its tensors follow one another
   float lr, beta1, beta2, eps;
+  float gain1, gain2;  // 1 - beta, rounded once: 1 - float(0.999) would be wrong in the fifth digit
   float correction1, correction2;  // 1 - beta^updates: only adam's
   float scale;
   float max_norm;  // of sum * scale over the level's tensors; not positive: no bound

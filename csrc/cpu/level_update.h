@@ -64,11 +64,11 @@ inline void update_block(const UpdateTensor& tensor, const UpdateLevel& level, f
     }
   } else {
     float *__restrict m = tensor.first + i, *__restrict v = tensor.second + i;
-    const float beta2 = level.beta2, eps = level.eps;
+    const float beta2 = level.beta2, gain1 = level.gain1, gain2 = level.gain2, eps = level.eps;
     const float corrected = lr / level.correction1, root = 1 / __builtin_sqrtf(level.correction2);
     for (idx j = 0; j < n; ++j) {
-      m[j] = beta1 * m[j] + (1 - beta1) * g[j];
-      v[j] = beta2 * v[j] + (1 - beta2) * g[j] * g[j];
+      m[j] = beta1 * m[j] + gain1 * g[j];
+      v[j] = beta2 * v[j] + gain2 * g[j] * g[j];
       p[j] = kept * p[j] - corrected * m[j] / (__builtin_sqrtf(v[j]) * root + eps);
     }
   }

@@ -139,8 +139,8 @@ __device__ __forceinline__ void update(const UpdateTensor& tensor, const UpdateL
       load(v, tensor.second, i);
       const float lr = level.lr / level.correction1, root = 1 / sqrtf(level.correction2);
       for (int j = 0; j < kCount; ++j) {
-        m[j] = level.beta1 * m[j] + (1 - level.beta1) * g[j];
-        v[j] = level.beta2 * v[j] + (1 - level.beta2) * g[j] * g[j];
+        m[j] = level.beta1 * m[j] + level.gain1 * g[j];
+        v[j] = level.beta2 * v[j] + level.gain2 * g[j] * g[j];
         step[j] = lr * m[j] / (sqrtf(v[j]) * root + level.eps);
       }
       store(tensor.second, i, v);

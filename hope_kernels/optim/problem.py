@@ -154,6 +154,8 @@ class UpdateProblem(NamedTuple):
                     level.lr,
                     *level.betas,
                     level.eps,
+                    1 - level.betas[0],
+                    1 - level.betas[1],
                     *level.corrections(self.step),
                     level.scale,
                     level.max_norm or 0.0,

@@ -8,12 +8,19 @@ races(program, "case", without="kernels.cu:123")        # with the barrier of th
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import shutil
 import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -55,8 +62,18 @@ def thread_sanitizer_unavailable() -> str | None:
 
 def _compile(output: Path, source: Path, flags: list[str]) -> None:
     includes = ["-I", str(HERE / "include"), "-I", str(ROOT / "csrc"), "-isystem", str(toolkit() / "include")]
-    command = ["g++", "-x", "c++", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", *flags, *includes]
+    warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    command = ["g++", "-x", "c++", "-std=c++17", "-fPIC", *warnings, *flags, *includes]
     _run([*command, "-c", str(source), "-o", str(output)])
+
+
+@cache
+def _layer(flags: tuple[str, ...]) -> Path:
+    """The host layer's own object file, compiled once for each set of flags."""
+    folder = tempfile.mkdtemp(prefix="cuda_host")
+    atexit.register(shutil.rmtree, folder)
+    _compile(Path(folder) / "layer.o", LAYER, list(flags))
+    return Path(folder) / "layer.o"
 
 
 def _run(command: list[str]) -> None:
@@ -64,17 +81,29 @@ def _run(command: list[str]) -> None:
     assert result.returncode == 0, f"{' '.join(command)}\n{result.stderr}"
 
 
-def build(output: Path, sources: list[Path], *, thread_sanitizer: bool = False) -> Path:
+def build(output: Path, sources: list[Path], *, thread_sanitizer: bool = False, options: Sequence[str] = ()) -> Path:
     """A shared library (`output` ends in .so) or a program of these sources, CUDA and C++, with the host layer."""
     # -O1 keeps the sanitizer's reports readable and compiles in half the time of -O2.
-    flags = ["-O1", "-g", "-fsanitize=thread"] if thread_sanitizer else ["-O1"]
-    objects = []
-    for source in [*sources, LAYER]:
-        objects.append(output.with_name(f"{output.name}.{source.name}.o"))
-        _compile(objects[-1], source, flags)
+    flags = ["-O1", *(["-g", "-fsanitize=thread"] if thread_sanitizer else []), *options]
+    objects = [output.with_name(f"{output.name}.{source.name}.o") for source in sources]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        layer = pool.submit(_layer, tuple(flags))
+        list(pool.map(_compile, objects, sources, [flags] * len(sources)))
+        objects.append(layer.result())
     kind = ["-shared"] if output.suffix == ".so" else []
     _run(["g++", *flags[1:], *kind, *map(str, objects), "-pthread", "-o", str(output)])
     return output
+
+
+def python_module(folder: Path, name: str, sources: list[Path]) -> ModuleType:
+    """A Python module of these sources, one of which says PYBIND11_MODULE(name, ..), with the host layer."""
+    import pybind11
+
+    options = ["-fvisibility=hidden", "-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
+    specification = spec_from_file_location(name, build(folder / f"{name}.so", sources, options=options))
+    module = module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
 
 
 def run(program: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

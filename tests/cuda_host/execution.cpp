@@ -338,6 +338,8 @@ cudaError_t fail(cudaError_t error) { return last_error = error; }
 constexpr int kDefaultSharedLimit = 49152;
 constexpr unsigned kPortableCluster = 8;
 
+int launches = 0;
+
 unsigned count(const dim3& size) { return size.x * size.y * size.z; }
 
 }  // namespace
@@ -404,6 +406,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, Body bo
     }
   }
 
+  ++launches;
   pthread_attr_t attributes;
   pthread_attr_init(&attributes);
   pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
@@ -506,9 +509,10 @@ cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 
-// For drivers: the device to pretend.
-void cuda_host_set_device(int major, int minor, int multiprocessors, int blocks_per_multiprocessor) {
+// For tests: the device to pretend, and how many kernels have run.
+__attribute__((visibility("default"))) void cuda_host_set_device(int major, int minor, int multiprocessors, int blocks_per_multiprocessor) {
   device = {major, minor, multiprocessors, blocks_per_multiprocessor};
 }
+__attribute__((visibility("default"))) int cuda_host_launches() { return cuda_host::launches; }
 
 }  // extern "C"
