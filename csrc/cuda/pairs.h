@@ -11,6 +11,19 @@
 
 namespace hope::cuda {
 
+// The power of two with the exponent of x >= 0, within 2^-100 .. 2^100, and 1 where there is none: 0, infinity, NaN.
+__device__ __forceinline__ float power_of_two_below(float x) {
+  constexpr float kSmallest = 0x1p-100f, kLargest = 0x1p100f;
+  if (!(x > 0.0f && x <= 3.4e38f)) return 1.0f;
+  if (x < kSmallest) return kSmallest;
+  if (x > kLargest) return kLargest;
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  bits &= 0x7f800000u;
+  memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
 template <DType kType>
 struct Pair;
 

@@ -302,12 +302,25 @@ class ForwardScan {
     return *reinterpret_cast<uint32_t*>(rows + row * Traits::kPitch + column);
   }
 
+  __device__ __forceinline__ const float* of_tokens(const void* steps, int piece) const {
+    return static_cast<const float*>(steps) + place_.coefficient_row(problem_, piece) * problem_.chunk_size;
+  }
+  // A power of two near the largest of a chunk's weights. float16 has few small numbers: its weights are rounded divided by
+  // this, and what is added to the state is multiplied by it. bfloat16 has float32's range and needs no scale.
+  __device__ __forceinline__ float scale_of(const void* steps, int piece) const {
+    if constexpr (Traits::kType == DType::bfloat16) return 1.0f;
+    const float* weights = of_tokens(steps, piece);
+    float most = 0.0f;
+    for (int t = threadIdx.x % kWarp; t < params_.span; t += kWarp) most = fmaxf(most, fabsf(weights[t]));
+#pragma unroll
+    for (int distance = kWarp / 2; distance > 0; distance /= 2)
+      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, distance));
+    return power_of_two_below(most);
+  }
   // Weight of a row's error in a write, the sign of the step and of the objective's error included; 0 beyond the chunk.
-  __device__ __forceinline__ float weight(const void* steps, int piece, int row) const {
+  __device__ __forceinline__ float weight(const void* steps, int piece, int row, float scale) const {
     const float sign = problem_.objective == Objective::dot ? 1.0f : -1.0f;
-    const float* of_chunk =
-        static_cast<const float*>(steps) + place_.coefficient_row(problem_, piece) * problem_.chunk_size;
-    return row < params_.span ? sign * of_chunk[row] : 0.0f;
+    return row < params_.span ? sign * of_tokens(steps, piece)[row] / scale : 0.0f;
   }
 
   // z <- act(z) of a slice.
@@ -325,12 +338,13 @@ class ForwardScan {
 
   // The same for keys, whose hidden values and slopes are kept for the write. Without momentum both are kept already
   // multiplied by their tokens' weights: one rounding fewer.
-  __device__ __forceinline__ void activate_keys(float (&z)[Traits::kUnitTiles][4], int piece, int slice) const {
+  __device__ __forceinline__ void activate_keys(float (&z)[Traits::kUnitTiles][4], int piece, int slice,
+                                                float scale) const {
     const Lane lane;
     float w[2] = {1.0f, 1.0f};
     if constexpr (!Traits::kMomentum) {
-      w[0] = weight(problem_.step, piece, slice * kSlice + lane.group);
-      w[1] = weight(problem_.step, piece, slice * kSlice + lane.group + 8);
+      w[0] = weight(problem_.step, piece, slice * kSlice + lane.group, scale);
+      w[1] = weight(problem_.step, piece, slice * kSlice + lane.group + 8, scale);
     }
     uint32_t hidden[Traits::kUnitTiles][2], slopes[Traits::kUnitTiles][2];
     with_activation<Traits::kType>(problem_.activation, [&](auto activate) {
@@ -374,13 +388,14 @@ class ForwardScan {
     const int first = first_query(piece), count = token_count(piece);
     const int first_slice = first / kSlice;
     const int query_slices = reads() && first < count ? (count + kSlice - 1) / kSlice - first_slice : 0;
+    const float scale = key_slices > 0 ? scale_of(problem_.step, piece) : 1.0f;
     for (int i = 0; i < key_slices + query_slices; ++i) {
       const bool is_key = i < key_slices;
       const int slice = is_key ? i : i - key_slices + first_slice;
       float h[Traits::kUnitTiles][4];
       project(h, is_key ? tensor(stage, kKeys) : tensor(stage, kQueries), slice);
       if (is_key)
-        activate_keys(h, piece, slice);
+        activate_keys(h, piece, slice, scale);
       else
         activate_slice(h);
       // The errors of `dot` and `error` do not depend on the memory.
@@ -396,10 +411,7 @@ class ForwardScan {
           for (int e = 0; e < 4; ++e) h[n][e] -= target[n][e];
       }
       uint32_t hidden[Traits::kUnitTiles][2];
-#pragma unroll
-      for (int n = 0; n < Traits::kUnitTiles; ++n)
-#pragma unroll
-        for (int r = 0; r < 2; ++r) hidden[n][r] = Numbers::pack(h[n][2 * r], h[n][2 * r + 1]);
+      pack(hidden, h);
       float4* sums = partial(i & 1);
       multiply_out(hidden, sums);
       __syncthreads();  // every warp's part of this slice is there; the set before this one is free
@@ -422,13 +434,33 @@ class ForwardScan {
 
   // ---- (2) the state after the chunk --------------------------------------------------------------------------------
 
-  static __device__ __forceinline__ void scale_pairs(uint32_t (&x)[Traits::kUnitTiles][2], float w0, float w1) {
+  static __device__ __forceinline__ void pack(uint32_t (&to)[Traits::kUnitTiles][2],
+                                              const float (&x)[Traits::kUnitTiles][4], float w0 = 1.0f, float w1 = 1.0f) {
 #pragma unroll
     for (int n = 0; n < Traits::kUnitTiles; ++n) {
-      const float2 a = Numbers::unpack(x[n][0]), b = Numbers::unpack(x[n][1]);
-      x[n][0] = Numbers::pack(w0 * a.x, w0 * a.y);
-      x[n][1] = Numbers::pack(w1 * b.x, w1 * b.y);
+      to[n][0] = Numbers::pack(w0 * x[n][0], w0 * x[n][1]);
+      to[n][1] = Numbers::pack(w1 * x[n][2], w1 * x[n][3]);
     }
+  }
+  // The same, every row times its token's weight.
+  __device__ __forceinline__ void pack_weighted(uint32_t (&to)[Traits::kUnitTiles][2],
+                                                const float (&x)[Traits::kUnitTiles][4], const void* steps, int piece,
+                                                int slice, float scale) const {
+    const Lane lane;
+    pack(to, x, weight(steps, piece, slice * kSlice + lane.group, scale),
+         weight(steps, piece, slice * kSlice + lane.group + 8, scale));
+  }
+  __device__ __forceinline__ void weigh(uint32_t (&x)[Traits::kUnitTiles][2], const void* steps, int piece, int slice,
+                                        float scale) const {
+    float wide[Traits::kUnitTiles][4];
+#pragma unroll
+    for (int n = 0; n < Traits::kUnitTiles; ++n)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float2 y = Numbers::unpack(x[n][r]);
+        wide[n][2 * r] = y.x, wide[n][2 * r + 1] = y.y;
+      }
+    pack_weighted(x, wide, steps, piece, slice, scale);
   }
   static __device__ __forceinline__ void turn(uint32_t (&x)[Traits::kUnitTiles][2]) {
 #pragma unroll
@@ -450,8 +482,16 @@ class ForwardScan {
     return coefficients ? static_cast<const float*>(coefficients)[place_.coefficient_row(problem_, piece)] : absent;
   }
 
+  __device__ __forceinline__ void multiply_state(float factor) {
+    const auto multiply = [&](int, int, float(&x)[4]) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x[e] *= factor;
+    };
+    each_in(state_, multiply);
+    each_out(state_, multiply);
+  }
+
   __device__ __forceinline__ void write(int piece, int stage) {
-    const Lane lane;
     const int slices = params_.rows / kSlice;
     const Element *k = tensor(stage, kKeys), *delta = tensor(stage, kValues);
     // W_out as it was: the B fragments of its transpose.
@@ -467,12 +507,9 @@ class ForwardScan {
       turn(turned[p]);
     }
     const float decay = of_chunk(problem_.decay, piece, 1.0f);
-    const auto scale = [&](int, int, float(&x)[4]) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) x[e] *= decay;
-    };
-    each_in(state_, scale);
-    each_out(state_, scale);
+    const float scale = scale_of(problem_.step, piece);
+    const float speed_scale = Traits::kMomentum ? scale_of(problem_.momentum_step, piece) : 1.0f;
+    multiply_state(decay / scale);
     for (int s = 0; s < slices; ++s) {
       // E = (delta W_out^T) * act'(z), rows g and g + 8 of each unit tile.
       uint32_t errors[Traits::kUnitTiles][2];
@@ -496,18 +533,20 @@ class ForwardScan {
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
             const float2 slope = Numbers::unpack(errors[n][r]);
-            errors[n][r] = Numbers::pack(e[n][2 * r] * slope.x, e[n][2 * r + 1] * slope.y);
+            e[n][2 * r] *= slope.x, e[n][2 * r + 1] *= slope.y;
           }
+        if constexpr (Traits::kMomentum) {
+          // Those of the momentum's write take the place of the slopes.
+          pack_weighted(errors, e, problem_.momentum_step, piece, s, speed_scale);
+          store_kept(s, 1, errors);
+          pack_weighted(errors, e, problem_.step, piece, s, scale);
+        } else {
+          pack(errors, e);
+        }
       }
       uint32_t hidden[Traits::kUnitTiles][2];
       load_kept(s, 0, hidden);
-      if constexpr (Traits::kMomentum) {
-        store_kept(s, 1, errors);
-        const float w0 = weight(problem_.step, piece, s * kSlice + lane.group);
-        const float w1 = weight(problem_.step, piece, s * kSlice + lane.group + 8);
-        scale_pairs(errors, w0, w1);
-        scale_pairs(hidden, w0, w1);
-      }
+      if constexpr (Traits::kMomentum) weigh(hidden, problem_.step, piece, s, scale);
       turn(errors);
 #pragma unroll
       for (int j = 0; j < Traits::kDimTiles / 2; ++j) {
@@ -520,7 +559,8 @@ class ForwardScan {
 #pragma unroll
       for (int p = 0; p < Traits::kDimTiles / 2; ++p) add_out(state_.out[p], hidden, delta, s, p);
     }
-    if constexpr (Traits::kMomentum) write_momentum(piece, k, delta, slices);
+    if constexpr (Traits::kType == DType::float16) multiply_state(scale);
+    if constexpr (Traits::kMomentum) write_momentum(piece, k, delta, slices, speed_scale);
   }
 
   // out[n] += delta^T H of one slice for 16 features: hidden values turned.
@@ -534,7 +574,7 @@ class ForwardScan {
   }
 
   // W += carry S;  S <- momentum_decay S - U^T diag(momentum_step) E, a few tiles at a time.
-  __device__ __forceinline__ void write_momentum(int piece, const Element* k, const Element* delta, int slices) {
+  __device__ __forceinline__ void write_momentum(int piece, const Element* k, const Element* delta, int slices, float scale) {
     constexpr int kTogether = 4;  // tiles of W_in: more do not fit beside the state
     const ParkedState<Traits> parked = momentum();
     const float carry = of_chunk(problem_.momentum_carry, piece, 0.0f);
@@ -544,15 +584,8 @@ class ForwardScan {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         w[e] = fmaf(carry, old[e], w[e]);
-        speed[e] = decay * old[e];
+        speed[e] = decay / scale * old[e];
       }
-    };
-    const auto load_weighted = [&](int slice, int part, uint32_t(&x)[Traits::kUnitTiles][2]) {
-      const Lane lane;
-      load_kept(slice, part, x);
-      scale_pairs(x, weight(problem_.momentum_step, piece, slice * kSlice + lane.group),
-                  weight(problem_.momentum_step, piece, slice * kSlice + lane.group + 8));
-      turn(x);
     };
 #pragma unroll
     for (int i = 0; i < Traits::kUnitTiles / 2; ++i)
@@ -563,7 +596,8 @@ class ForwardScan {
         for (int j = 0; j < kTogether; ++j) begin(state_.in[i][first + j], speed[j], parked.in(i, first + j));
         for (int s = 0; s < slices; ++s) {
           uint32_t errors[Traits::kUnitTiles][2];
-          load_weighted(s, 1, errors);
+          load_kept(s, 1, errors);
+          turn(errors);
 #pragma unroll
           for (int j = 0; j < kTogether / 2; ++j) {
             uint32_t b[4];
@@ -572,7 +606,7 @@ class ForwardScan {
           }
         }
 #pragma unroll
-        for (int j = 0; j < kTogether; ++j) parked.in(i, first + j) = four(speed[j]);
+        for (int j = 0; j < kTogether; ++j) parked.in(i, first + j) = four(speed[j], scale);
       }
 #pragma unroll
     for (int i = 0; i < Traits::kDimTiles / 2; ++i) {
@@ -581,11 +615,13 @@ class ForwardScan {
       for (int j = 0; j < Traits::kUnitTiles; ++j) begin(state_.out[i][j], speed[j], parked.out(i, j));
       for (int s = 0; s < slices; ++s) {
         uint32_t hidden[Traits::kUnitTiles][2];
-        load_weighted(s, 0, hidden);
+        load_kept(s, 0, hidden);
+        weigh(hidden, problem_.momentum_step, piece, s, scale);
+        turn(hidden);
         add_out(speed, hidden, delta, s, i);
       }
 #pragma unroll
-      for (int j = 0; j < Traits::kUnitTiles; ++j) parked.out(i, j) = four(speed[j]);
+      for (int j = 0; j < Traits::kUnitTiles; ++j) parked.out(i, j) = four(speed[j], scale);
     }
   }
 

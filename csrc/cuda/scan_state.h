@@ -87,7 +87,9 @@ class ParkedState {
   float4* own_;
 };
 
-__device__ __forceinline__ float4 four(const float (&x)[4]) { return float4{x[0], x[1], x[2], x[3]}; }
+__device__ __forceinline__ float4 four(const float (&x)[4], float factor = 1.0f) {
+  return float4{factor * x[0], factor * x[1], factor * x[2], factor * x[3]};
+}
 
 // Calls visit(i, j, accumulators) for every tile of W_in, of W_out, that this thread holds.
 template <class Traits, class Visit>

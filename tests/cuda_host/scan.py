@@ -137,6 +137,11 @@ def scan_forward(
     momentum = empty(count, heads) if writes and problem.has_momentum else []
     saved = [empty(rows, heads), empty(rows, heads) if problem.has_momentum else []] if save and writes else [[], []]
 
+    empty_output = torch.empty(0, dtype=tokens.dtype)
+    found = (output if output is not None else empty_output, weights, momentum, saved[0] + saved[1])
+    if count == 0:  # empty tensors have no address, and there is nothing to do
+        return found
+
     p, r = _Problem(), _ForwardResult()
     p.form, p.activation = _FORMS[spec.form], _ACTIVATIONS[spec.activation]
     p.objective, p.rule = _OBJECTIVES[spec.objective], _RULES[spec.rule]
@@ -154,9 +159,9 @@ def scan_forward(
             views[i] = _matrix_view(tensor)
     p.sequences = _pointer(problem.sequences)
     r.output = _token_view(output)
-    for found, tensors in ((r.weights, weights), (r.momentum, momentum)):
+    for pointers, tensors in ((r.weights, weights), (r.momentum, momentum)):
         for i, tensor in enumerate(tensors):
-            found[i] = tensor.data_ptr()
+            pointers[i] = tensor.data_ptr()
     for first, tensors in zip((0, _MAX_WEIGHTS), saved, strict=True):
         for i, tensor in enumerate(tensors):
             r.checkpoints[first + i] = tensor.data_ptr()
@@ -165,5 +170,4 @@ def scan_forward(
     arguments = ctypes.byref(p), ctypes.byref(r), ctypes.byref(device), message, ctypes.c_size_t(256)
     if library.scan_forward(*arguments) != 0:
         raise Refused(message.value.decode())
-    empty_output = torch.empty(0, dtype=tokens.dtype)
-    return output if output is not None else empty_output, weights, momentum, saved[0] + saved[1]
+    return found
