@@ -8,15 +8,14 @@ on as many threads as ``torch.get_num_threads()`` says. Results do not depend on
 
 from __future__ import annotations
 
-import json
 from functools import cache
-from importlib import import_module, resources
+from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
 
-from hope_kernels.backends.interface import BackendStatus, ScanGradients, ScanProblem
+from hope_kernels.backends.interface import BackendStatus, ScanGradients, ScanProblem, build_info
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,9 +35,8 @@ _MatrixTuple = tuple[int, int, int, int, int, int]
 
 def _missing_reason() -> str:
     advice = "install a C++17 compiler and reinstall hope_kernels (pip install --force-reinstall .)"
-    try:
-        info = json.loads(resources.files("hope_kernels").joinpath("_build_info.json").read_text())
-    except (OSError, ValueError):
+    info = build_info()
+    if not info:
         return f"the compiled core hope_kernels._core is missing; {advice}"
     return f"the compiled core was not built: {info.get('reason') or 'no reason recorded'}; {advice}"
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hope_kernels.backends.interface import BackendStatus
+from hope_kernels.backends.interface import BackendStatus, build_info
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +26,8 @@ def _core() -> ModuleType | str:
     except ImportError as error:
         return f"the compiled core does not load: {error}"
     if not hasattr(core, "cuda_level_update"):
-        return "the compiled core was built without CUDA kernels; nvcc on PATH and a reinstall of hope_kernels add them"
+        reason = build_info().get("cuda_reason") or "no reason recorded"
+        return f"the compiled core was built without CUDA kernels: {reason}; a reinstall where nvcc compiles adds them"
     return core
 
 

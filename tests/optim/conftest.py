@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -27,9 +28,9 @@ def cuda_host(cuda_module: ModuleType) -> ctypes.CDLL:
     return ctypes.CDLL(cuda_module.__file__)
 
 
-@pytest.fixture(scope="session")
-def cuda_on_host(cuda_module: ModuleType) -> None:
-    """Makes the `cuda` backend take CPU tensors, all through the session."""
+@pytest.fixture(scope="package")
+def cuda_on_host(cuda_module: ModuleType) -> Iterator[None]:
+    """Makes the `cuda` backend take CPU tensors, in all tests of this folder."""
     patch = pytest.MonkeyPatch()
     patch.setattr(cuda, "_core", lambda: cuda_module)
     patch.setattr(cuda, "_device_refused", lambda core, device: None)
@@ -38,7 +39,7 @@ def cuda_on_host(cuda_module: ModuleType) -> None:
     patch.undo()
 
 
-@pytest.fixture(scope="session", params=["reference", "cpu", "cuda"])
+@pytest.fixture(scope="package", params=["reference", "cpu", "cuda"])
 def backend(request: pytest.FixtureRequest) -> str:
     if request.param == "cpu" and not (state := implementation("cpu").status()):
         pytest.skip(state.reason)
@@ -47,7 +48,7 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(scope="session", params=["cpu", "cuda"])
+@pytest.fixture(scope="package", params=["cpu", "cuda"])
 def engine(request: pytest.FixtureRequest) -> str:
     """A compiled backend."""
     if request.param == "cpu" and not (state := implementation("cpu").status()):
