@@ -36,6 +36,7 @@ struct ForwardParams {
   int rows;             // the same in whole slices
   TokenView tokens[kTensors], pending[kTensors];
   int stages;           // 2: the next chunk's tokens are loaded while one is computed
+  bool shared_read;     // queries are the keys: what a chunk's keys read is its output
   bool vectors;         // token rows are whole and aligned: they move 16 bytes at a time
 };
 
@@ -77,6 +78,10 @@ class ForwardScan {
 
   __device__ __forceinline__ bool writes(int piece) const { return piece < place_.chunks; }
   __device__ __forceinline__ bool reads() const { return problem_.q.data != nullptr; }
+  // Whether queries go through the memory, which those of a chunk need not where they are its keys.
+  __device__ __forceinline__ bool reads_alone(int piece) const {
+    return reads() && !(params_.shared_read && writes(piece));
+  }
   // Tokens of a piece: rows [0, count) of its tensors in shared memory; queries from row first_query on.
   __device__ __forceinline__ int token_count(int piece) const {
     return int(min(place_.end - int64_t(piece) * params_.span, int64_t(params_.span)));
@@ -112,7 +117,7 @@ class ForwardScan {
   __device__ __forceinline__ void load_tokens(int piece, int stage) const {
     const int count = token_count(piece), end = writes(piece) ? kTensors : kKeys;
 #pragma unroll 1
-    for (int t = reads() ? kQueries : kKeys; t < end; ++t) {
+    for (int t = reads_alone(piece) ? kQueries : kKeys; t < end; ++t) {
       const TokenView &fresh = params_.tokens[t], &pending = params_.pending[t];
       const int first = t == kQueries ? first_query(piece) : 0;
       Element* to = tensor(stage, t);
@@ -387,7 +392,7 @@ class ForwardScan {
     // Queries of slices that hold only pending tokens were read by an earlier call.
     const int first = first_query(piece), count = token_count(piece);
     const int first_slice = first / kSlice;
-    const int query_slices = reads() && first < count ? (count + kSlice - 1) / kSlice - first_slice : 0;
+    const int query_slices = reads_alone(piece) && first < count ? (count + kSlice - 1) / kSlice - first_slice : 0;
     const float scale = key_slices > 0 ? scale_of(problem_.step, piece) : 1.0f;
     for (int i = 0; i < key_slices + query_slices; ++i) {
       const bool is_key = i < key_slices;
@@ -416,12 +421,14 @@ class ForwardScan {
       multiply_out(hidden, sums);
       __syncthreads();  // every warp's part of this slice is there; the set before this one is free
       const float residual = problem_.residual ? 1.0f : 0.0f;
+      const bool shared_read = is_key && params_.shared_read;
       Element* from = is_key ? tensor(stage, kKeys) : tensor(stage, kQueries);
       Element* to = is_key ? tensor(stage, kValues) : tensor(stage, kQueries);
       sum_warps(sums, slice, [&](int row, int column, float x0, float x1) {
         const float2 x = Numbers::unpack(pair_at(from, row, column));
         uint32_t& place = pair_at(to, row, column);
         x0 = fmaf(residual, x.x, x0), x1 = fmaf(residual, x.y, x1);
+        if (shared_read) pair_at(tensor(stage, kQueries), row, column) = Numbers::pack(x0, x1);
         if (is_key) {
           const float2 v = Numbers::unpack(place);
           const float of_target = self ? residual : 1.0f;
@@ -670,6 +677,10 @@ ForwardParams make_params(const ScanProblem& problem, const ForwardResult& resul
     if (params.layout.bytes + int64_t(sizeof(Place)) <= device.shared_memory) break;
   }
   params.vectors = problem.dim == Traits::kDim && rows_aligned(problem, result);
+  const TokenView &q = problem.q, &k = problem.k;
+  // The product of `self` is not the output, and `dot` and `error` make none of the keys.
+  params.shared_read = problem.objective == Objective::l2 && q.data && q.data == k.data && q.row == k.row &&
+                       q.token == k.token && q.head == k.head;
   const TokenView fresh[kTensors] = {problem.q, problem.k, problem.v};
   const TokenView pending[kTensors] = {problem.q, problem.pending_k, problem.pending_v};
   for (int t = 0; t < kTensors; ++t) params.tokens[t] = fresh[t], params.pending[t] = pending[t];

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -85,9 +85,15 @@ def assert_identical(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
     assert not changed, f"not identical: {', '.join(changed)}"
 
 
+def with_mild_retention(problem: Problem) -> Problem:
+    """Retention in [0.96, 1] in place of [0.6, 1]: a chunk leaves something of the weights, so that a result is made by
+    many tokens, and its error is no matter of how one number happens to be rounded."""
+    return problem.map(lambda name, t: 1 - 0.1 * (1 - t) if name == "retention" else t)
+
+
 def small(spec: MemorySpec, **options) -> Problem:
     sizes = {"heads": 1, "dim": 32, "hidden": 128, "chunk_size": 20, "tokens": 46, "retention": True, "max_lr": 0.1}
-    return make_problem(spec, **(sizes | options))
+    return with_mild_retention(make_problem(spec, **(sizes | options)))
 
 
 # ---- values ----------------------------------------------------------------------------------------------------------
@@ -117,7 +123,8 @@ def test_any_size_that_fits_stays_within_twice_the_eager_error(host, sizes, mome
     problem = make_problem(
         MemorySpec("mlp"), retention=True, momentum=momentum, initial_momentum=momentum, max_lr=0.1, **sizes
     )
-    assert_close_to_truth(problem, dtype)
+    # float16 gets the strong retention: weights of tokens that are too small for it.
+    assert_close_to_truth(problem if dtype == torch.float16 else with_mild_retention(problem), dtype)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -236,6 +243,27 @@ def test_packed_and_padded_sequences_are_what_they_are_alone(host, kind, momentu
                 assert torch.equal(found[name][b], want[name][0]), f"{name} of sequence {b}"
 
 
+def test_a_table_with_wild_values_reaches_nothing_outside_the_tensors(host, library):
+    """Every tensor lies between NaN: a number read from outside spoils a result, one written outside a neighbour."""
+    problem = small(MemorySpec("mlp"), batch=2).cast(torch.bfloat16)
+    scan_with(problem, problem.tensors, valid=torch.tensor([[0, 46], [3, 40]], dtype=torch.int32))
+    fenced = replace(host.problem, **{n: fence(getattr(host.problem, n)) for n in ("q", "k", "v", "step", "decay")})
+    wild = [-(10**12), -1, 0, 1, 7, 10**12]
+    random = torch.Generator().manual_seed(0)
+    for _ in range(12):
+        picked = torch.randint(len(wild), host.problem.sequences.shape, generator=random)
+        table = replace(fenced, sequences=torch.tensor(wild)[picked])
+        output, weights, _, saved = scan.scan_forward(library, table, save=True)
+        assert torch.isfinite(output).all()
+        assert all(torch.isfinite(w).all() for w in weights)
+        assert saved
+
+
+def fence(x: Tensor) -> Tensor:
+    room = torch.full((3, *x.shape), torch.nan, dtype=x.dtype)
+    return room[1].copy_(x)
+
+
 # ---- exact equalities ------------------------------------------------------------------------------------------------
 
 
@@ -260,6 +288,16 @@ def test_a_row_does_not_depend_on_its_neighbours_even_if_they_are_nan(host):
         alone = results(problem.row(b))
         for name in ("output", "weight0", "weight1"):
             assert torch.equal(spoiled[name][b], whole[name][b]) and torch.equal(alone[name][0], whole[name][b])
+
+
+@pytest.mark.parametrize("objective", ["l2", "dot", "self"])
+def test_queries_that_are_the_keys_give_the_bits_of_queries_that_equal_them(host, objective):
+    problem = small(MemorySpec("mlp", objective=objective)).cast(torch.bfloat16)
+    problem.tensors["q"] = problem["k"].clone()
+    expected = results(problem, lengths=[7, 39])
+    problem.tensors["q"] = problem["k"]
+    assert_identical(results(problem, lengths=[7, 39]), expected)
+    assert host.problem.q.data_ptr() == host.problem.k.data_ptr()
 
 
 @pytest.mark.parametrize("momentum", [False, True], ids=["plain", "momentum"])
