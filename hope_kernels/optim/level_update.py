@@ -91,7 +91,6 @@ def level_update(
         if max_norm is not None and level.max_norm is not None:
             raise ValueError(f"max_norm: got {max_norm} together with levels[{i}].max_norm; want one of the two")
     written = check.written(levels, step)
-    check.check_no_overlap(written)
     params = [p for level in levels for p in level.params]
     device = params[0].device if params else torch.device("cpu")
     name = _select(backend, device, params[0].dtype if params else torch.float32)
@@ -100,7 +99,7 @@ def level_update(
     norms = run(problem)
     if name != "reference":
         # Autograd and every cache keyed on a version must see that these tensors have changed.
-        for tensor in written.values():
+        for tensor in written:
             torch.autograd.graph.increment_version(tensor)
     return LevelUpdate(tuple(level.due(step) for level in levels), norms)
 

@@ -121,8 +121,8 @@ def _check_tensor(name: str, tensor: Any, dtypes: tuple[torch.dtype, ...], like:
     """A contiguous tensor to write to, of one of the dtypes, shaped and placed like another."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: got {_got(tensor)}; want a tensor")
-    if tensor.dtype not in dtypes:
-        raise TypeError(f"{name}: got {_got(tensor)}; want {' or '.join(map(str, dtypes))}")
+    if tensor.dtype not in dtypes or tensor.layout != torch.strided:
+        raise TypeError(f"{name}: got {_got(tensor)}; want a dense tensor of {' or '.join(map(str, dtypes))}")
     if like is not None and tensor.shape != like.shape:
         raise ValueError(f"{name}: got {_got(tensor)}; want the shape of its parameter, {tuple(like.shape)}")
     if like is not None and tensor.device != like.device:
@@ -151,27 +151,39 @@ def check_grads(grads: Any, levels: list[UpdateLevel]) -> list[list[Tensor | Non
     return checked
 
 
-def written(levels: list[UpdateLevel], step: int) -> dict[str, Tensor]:
-    """The tensors that this call writes, by name."""
-    found = {}
-    for i, level in enumerate(levels):
-        fields = ["accumulators"]
-        if level.due(step):
-            fields += ["params", "copies"]
-            fields += ["first_moments"] if level.rule != "sgd" else []
-            fields += ["second_moments"] if level.rule == "adam" else []
-        for field in fields:
-            for j, tensor in enumerate(getattr(level, field) or ()):
-                if tensor is not None:
-                    found[f"levels[{i}].{field}[{j}]"] = tensor
-    return found
+def written(levels: list[UpdateLevel], step: int) -> list[Tensor]:
+    """The tensors that this call writes; no two may share an element, which would get the value of either.
+
+    Raises:
+        ValueError: two do; the message names them.
+    """
+    found = [one for i, level in enumerate(levels) for one in _written_by(i, level, step)]
+    spans = sorted((t.data_ptr(), t.numel() * t.element_size()) for _, t in found)
+    if any(start + size > other for (start, size), (other, _) in pairwise(spans)):
+        _name_overlap(found)
+    return [tensor for _, tensor in found]
 
 
-def check_no_overlap(written: dict[str, Tensor]) -> None:
-    """No two names may write the same elements: these would get either's value."""
-    spans = sorted(
-        (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), name) for name, t in written.items() if t.numel()
-    )
-    for (_, end, name), (start, _, other) in pairwise(spans):
+def _written_by(i: int, level: UpdateLevel, step: int) -> list[tuple[tuple[int, str, int], Tensor]]:
+    """What is written of level ``i``, each with where it stands."""
+    fields = ["accumulators"]
+    if level.due(step):
+        fields += ["params", "copies"]
+        fields += ["first_moments"] if level.rule != "sgd" else []
+        fields += ["second_moments"] if level.rule == "adam" else []
+    return [
+        ((i, field, j), tensor)
+        for field in fields
+        for j, tensor in enumerate(getattr(level, field) or ())
+        if tensor is not None and tensor.numel()
+    ]
+
+
+def _name_overlap(written: list[tuple[tuple[int, str, int], Tensor]]) -> None:
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), where) for where, t in written)
+    for (_, end, (i, field, j)), (start, _, (k, other, m)) in pairwise(spans):
         if start < end:
-            raise ValueError(f"{other}: got memory that {name} has too; want tensors that do not overlap")
+            raise ValueError(
+                f"levels[{k}].{other}[{m}]: got memory that levels[{i}].{field}[{j}] has too; "
+                "want tensors that do not overlap"
+            )

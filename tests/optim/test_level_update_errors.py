@@ -40,7 +40,15 @@ BAD_LEVELS = {
     "nesterov": ({"nesterov": 1}, TypeError, r"levels\[0\]\.nesterov: got 1 \(int\); want a bool"),
     "params": ({"params": X}, TypeError, r"levels\[0\]\.params: got a tensor"),
     "param": ({"params": [X, None]}, TypeError, r"levels\[0\]\.params\[1\]: got None"),
-    "param-dtype": ({"params": [X.half(), X]}, TypeError, r"levels\[0\]\.params\[0\]: .*float16.*want torch\.float32"),
+    "param-dtype": (
+        {"params": [X.half(), X]},
+        TypeError,
+        r"levels\[0\]\.params\[0\]: .*float16.*want a dense tensor of torch\.float32",
+    ),
+        {"params": [X.half(), X]},
+        TypeError,
+        r"levels\[0\]\.params\[0\]: .*float16.*want a dense tensor of torch\.float32",
+    ),
     "param-strides": (
         {"params": [torch.randn(3, 4).t(), torch.randn(5)]},
         ValueError,
@@ -61,12 +69,12 @@ BAD_LEVELS = {
     "moment-dtype": (
         {"first_moments": [torch.zeros(4, 3).half(), torch.zeros(5)]},
         TypeError,
-        r"levels\[0\]\.first_moments\[0\]: .*float16.*want torch\.float32",
+        r"levels\[0\]\.first_moments\[0\]: .*float16.*want a dense tensor of torch\.float32",
     ),
     "copies": (
         {"copies": [torch.zeros(4, 3), None]},
         TypeError,
-        r"levels\[0\]\.copies\[0\]: .*want torch\.bfloat16 or torch\.float16",
+        r"levels\[0\]\.copies\[0\]: .*want a dense tensor of torch\.bfloat16 or torch\.float16",
     ),
     "copies-device": (
         {"copies": [torch.zeros(4, 3, dtype=torch.bfloat16, device="meta"), None]},
