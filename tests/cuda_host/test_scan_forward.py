@@ -26,7 +26,7 @@ needs_thread_sanitizer = pytest.mark.skipif(
     build.thread_sanitizer_unavailable() is not None, reason=str(build.thread_sanitizer_unavailable())
 )
 HALVES = [torch.bfloat16, torch.float16]
-KERNEL = build.ROOT / "csrc/cuda/scan_forward.cu"
+KERNEL = build.ROOT / "csrc/cuda/forward_scan.h"
 
 
 @pytest.fixture(scope="session")
@@ -389,6 +389,18 @@ def test_what_is_not_covered_is_refused_with_the_reason(host, change, reason):
     problem = small(spec, batch=1, heads=1, **options).cast(dtype)
     with pytest.raises(scan.Refused, match=reason):
         results(problem)
+
+
+@pytest.mark.parametrize(
+    ("dim", "hidden", "architecture", "largest"),
+    [(32, 128, 80, 176), (32, 128, 90, 256), (64, 128, 80, 96), (64, 128, 90, 176), (64, 256, 80, 64), (64, 256, 90, 112)],
+)
+def test_the_largest_chunk_is_the_documented_one(host, dim, hidden, architecture, largest):
+    host.architecture = architecture
+    sizes = {"dim": dim, "hidden": hidden, "batch": 1, "tokens": largest + 1}
+    assert_close_to_truth(small(MemorySpec("mlp"), chunk_size=largest, **sizes), torch.bfloat16)
+    with pytest.raises(scan.Refused, match="chunk_size is too large"):
+        results(small(MemorySpec("mlp"), chunk_size=largest + 1, **sizes).cast(torch.bfloat16))
 
 
 # ---- barriers --------------------------------------------------------------------------------------------------------
