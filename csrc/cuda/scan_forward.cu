@@ -28,6 +28,9 @@ bool rows_aligned(const ScanProblem& p, const ForwardResult& r) {
   return true;
 }
 
+// The Place lies in front of the dynamic shared memory, which is aligned to 128.
+constexpr int64_t kPlaceBytes = (int64_t(sizeof(Place)) + 127) / 128 * 128;
+
 // Sizes, stages and shared memory; stages 0 where the chunk does not fit.
 template <class Traits>
 ForwardParams make_params(const ScanProblem& problem, const ForwardResult& result, const Device& device) {
@@ -40,7 +43,7 @@ ForwardParams make_params(const ScanProblem& problem, const ForwardResult& resul
   params.rows = (params.span + kSlice - 1) / kSlice * kSlice;
   for (params.stages = 2; params.stages > 0; --params.stages) {
     params.layout = scan_layout<Traits>(params.rows, params.stages, writes, problem.q.data);
-    if (params.layout.bytes + int64_t(sizeof(Place)) <= device.shared_memory) break;
+    if (params.layout.bytes + kPlaceBytes <= device.shared_memory) break;
   }
   params.vectors = problem.dim == Traits::kDim && rows_aligned(problem, result);
   const TokenView &q = problem.q, &k = problem.k;

@@ -393,7 +393,11 @@ def test_what_is_not_covered_is_refused_with_the_reason(host, change, reason):
 
 @pytest.mark.parametrize(
     ("dim", "hidden", "architecture", "largest"),
-    [(32, 128, 80, 176), (32, 128, 90, 256), (64, 128, 80, 96), (64, 128, 90, 176), (64, 256, 80, 64), (64, 256, 90, 112)],
+    [
+        *((32, 128, 80, 176), (32, 128, 90, 256)),
+        *((64, 128, 80, 96), (64, 128, 90, 176)),
+        *((64, 256, 80, 64), (64, 256, 90, 112)),
+    ],
 )
 def test_the_largest_chunk_is_the_documented_one(host, dim, hidden, architecture, largest):
     host.architecture = architecture
