@@ -45,10 +45,6 @@ BAD_LEVELS = {
         TypeError,
         r"levels\[0\]\.params\[0\]: .*float16.*want a dense tensor of torch\.float32",
     ),
-        {"params": [X.half(), X]},
-        TypeError,
-        r"levels\[0\]\.params\[0\]: .*float16.*want a dense tensor of torch\.float32",
-    ),
     "param-strides": (
         {"params": [torch.randn(3, 4).t(), torch.randn(5)]},
         ValueError,
