@@ -84,7 +84,7 @@ def _run(command: list[str]) -> None:
 def build(output: Path, sources: list[Path], *, thread_sanitizer: bool = False, options: Sequence[str] = ()) -> Path:
     """A shared library (`output` ends in .so) or a program of these sources, CUDA and C++, with the host layer."""
     # -O1 keeps the sanitizer's reports readable and compiles in half the time of -O2.
-    # An address that is not aligned to its type is a fault on a GPU; here only the sanitizer minds, and ends the program.
+    # An access that is not aligned to its type is a fault on a GPU. Here the sanitizer finds it, and ends the program.
     sanitizers = ["-g", "-fsanitize=thread", "-fsanitize=alignment", "-fno-sanitize-recover=alignment"]
     flags = ["-O1", *(sanitizers if thread_sanitizer else []), *options]
     objects = [output.with_name(f"{output.name}.{source.name}.o") for source in sources]
