@@ -5,8 +5,9 @@ reason is printed, kept in ``hope_kernels/_build_info.json`` and repeated by ``h
 
 Environment:
     HOPE_KERNELS_REQUIRE_CORE  1: a core that cannot be built fails the install (``make`` and CI ask for it).
-    HOPE_KERNELS_CUDA          0 or unset: no CUDA. 1: refused, this version has no CUDA sources.
-    HOPE_KERNELS_CUDA_ARCHS    meaningful only with CUDA.
+    HOPE_KERNELS_CUDA          0: without the CUDA kernels. 1: with them, or the install fails. Unset: with them where
+                               nvcc is found and compiles them; where not, the reason is kept and the rest is built.
+    HOPE_KERNELS_CUDA_ARCHS    architectures of the CUDA kernels, as in "80;90", the default.
     MAX_JOBS                   compile jobs at a time; by default the processors this process may use.
     CXX, CXXFLAGS, LDFLAGS     as everywhere; CMAKE_ARGS is appended to CMake's command line.
 """
@@ -31,7 +32,10 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 # Environment variables that CMake reads only when it first configures a folder, so each set needs its own.
-CONFIGURING_VARIABLES = ("CXX", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CMAKE_ARGS", "MACOSX_DEPLOYMENT_TARGET")
+CONFIGURING_VARIABLES = (
+    *("CXX", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CMAKE_ARGS", "MACOSX_DEPLOYMENT_TARGET"),
+    *("CUDACXX", "CUDAFLAGS", "CUDAHOSTCXX", "HOPE_KERNELS_CUDA_ARCHS"),
+)
 LINES_OF_A_FAILED_COMMAND = 30
 
 
@@ -47,15 +51,26 @@ def flag(name: str) -> bool:
     return value == "1"
 
 
-def refuse_cuda() -> None:
-    """Asking for a CUDA build is an error while there is nothing to compile: an install must not pretend."""
-    if flag("HOPE_KERNELS_CUDA"):
-        raise SystemExit(
-            "HOPE_KERNELS_CUDA=1: this version of hope_kernels has no CUDA sources. "
-            "Unset it, or set it to 0, to build the CPU core."
-        )
-    if os.environ.get("HOPE_KERNELS_CUDA_ARCHS"):
-        print("HOPE_KERNELS_CUDA_ARCHS has no effect: this version has no CUDA sources.", file=sys.stderr)
+def cuda_wanted() -> tuple[bool, str | None]:
+    """Whether to build the CUDA kernels; if not, the reason."""
+    required = flag("HOPE_KERNELS_CUDA")
+    if os.environ.get("HOPE_KERNELS_CUDA", "").strip() == "0":
+        return False, "HOPE_KERNELS_CUDA=0 left them out"
+    compiler = os.environ.get("CUDACXX", "").strip() or "nvcc"
+    if shutil.which(compiler) is not None:
+        return True, None
+    if required:
+        raise SystemExit(f"HOPE_KERNELS_CUDA=1: {compiler} was not found. Put it on PATH, or name it with CUDACXX.")
+    return False, f"{compiler} was not found; it comes with NVIDIA's CUDA Toolkit, and CUDACXX names it"
+
+
+def cuda_architectures() -> str:
+    """HOPE_KERNELS_CUDA_ARCHS as CMake's list; empty for the default."""
+    value = os.environ.get("HOPE_KERNELS_CUDA_ARCHS", "").strip()
+    architectures = value.replace(",", " ").replace(";", " ").split()
+    if not all(architecture.isdecimal() for architecture in architectures):
+        raise SystemExit(f'HOPE_KERNELS_CUDA_ARCHS={value!r}: expected numbers such as "80;90".')
+    return ";".join(architectures)
 
 
 def compile_jobs() -> int:
@@ -125,9 +140,7 @@ def first_line_of_version(tool: str | Path) -> str:
 def run_or_explain(step: str, command: list[str]) -> None:
     """Run a command with its output shown; when it fails, the end of that output becomes the reason."""
     print("+", shlex.join(command), flush=True)
-    result = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     print(result.stdout, flush=True)
     if result.returncode:
         tail = "\n".join(result.stdout.strip().splitlines()[-LINES_OF_A_FAILED_COMMAND:])
@@ -153,20 +166,22 @@ class BuildCore(build_ext):
 
     def run(self) -> None:
         # Replaces setuptools' own run, which looks for a compiler of its own and copies only the module.
-        refuse_cuda()
+        with_cuda, without_cuda_because = cuda_wanted()
+        architectures = cuda_architectures()
         root = ROOT if self.inplace else Path(self.build_lib).resolve()
         package = root / "hope_kernels"
         module = root / self.get_ext_filename("hope_kernels._core")
         info: dict[str, str | None] = {
             "core": "missing",
             "reason": None,
+            "cuda_reason": without_cuda_because,
             "compiler": None,
             "cmake": None,
             "python": platform.python_version(),
         }
         module.unlink(missing_ok=True)  # a core of older sources must not survive a failed build
         try:
-            self.compile_core(module, info)
+            self.compile_core_with_what_compiles(module, info, with_cuda, architectures)
             info["core"] = "built"
         except CoreNotBuilt as error:
             info["reason"] = str(error)
@@ -175,8 +190,26 @@ class BuildCore(build_ext):
         if info["reason"] is not None:
             report_missing_core(info["reason"])
 
-    def compile_core(self, module: Path, info: dict[str, str | None]) -> None:
-        """Configure, compile, and put the core at ``module``; tells ``info`` which tools it used."""
+    def compile_core_with_what_compiles(
+        self, module: Path, info: dict[str, str | None], with_cuda: bool, architectures: str
+    ) -> None:
+        """The core with the CUDA kernels; without them where they do not compile and nobody insisted."""
+        if with_cuda:
+            try:
+                self.compile_core(module, info, architectures)
+                return
+            except CoreNotBuilt as error:
+                if flag("HOPE_KERNELS_CUDA"):
+                    raise SystemExit(f"HOPE_KERNELS_CUDA=1, and the core was not built:\n{error}") from None
+                info["cuda_reason"] = str(error)
+                print("The core was not built with its CUDA kernels; now without them.", flush=True)
+        self.compile_core(module, info)
+
+    def compile_core(self, module: Path, info: dict[str, str | None], cuda_architectures: str | None = None) -> None:
+        """Configure, compile, and put the core at ``module``; tells ``info`` which tools it used.
+
+        ``cuda_architectures``: of the CUDA kernels, empty for the default; None builds none.
+        """
         jobs = compile_jobs()
         compiler = find_compiler()
         if compiler is not None:
@@ -197,6 +230,8 @@ class BuildCore(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11}",
+            f"-DHOPE_KERNELS_CUDA={'OFF' if cuda_architectures is None else 'ON'}",
+            *([f"-DHOPE_KERNELS_CUDA_ARCHS={cuda_architectures}"] if cuda_architectures else []),
             *chosen,
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]

@@ -1,101 +1,18 @@
 // The Python module hope_kernels._core: unpacks problems described by plain tuples of integers, runs them without the
-// interpreter lock, and turns a status into an exception. The one place that knows pybind11.
+// interpreter lock, and turns a status into an exception. With bindings.h and bindings_cuda.cpp all that knows pybind11.
 //
 // A token tensor is None or (address, row stride, token stride, head stride); a matrix tensor is None or (address, dtype,
 // sequence stride, head stride, in stride, out stride); strides count elements, dtypes are the numbers of hope::DType.
-#include <pybind11/pybind11.h>
-
-#include <new>
-#include <stdexcept>
-#include <string>
-
+#include "bindings.h"
 #include "cpu/engine.h"
-#include "memory.h"
 
 namespace py = pybind11;
 
 namespace {
 
-using hope::MatrixView;
 using hope::ScanProblem;
-using hope::TokenView;
-
-int64_t integer(PyObject* object) {
-  const long long value = PyLong_AsLongLong(object);
-  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-  return value;
-}
-
-void* address(PyObject* object) {
-  if (object == Py_None) return nullptr;
-  void* value = PyLong_AsVoidPtr(object);
-  if (!value && PyErr_Occurred()) throw py::error_already_set();
-  return value;
-}
-
-// Borrowed items of a tuple, taken one after the other.
-class Items {
- public:
-  Items(PyObject* tuple, const char* name, Py_ssize_t count = -1) : tuple_(tuple) {
-    if (!PyTuple_Check(tuple) || (count >= 0 && PyTuple_GET_SIZE(tuple) != count))
-      throw py::type_error(std::string(name) + " is not a tuple of the size the core expects");
-    size_ = PyTuple_GET_SIZE(tuple);
-  }
-  PyObject* next() {
-    if (position_ >= size_) throw py::type_error("a tuple is shorter than the core expects");
-    return PyTuple_GET_ITEM(tuple_, position_++);
-  }
-  int64_t number() { return integer(next()); }
-  void* pointer() { return address(next()); }
-  TokenView tokens() {
-    PyObject* object = next();
-    TokenView view;
-    if (object == Py_None) return view;
-    Items items(object, "a token tensor", 4);
-    view.data = items.pointer();
-    view.row = items.number();
-    view.token = items.number();
-    view.head = items.number();
-    return view;
-  }
-  MatrixView matrix() {
-    PyObject* object = next();
-    MatrixView view;
-    if (object == Py_None) return view;
-    Items items(object, "a matrix tensor", 6);
-    view.data = items.pointer();
-    view.dtype = static_cast<hope::DType>(items.number());
-    view.sequence = items.number();
-    view.head = items.number();
-    view.in = items.number();
-    view.out = items.number();
-    return view;
-  }
-  void matrices(MatrixView* views, const char* name) {
-    Items items(next(), name);
-    if (items.size_ > hope::kMaxWeights) throw py::type_error(std::string(name) + " has too many matrices");
-    for (Py_ssize_t i = 0; i < items.size_; ++i) views[i] = items.matrix();
-  }
-  hope::SegmentMemory segment() {
-    PyObject* object = next();
-    hope::SegmentMemory memory;
-    if (object == Py_None) return memory;
-    Items items(object, "a segment", 2);
-    memory.data = items.pointer();
-    memory.bytes = items.number();
-    return memory;
-  }
-  template <class Pointer>
-  void pointers(Pointer* found, const char* name) {
-    Items items(next(), name);
-    if (items.size_ > hope::kMaxWeights) throw py::type_error(std::string(name) + " has too many matrices");
-    for (Py_ssize_t i = 0; i < items.size_; ++i) found[i] = items.pointer();
-  }
-
- private:
-  PyObject* tuple_;
-  Py_ssize_t size_, position_ = 0;
-};
+using hope::bindings::Items;
+using hope::bindings::raise;
 
 ScanProblem read_problem(const py::tuple& vocabulary, const py::tuple& sizes, const py::tuple& tokens,
                          const py::tuple& coefficients, const py::tuple& states, int threads) {
@@ -139,15 +56,6 @@ ScanProblem read_problem(const py::tuple& vocabulary, const py::tuple& sizes, co
   problem.sequences = static_cast<const hope::Sequence*>(w.pointer());
   problem.threads = threads;
   return problem;
-}
-
-void raise(const hope::Status& status) {
-  switch (status.code) {
-    case hope::StatusCode::ok: return;
-    case hope::StatusCode::invalid_argument: throw py::value_error(status.message);
-    case hope::StatusCode::out_of_memory: throw std::bad_alloc();
-    case hope::StatusCode::unsupported: throw std::runtime_error(status.message);
-  }
 }
 
 // results: output, weights, momentum, weight checkpoints, momentum checkpoints, segment (None or address, bytes per task).
@@ -206,6 +114,18 @@ void scan_backward(const py::tuple& vocabulary, const py::tuple& sizes, const py
   raise(status);
 }
 
+void level_update(const py::tuple& tensors, const py::tuple& levels, float weight, float max_norm, int64_t norms,
+                  int threads) {
+  const hope::bindings::UpdateTables tables(tensors, levels);
+  const hope::LevelUpdateProblem problem = tables.problem(weight, max_norm, norms);
+  hope::Status status;
+  {
+    py::gil_scoped_release release;
+    status = hope::cpu::level_update(problem, threads);
+  }
+  raise(status);
+}
+
 std::string isa() {
   const char* problem = "";
   const hope::cpu::Variant* variant = hope::cpu::variant(&problem);
@@ -224,9 +144,10 @@ py::list isas() {
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
-  m.doc() = "The compiled CPU engine of hope_kernels.";
+  m.doc() = "The compiled engines of hope_kernels.";
   m.def("scan_forward", &scan_forward, "Run a chunked scan; see hope_kernels.backends.cpu.");
   m.def("scan_backward", &scan_backward, "Adjoint of a chunked scan; see hope_kernels.backends.cpu.");
+  m.def("level_update", &level_update, "Update tensors of several levels; see hope_kernels.backends.cpu.");
   m.def("isa", &isa, "Instruction set in use: the newest this processor has, or the one HOPE_KERNELS_CPU_ISA names.");
   m.def("isas", &isas, "Instruction sets this build and this processor share, newest first.");
   m.def(
@@ -243,4 +164,8 @@ PYBIND11_MODULE(_core, m) {
         return hope::cpu::copy_bandwidth(threads);
       },
       py::arg("threads"), "Measured bandwidth of a copy beyond the caches, bytes read plus written per second.");
+#if defined(HOPE_KERNELS_CUDA_ARCHITECTURES)
+  hope::bindings::add_cuda(m);
+  m.attr("cuda_architectures") = HOPE_KERNELS_CUDA_ARCHITECTURES;
+#endif
 }

@@ -101,11 +101,11 @@ struct BackwardResult {
   void* momentum[kMaxWeights];
 };
 
-enum class StatusCode : int32_t { ok = 0, invalid_argument = 1, out_of_memory = 2, unsupported = 3 };
+enum class StatusCode : int32_t { ok = 0, invalid_argument = 1, out_of_memory = 2, unsupported = 3, device_error = 4 };
 
 struct Status {
   StatusCode code = StatusCode::ok;
-  const char* message = "";  // static text
+  const char* message = "";  // static text, or the thread's until its next call
 };
 
 // Uniform problems: checkpoints of one sequence.

@@ -71,12 +71,12 @@ class Project:
         (self.hidden / "torch.py").write_text("raise SystemExit('setup.py imported torch')\n")
 
     def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        steering = ("HOPE_KERNELS_", "CXX", "CPPFLAGS", "LDFLAGS", "CMAKE_ARGS", "MAX_JOBS")
+        steering = ("HOPE_KERNELS_", "CXX", "CPPFLAGS", "LDFLAGS", "CMAKE_ARGS", "MAX_JOBS", "CUDA")
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(steering)}
         return subprocess.run(
             [sys.executable, *command],
             cwd=self.root,
-            env=inherited | {"PYTHONPATH": str(self.hidden)} | environment,
+            env=inherited | {"PYTHONPATH": str(self.hidden), "CUDACXX": "/nonexistent/nvcc"} | environment,
             capture_output=True,
             text=True,
         )
@@ -190,7 +190,8 @@ def test_a_required_core_that_cannot_be_built_fails_the_build(project: Project) 
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"HOPE_KERNELS_CUDA": "1"}, "this version of hope_kernels has no CUDA sources"),
+        ({"HOPE_KERNELS_CUDA": "1", "CUDACXX": "/nonexistent/nvcc"}, "HOPE_KERNELS_CUDA=1: /nonexistent/nvcc was not"),
+        ({"HOPE_KERNELS_CUDA_ARCHS": "sm_80"}, "HOPE_KERNELS_CUDA_ARCHS='sm_80': expected numbers"),
         ({"HOPE_KERNELS_CUDA": "yes"}, "HOPE_KERNELS_CUDA='yes': expected 0 or 1"),
         ({"HOPE_KERNELS_REQUIRE_CORE": "2", "CXX": "/nonexistent/c++"}, "HOPE_KERNELS_REQUIRE_CORE='2'"),
         ({"MAX_JOBS": "0"}, "MAX_JOBS='0': expected a positive whole number"),
@@ -206,10 +207,51 @@ def test_a_wrong_setting_fails_the_build_with_its_name(
     assert not (project.package / MODULE).exists()
 
 
-def test_a_cuda_build_that_is_declined_is_no_error(project: Project) -> None:
-    result = project.build(HOPE_KERNELS_CUDA="0", HOPE_KERNELS_CUDA_ARCHS="90", CXX="/nonexistent/c++")
-    assert result.returncode == 0
-    assert "HOPE_KERNELS_CUDA_ARCHS has no effect" in result.stderr
+# Takes the place of nvcc: what setup.py passes on is tested here, real kernels in tests/cuda_host.
+WITH_CUDA = """
+if(HOPE_KERNELS_CUDA)
+  if(FAIL_CUDA)
+    message(FATAL_ERROR "nvcc dislikes this compiler")
+  endif()
+  target_compile_definitions(_core PRIVATE ANSWER=2${HOPE_KERNELS_CUDA_ARCHS})
+endif()
+"""
+
+
+def stand_in_nvcc(project: Project) -> str:
+    (project.root / "CMakeLists.txt").write_text(CMAKE_LISTS + WITH_CUDA)
+    nvcc = project.root / "nvcc"
+    nvcc.write_text("#!/bin/sh\n")
+    nvcc.chmod(0o755)
+    return str(nvcc)
+
+
+@needs_compiler
+def test_the_cuda_kernels_are_built_where_nvcc_is_found(project: Project) -> None:
+    nvcc = stand_in_nvcc(project)
+    project.build(CUDACXX=nvcc, HOPE_KERNELS_CUDA_ARCHS="90")
+    assert project.answer() == "290"
+    assert project.info["cuda_reason"] is None
+    project.build(CUDACXX=nvcc, HOPE_KERNELS_CUDA="0")
+    assert project.answer() == "1"
+    assert project.info["cuda_reason"] == "HOPE_KERNELS_CUDA=0 left them out"
+    project.build(CUDACXX="/nonexistent/nvcc")
+    assert project.answer() == "1"
+    assert "/nonexistent/nvcc was not found" in project.info["cuda_reason"]
+
+
+@needs_compiler
+def test_cuda_kernels_that_do_not_compile_leave_the_rest_of_the_core_unless_required(project: Project) -> None:
+    environment = {"CUDACXX": stand_in_nvcc(project), "CMAKE_ARGS": "-DFAIL_CUDA=1"}
+    result = project.build(**environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert project.answer() == "1"
+    assert project.info["core"] == "built"
+    assert "nvcc dislikes this compiler" in project.info["cuda_reason"]
+    result = project.build(HOPE_KERNELS_CUDA="1", **environment)
+    assert result.returncode != 0
+    assert "nvcc dislikes this compiler" in result.stderr
+    assert not (project.package / MODULE).exists()
 
 
 @needs_compiler

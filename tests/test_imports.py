@@ -88,11 +88,11 @@ LAYERS = (
     ("cli", "bench", "integrations"),
     ("models",),
     ("layers",),
-    ("memory",),
+    ("memory", "optim"),
     ("backends",),
 )
 # Words that every layer shares: what a memory is, and what a backend is given.
-VOCABULARY = {"hope_kernels.memory.spec", "hope_kernels.backends.interface"}
+VOCABULARY = {"hope_kernels.memory.spec", "hope_kernels.backends.interface", "hope_kernels.optim.problem"}
 
 
 def layer_of(module: str) -> int | None:

@@ -5,7 +5,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 
+#include "../check.h"
 #include "thread_pool.h"
 
 namespace hope::cpu {
@@ -67,33 +69,6 @@ Choice choose() {
   return {nullptr, "HOPE_KERNELS_CPU_ISA names no instruction set of this build; want avx512, avx2 or baseline"};
 }
 
-Status invalid(const char* message) { return {StatusCode::invalid_argument, message}; }
-
-Status check(const ScanProblem& p) {
-  if (p.dim < 1) return invalid("dim must be positive");
-  if (p.form != Form::linear && p.hidden < 1) return invalid("hidden must be positive");
-  if (p.chunk_size < 1) return invalid("chunk_size must be positive");
-  if (p.checkpoint_interval < 1) return invalid("checkpoint_interval must be positive");
-  if (p.threads < 1) return invalid("threads must be positive");
-  if (p.batch < 0 || p.tokens < 0 || p.heads < 0 || p.sequence_count < 0 || p.chunks < 0 || p.pending_capacity < 0)
-    return invalid("sizes must not be negative");
-  if (!p.q.data && !p.k.data && p.batch * p.tokens * p.heads > 0) return invalid("neither q nor k is given");
-  if (!p.k.data != !p.v.data && p.batch * p.tokens * p.heads > 0) return invalid("k and v are given together or not at all");
-  if (!p.sequences && p.sequence_count != p.batch) return invalid("without a table there is one sequence per batch row");
-  if (!p.sequences && p.k.data && p.chunks != (p.pending_capacity + p.tokens) / p.chunk_size)
-    return invalid("chunks must be the number of complete chunks");
-  if (p.chunks > 0 && !p.step) return invalid("step is missing");
-  if (p.pending_capacity > 0 && p.chunks > 0 && (!p.pending_k.data || !p.pending_v.data))
-    return invalid("pending_k and pending_v are missing");
-  if (p.rule == Rule::dgd && (p.momentum_step || p.decay)) return invalid("dgd takes neither momentum nor decay");
-  if (p.rule == Rule::gd && p.retention) return invalid("gd takes decay, not retention");
-  if (!p.momentum_step != !p.momentum_carry || !p.momentum_step != !p.momentum_decay)
-    return invalid("momentum needs all three of its coefficients");
-  for (int i = 0; i < weight_count(p.form); ++i)
-    if (!p.weights[i].data) return invalid("a weight is missing");
-  return {};
-}
-
 }  // namespace
 
 const Variant* variant(const char** problem) {
@@ -118,7 +93,8 @@ Status run(const ScanProblem& problem, const Result& result, Status (*Variant::*
   const char* reason = "";
   const Variant* chosen = variant(&reason);
   if (!chosen) return {StatusCode::unsupported, reason};
-  const Status status = check(problem);
+  if (problem.threads < 1) return {StatusCode::invalid_argument, "threads must be positive"};
+  const Status status = check_problem(problem);
   if (status.code != StatusCode::ok) return status;
   if (problem.sequence_count == 0 || problem.heads == 0) return {};
   return (chosen->*pass)(problem, result);
@@ -149,6 +125,21 @@ Status scan_forward(const ScanProblem& problem, const ForwardResult& result) {
 
 Status scan_backward(const ScanProblem& problem, const BackwardResult& result) {
   return run(problem, result, &Variant::scan_backward);
+}
+
+Status level_update(const LevelUpdateProblem& problem, int threads) {
+  const char* reason = "";
+  const Variant* chosen = variant(&reason);
+  if (!chosen) return {StatusCode::unsupported, reason};
+  const Status status = check(problem);
+  if (status.code != StatusCode::ok) return status;
+  if (threads < 1) return {StatusCode::invalid_argument, "threads must be positive"};
+  if (problem.level_count == 0) return {};
+  const size_t sums = size_t(total_pieces(problem)), scales = size_t(problem.level_count);
+  const std::unique_ptr<float[]> scratch(new (std::nothrow) float[sums + scales]);
+  if (!scratch) return {StatusCode::out_of_memory, "no memory for the sums of squares"};
+  chosen->level_update(problem, scratch.get(), scratch.get() + sums, threads);
+  return {};
 }
 
 double fma_peak(int threads) {

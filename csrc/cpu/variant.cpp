@@ -1,5 +1,6 @@
 // The kernels for one instruction set: CMake compiles this file once per set, with its flags and its HOPE_ISA.
 #include "engine.h"
+#include "level_update.h"
 #include "scan.h"
 
 namespace hope::cpu::HOPE_ISA {
@@ -46,6 +47,6 @@ double multiply_add(int64_t rounds, float* sink) {
 #define HOPE_TEXT_(x) #x
 #define HOPE_TEXT(x) HOPE_TEXT_(x)
 extern const Variant kVariant;
-const Variant kVariant = {HOPE_TEXT(HOPE_ISA), scan_forward, scan_backward, multiply_add};
+const Variant kVariant = {HOPE_TEXT(HOPE_ISA), scan_forward, scan_backward, level_update, multiply_add};
 
 }  // namespace hope::cpu::HOPE_ISA

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["BackendStatus", "available_backends", "check_name", "implementation", "runs_together", "select"]
 
 _COMPILED = ("cpu", "triton")
-_MISSING = {"cuda": "this version of hope_kernels has no CUDA kernels"}
+_MISSING = {"cuda": "this version of hope_kernels has no scan in CUDA"}
 _REFERENCE = BackendStatus("reference", True, "eager PyTorch, chunk by chunk")
 # Fastest first, per device type: what `backend=None` tries in turn.
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}

@@ -8,20 +8,20 @@ on as many threads as ``torch.get_num_threads()`` says. Results do not depend on
 
 from __future__ import annotations
 
-import json
 from functools import cache
-from importlib import import_module, resources
+from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
 
-from hope_kernels.backends.interface import BackendStatus, ScanGradients, ScanProblem
+from hope_kernels.backends.interface import BackendStatus, ScanGradients, ScanProblem, build_info
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from hope_kernels.memory.spec import MemorySpec
+    from hope_kernels.optim.problem import UpdateProblem
 
 _FORMS = {"linear": 0, "mlp": 1, "glu": 2}
 _ACTIVATIONS = {"gelu_tanh": 0, "gelu": 1, "silu": 2, "relu2": 3}
@@ -35,9 +35,8 @@ _MatrixTuple = tuple[int, int, int, int, int, int]
 
 def _missing_reason() -> str:
     advice = "install a C++17 compiler and reinstall hope_kernels (pip install --force-reinstall .)"
-    try:
-        info = json.loads(resources.files("hope_kernels").joinpath("_build_info.json").read_text())
-    except (OSError, ValueError):
+    info = build_info()
+    if not info:
         return f"the compiled core hope_kernels._core is missing; {advice}"
     return f"the compiled core was not built: {info.get('reason') or 'no reason recorded'}; {advice}"
 
@@ -294,3 +293,23 @@ def scan_backward(
         torch.get_num_threads(),
     )
     return ScanGradients(*tokens, *coefficients, weights, momentum)
+
+
+def refuses_level_update(device: torch.device) -> str | None:
+    """None when an update of tensors on ``device`` can run, else the reason it cannot."""
+    state = status()
+    if not state:
+        return state.reason
+    return None if device.type == "cpu" else f"it needs CPU tensors, got {device}"
+
+
+def level_update(problem: UpdateProblem) -> Tensor:
+    """Updates in place and returns the norms ``[levels]``, as ``hope_kernels.optim`` says."""
+    core, state = _load()
+    if core is None:
+        raise RuntimeError(f"backend 'cpu' is not available: {state.reason}")
+    norms = torch.empty(len(problem.levels))
+    core.level_update(
+        *problem.tables(), problem.grad_scale, problem.max_norm or 0.0, norms.data_ptr(), torch.get_num_threads()
+    )
+    return norms

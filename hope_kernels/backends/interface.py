@@ -9,7 +9,9 @@ features, C chunk size, M chunk rows of the coefficient tensors, K checkpoint in
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from importlib import resources
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -43,6 +45,14 @@ class BackendStatus:
 
     def __bool__(self) -> bool:
         return self.available
+
+
+def build_info() -> dict[str, str | None]:
+    """What the install wrote down about the compiled core; empty where it wrote nothing."""
+    try:
+        return json.loads(resources.files("hope_kernels").joinpath("_build_info.json").read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 @dataclass(slots=True)

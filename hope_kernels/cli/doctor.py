@@ -21,6 +21,7 @@ from rich.text import Text
 
 import hope_kernels
 from hope_kernels.backends import available_backends
+from hope_kernels.backends.cuda import level_update_status
 from hope_kernels.bench.machine import processor_name
 
 # What setup.py wrote when it built the core, or could not.
@@ -51,7 +52,7 @@ TOOLS = {
     ),
     "cmake": Tool(("cmake",), "building the core; pip brings its own", "pip install cmake"),
     "ninja": Tool(("ninja",), "building the core; pip brings its own", "pip install ninja"),
-    "nvcc": Tool(("nvcc",), "nothing in this version, which has no CUDA sources", "NVIDIA's CUDA Toolkit"),
+    "nvcc": Tool(("nvcc",), "building the CUDA kernels", "NVIDIA's CUDA Toolkit"),
 }
 
 REBUILD = (
@@ -67,8 +68,8 @@ def collect() -> dict[str, Any]:
         ``machine``: processor, cores, instruction sets, memory in bytes, GPUs;
         ``versions``: of Python and the packages, None where one is not installed;
         ``tools``: by name ``version``, ``path`` (None where missing), ``needed_for`` and ``how`` to get it;
-        ``core``: ``built``, and either ``file``, ``isa``, ``isas`` or ``reason`` and ``how``; ``build`` is
-        what setup.py wrote down, None where it never ran;
+        ``core``: ``built``, and either ``file``, ``isa``, ``isas``, ``cuda`` (its kernels, or why there are none)
+        or ``reason`` and ``how``; ``build`` is what setup.py wrote down, None where it never ran;
         ``backends``: by name ``available`` and ``reason``.
     """
     return {
@@ -195,7 +196,8 @@ def _core() -> dict[str, Any]:
         reason = _why_no_core(build, error)
         return {"built": False, "reason": reason, "how": REBUILD, "build": build}
     isas = list(core.isas())
-    return {"built": True, "file": core.__file__, "isa": core.isa(), "isas": isas, "build": build}
+    cuda = level_update_status().reason
+    return {"built": True, "file": core.__file__, "isa": core.isa(), "isas": isas, "cuda": cuda, "build": build}
 
 
 def _why_no_core(build: dict[str, Any] | None, error: ImportError) -> str:
@@ -271,6 +273,7 @@ def _core_table(core: dict[str, Any]) -> Table:
         rows = [
             ("built", "yes"),
             ("instruction set", core["isa"] + (f" (also here: {', '.join(others)})" if others else "")),
+            ("CUDA kernels", core["cuda"]),
             ("file", core["file"]),
         ]
     else:

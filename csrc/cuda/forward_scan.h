@@ -1,0 +1,639 @@
+// Forward scan with the state on chip: one block of eight warps walks one (sequence, head) through its chunks.
+//
+// Roofline, per token of an mlp with objective l2: 14 D H FLOPs, of which the tensor cores do all but the activations;
+// 8 D bytes of tokens from and to global memory. The state (2 D H float32) stays in the registers of the block for the whole
+// sequence. What limits it: the activations' special functions, and the sum of F over the warps (8 D floats written and read
+// through shared memory for each token), beside the issue of tensor-core instructions.
+//
+// A chunk: (1) every warp applies its hidden units to a slice of 16 tokens, keys first, then queries; the warps' parts of
+// the output are summed in fixed order through shared memory, and become the errors of the keys, laid over the values, or
+// the outputs, laid over the queries; (2) every warp forms the errors of its hidden units from its rows of W_out as they were,
+// and adds its part of the products to the state. Numbers are rounded to 16 bits only as operands of products.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "activation.h"
+#include "cuda/ptx.h"
+#include "scan_place.h"
+#include "scan_state.h"
+
+namespace hope::cuda {
+
+// Tensors of tokens in shared memory, in this order; kQueries is left out where nothing is read.
+enum Tensor : int { kQueries = 0, kKeys = 1, kValues = 2, kTensors = 3 };
+
+struct ForwardParams {
+  ScanProblem problem;
+  ForwardResult result;
+  TokenView tokens[kTensors], pending[kTensors];  // those of the problem
+  ScanLayout layout;
+  void* workspace;      // of ParkedState, for the momentum
+  int64_t checkpoints;  // of one sequence, without a table
+  int span;             // tokens of a chunk, or of a piece that is only read
+  int rows;             // the same in whole slices
+  int stages;           // 2: the next chunk's tokens are loaded while one is computed
+  bool shared_read;     // queries are the keys: what a chunk's keys read is its output
+  bool vectors;         // token rows are whole and aligned: they move 16 bytes at a time
+};
+
+template <class Traits>
+class ForwardScan {
+ public:
+  using Element = typename Pair<Traits::kType>::Element;
+  using Numbers = Pair<Traits::kType>;
+
+  __device__ __forceinline__ ForwardScan(const ForwardParams& params, char* shared)
+      : params_(params), problem_(params.problem), shared_(shared), place_(block_shared<Place>()) {}
+
+  __device__ __forceinline__ void run() {
+    if (threadIdx.x == 0) block_shared<Place>() = place_of(problem_, blockIdx.x, params_.span);
+    // With two stages piece i + 1 is loaded while piece i is computed.
+    for (int next = 0;; ++next) {
+      cp_async_wait<0>();
+      __syncthreads();  // the place is known; everyone's share of the tokens is there; the stage loaded next is free
+      if (next < place_.pieces) load_tokens(next, next & (params_.stages - 1));
+      if (next == 0) load_initial();
+      if (params_.stages == 1) {
+        cp_async_wait<0>();
+        __syncthreads();  // everyone's share of the tokens is there
+      }
+      const int piece = next - (params_.stages - 1);
+      if (piece < 0) continue;
+      save_state(piece);
+      if (piece == place_.pieces) return;
+      const int stage = piece & (params_.stages - 1);
+      apply(piece, stage);
+      __syncthreads();  // the last slice's errors or outputs are complete
+      if (writes(piece)) write(piece, stage);
+      store_outputs(piece, stage);
+    }
+  }
+
+ private:
+  // ---- pieces of the sequence: its chunks, then what follows them and is only read ----------------------------------
+
+  __device__ __forceinline__ bool writes(int piece) const { return piece < place_.chunks; }
+  __device__ __forceinline__ bool reads() const { return problem_.q.data != nullptr; }
+  // Whether queries go through the memory, which those of a chunk need not where they are its keys.
+  __device__ __forceinline__ bool reads_alone(int piece) const {
+    return reads() && !(params_.shared_read && writes(piece));
+  }
+  // Tokens of a piece: rows [0, count) of its tensors in shared memory; queries from row first_query on.
+  __device__ __forceinline__ int token_count(int piece) const {
+    return int(min(place_.end - int64_t(piece) * params_.span, int64_t(params_.span)));
+  }
+  __device__ __forceinline__ int first_query(int piece) const {
+    return int(clamped(place_.seq.pending - int64_t(piece) * params_.span, 0, params_.span));
+  }
+
+  // ---- shared memory ------------------------------------------------------------------------------------------------
+
+  __device__ __forceinline__ Element* tensor(int stage, int t) const {
+    const int place = reads() ? t : t - 1;
+    return reinterpret_cast<Element*>(shared_ + params_.layout.tokens + stage * params_.layout.stage_bytes +
+                                      place * params_.layout.tensor_bytes);
+  }
+  // Partial sums of one slice: [warp][tile of D][lane] accumulators.
+  __device__ __forceinline__ float4* partial(int set) const {
+    return reinterpret_cast<float4*>(shared_ + params_.layout.partial + set * params_.layout.partial_bytes);
+  }
+  // What this thread keeps of a slice of keys; no other thread looks at it.
+  __device__ __forceinline__ uint4* kept(int slice) const {
+    return reinterpret_cast<uint4*>(shared_ + params_.layout.kept) + slice * Traits::kKept * Traits::kThreads + threadIdx.x;
+  }
+  // Address this lane gives for the 16x16 tile of a slice of `rows` that starts at a column.
+  __device__ __forceinline__ const Element* tile(const Element* rows, int slice, int column) const {
+    const int lane = threadIdx.x % kWarp;
+    return rows + (slice * kSlice + lane % 16) * Traits::kPitch + column + lane / 16 * 8;
+  }
+
+  // ---- tokens -------------------------------------------------------------------------------------------------------
+
+  // Starts loading the tokens of a piece, zeros around them: queries, and keys and values if it is a chunk.
+  __device__ __forceinline__ void load_tokens(int piece, int stage) const {
+    const int count = token_count(piece), end = writes(piece) ? kTensors : kKeys;
+#pragma unroll 1
+    for (int t = reads_alone(piece) ? kQueries : kKeys; t < end; ++t) {
+      const TokenView &fresh = params_.tokens[t], &pending = params_.pending[t];
+      const int first = t == kQueries ? first_query(piece) : 0;
+      Element* to = tensor(stage, t);
+      const auto token = [&](int row) {
+        const int64_t j = int64_t(piece) * params_.span + row;
+        return j < place_.seq.pending ? static_cast<const Element*>(pending.data) + place_.pending(pending, j)
+                                      : static_cast<const Element*>(fresh.data) + place_.fresh(fresh, j);
+      };
+      if (params_.vectors) {
+        constexpr int kParts = Traits::kDim / 8;
+        for (int i = threadIdx.x; i < params_.rows * kParts; i += Traits::kThreads) {
+          const int row = i / kParts, column = i % kParts * 8;
+          const bool inside = first <= row && row < count;
+          cp_async_16(to + row * Traits::kPitch + column, inside ? token(row) + column : fresh.data, inside);
+        }
+      } else {
+        for (int i = threadIdx.x; i < params_.rows * Traits::kDim; i += Traits::kThreads) {
+          const int row = i / Traits::kDim, column = i % Traits::kDim;
+          const bool inside = first <= row && row < count && column < problem_.dim;
+          to[row * Traits::kPitch + column] = inside ? token(row)[column] : Element(0.0f);
+        }
+      }
+    }
+    cp_async_commit();
+  }
+
+  __device__ __forceinline__ void store_outputs(int piece, int stage) const {
+    const TokenView& output = params_.result.output;
+    if (!output.data) return;
+    const int first = first_query(piece), count = token_count(piece);
+    const Element* from = tensor(stage, kQueries);
+    const auto token = [&](int row) {
+      return static_cast<Element*>(output.data) + place_.fresh(output, int64_t(piece) * params_.span + row);
+    };
+    if (params_.vectors) {
+      constexpr int kParts = Traits::kDim / 8;
+      for (int i = threadIdx.x + first * kParts; i < count * kParts; i += Traits::kThreads) {
+        const int row = i / kParts, column = i % kParts * 8;
+        *reinterpret_cast<uint4*>(token(row) + column) =
+            *reinterpret_cast<const uint4*>(from + row * Traits::kPitch + column);
+      }
+    } else {
+      for (int i = threadIdx.x + first * Traits::kDim; i < count * Traits::kDim; i += Traits::kThreads) {
+        const int row = i / Traits::kDim, column = i % Traits::kDim;
+        if (column < problem_.dim) token(row)[column] = from[row * Traits::kPitch + column];
+      }
+    }
+  }
+
+  // ---- state --------------------------------------------------------------------------------------------------------
+
+  __device__ __forceinline__ int64_t final_row() const { return place_.sequence * problem_.heads + place_.head; }
+  // The momentum does not fit on chip beside the weights: it is read and written once for each chunk, through L2.
+  __device__ __forceinline__ ParkedState<Traits> momentum() const { return {params_.workspace, blockIdx.x}; }
+
+  // The state is staged where partial sums lie at other times.
+  __device__ __forceinline__ float* staging() const { return reinterpret_cast<float*>(partial(0)); }
+
+  // Matrix of this (sequence, head), staged for all to see; the block moves on together from `use`.
+  template <bool kOut, class Use>
+  __device__ __forceinline__ void load_matrix(const MatrixView& view, const Use& use) const {
+    const StagedMatrix<Traits, kOut> staged(staging());
+    const int rows = kOut ? problem_.hidden : problem_.dim, columns = kOut ? problem_.dim : problem_.hidden;
+    const int64_t first = place_.sequence * view.sequence + place_.head * view.head;
+    if (!view.data)
+      staged.load(static_cast<const float*>(nullptr), view, 0, 0);
+    else if (view.dtype == DType::float32)
+      staged.load(static_cast<const float*>(view.data) + first, view, rows, columns);
+    else
+      staged.load(static_cast<const Element*>(view.data) + first, view, rows, columns);
+    __syncthreads();  // the matrix is staged
+    use(staged);
+    __syncthreads();  // nobody reads it any more
+  }
+  // The other way: `fill` stages this thread's numbers.
+  template <bool kOut, class Fill>
+  __device__ __forceinline__ void store_matrix(void* matrices, int64_t row, const Fill& fill) const {
+    if (!matrices) return;
+    const StagedMatrix<Traits, kOut> staged(staging());
+    const int rows = kOut ? problem_.hidden : problem_.dim, columns = kOut ? problem_.dim : problem_.hidden;
+    fill(staged);
+    __syncthreads();  // the matrix is staged
+    staged.store(static_cast<float*>(matrices) + row * rows * columns, rows, columns);
+    __syncthreads();  // nobody reads it any more
+  }
+
+  __device__ __forceinline__ void load_initial() {
+    if constexpr (Traits::kMomentum) {
+      const ParkedState<Traits> parked = momentum();
+      load_matrix<false>(problem_.momentum[0], [&](const StagedMatrix<Traits, false>& staged) {
+        each_in(state_, [&](int i, int j, float(&x)[4]) { staged.get(i, j, x), parked.in(i, j) = four(x); });
+      });
+      load_matrix<true>(problem_.momentum[1], [&](const StagedMatrix<Traits, true>& staged) {
+        each_out(state_, [&](int i, int j, float(&x)[4]) { staged.get(i, j, x), parked.out(i, j) = four(x); });
+      });
+    }
+    load_matrix<false>(problem_.weights[0], [&](const StagedMatrix<Traits, false>& staged) {
+      each_in(state_, [&](int i, int j, float(&x)[4]) { staged.get(i, j, x); });
+    });
+    load_matrix<true>(problem_.weights[1], [&](const StagedMatrix<Traits, true>& staged) {
+      each_out(state_, [&](int i, int j, float(&x)[4]) { staged.get(i, j, x); });
+    });
+  }
+
+  // Stores the state before a piece where a checkpoint or, behind the last piece, the result wants it.
+  __device__ __forceinline__ void save_state(int piece) {
+    const bool last = piece == place_.pieces;
+    const bool checkpoint = !last && piece > 0 && piece <= place_.chunks &&
+                            piece % int(problem_.checkpoint_interval) == 0 && params_.result.checkpoints[0];
+    if (!checkpoint && !(last && params_.result.weights[0])) return;
+    void* const* to = checkpoint ? params_.result.checkpoints : params_.result.weights;
+    const int64_t row = checkpoint ? place_.checkpoint_row(problem_, params_.checkpoints, piece) : final_row();
+    store_matrix<false>(to[0], row, [&](const StagedMatrix<Traits, false>& staged) {
+      each_in(state_, [&](int i, int j, float(&x)[4]) { staged.put(i, j, x); });
+    });
+    store_matrix<true>(to[1], row, [&](const StagedMatrix<Traits, true>& staged) {
+      each_out(state_, [&](int i, int j, float(&x)[4]) { staged.put(i, j, x); });
+    });
+    if constexpr (Traits::kMomentum) {
+      void* const* speeds = checkpoint ? params_.result.checkpoints + kMaxWeights : params_.result.momentum;
+      const ParkedState<Traits> parked = momentum();
+      store_matrix<false>(speeds[0], row, [&](const StagedMatrix<Traits, false>& staged) {
+        each_in(state_, [&](int i, int j, float(&)[4]) { staged.put(i, j, parked.in(i, j)); });
+      });
+      store_matrix<true>(speeds[1], row, [&](const StagedMatrix<Traits, true>& staged) {
+        each_out(state_, [&](int i, int j, float(&)[4]) { staged.put(i, j, parked.out(i, j)); });
+      });
+    }
+  }
+
+  // ---- (1) the memory applied to tokens -----------------------------------------------------------------------------
+
+  // z = X W_in of one slice, this warp's units.
+  __device__ __forceinline__ void project(float (&z)[Traits::kUnitTiles][4], const Element* rows, int slice) const {
+#pragma unroll
+    for (int n = 0; n < Traits::kUnitTiles; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) z[n][e] = 0.0f;
+#pragma unroll
+    for (int k = 0; k < Traits::kDimTiles / 2; ++k) {
+      uint32_t a[4];
+      ldmatrix(a, tile(rows, slice, 16 * k));
+#pragma unroll
+      for (int n = 0; n < Traits::kUnitTiles; ++n) {
+        const float(&low)[4] = state_.in[n / 2][2 * k], (&high)[4] = state_.in[n / 2][2 * k + 1];
+        const int e = n % 2 * 2;
+        Numbers::mma(z[n], a, {Numbers::pack(low[e], low[e + 1]), Numbers::pack(high[e], high[e + 1])});
+      }
+    }
+  }
+
+  // This warp's part of H W_out of one slice, for the sum over the warps. h[n] holds rows g and g + 8 of unit tile n.
+  __device__ __forceinline__ void multiply_out(const uint32_t (&h)[Traits::kUnitTiles][2], float4* sums) const {
+    sums += threadIdx.x / kWarp * (Traits::kDimTiles * kWarp) + threadIdx.x % kWarp;
+#pragma unroll
+    for (int j = 0; j < Traits::kDimTiles; ++j) {
+      float y[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+      for (int m = 0; m < Traits::kUnitTiles / 2; ++m) {
+        const uint32_t a[4] = {h[2 * m][0], h[2 * m][1], h[2 * m + 1][0], h[2 * m + 1][1]};
+        const float(&low)[4] = state_.out[j / 2][2 * m], (&high)[4] = state_.out[j / 2][2 * m + 1];
+        const int e = j % 2 * 2;
+        Numbers::mma(y, a, {Numbers::pack(low[e], low[e + 1]), Numbers::pack(high[e], high[e + 1])});
+      }
+      sums[j * kWarp] = float4{y[0], y[1], y[2], y[3]};
+    }
+  }
+
+  // Sums the warps' parts of a slice, warp 0 first, and calls finish(row, column, sum0, sum1) for pairs of columns.
+  template <class Finish>
+  __device__ __forceinline__ void sum_warps(const float4* sums, int slice, const Finish& finish) const {
+    constexpr int kCount = Traits::kDimTiles * kWarp;
+    for (int i = threadIdx.x; i < kCount; i += Traits::kThreads) {
+      float4 x = sums[i];
+#pragma unroll
+      for (int w = 1; w < Traits::kWarps; ++w) {
+        const float4 y = sums[w * kCount + i];
+        x.x += y.x, x.y += y.y, x.z += y.z, x.w += y.w;
+      }
+      const int row = slice * kSlice + i % kWarp / 4, column = i / kWarp * 8 + i % 4 * 2;
+      finish(row, column, x.x, x.y);
+      finish(row + 8, column, x.z, x.w);
+    }
+  }
+
+  static __device__ __forceinline__ uint32_t& pair_at(Element* rows, int row, int column) {
+    return *reinterpret_cast<uint32_t*>(rows + row * Traits::kPitch + column);
+  }
+
+  __device__ __forceinline__ const float* of_tokens(const void* steps, int piece) const {
+    return static_cast<const float*>(steps) + place_.coefficient_row(problem_, piece) * problem_.chunk_size;
+  }
+  // A power of two near the largest of a chunk's weights. float16 has few small numbers: its weights are rounded divided by
+  // this, and what is added to the state is multiplied by it. bfloat16 has float32's range and needs no scale.
+  __device__ __forceinline__ float scale_of(const void* steps, int piece) const {
+    if constexpr (Traits::kType == DType::bfloat16) return 1.0f;
+    const float* weights = of_tokens(steps, piece);
+    float most = 0.0f;
+    for (int t = threadIdx.x % kWarp; t < params_.span; t += kWarp) most = fmaxf(most, fabsf(weights[t]));
+#pragma unroll
+    for (int distance = kWarp / 2; distance > 0; distance /= 2)
+      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, distance));
+    return power_of_two_below(most);
+  }
+  // Weight of a row's error in a write, the sign of the step and of the objective's error included; 0 beyond the chunk.
+  __device__ __forceinline__ float weight(const void* steps, int piece, int row, float scale) const {
+    const float sign = problem_.objective == Objective::dot ? 1.0f : -1.0f;
+    return row < params_.span ? sign * of_tokens(steps, piece)[row] / scale : 0.0f;
+  }
+
+  // z <- act(z) of a slice.
+  __device__ __forceinline__ void activate_slice(float (&z)[Traits::kUnitTiles][4]) const {
+    with_activation<Traits::kType>(problem_.activation, [&](auto activate) {
+#pragma unroll
+      for (int n = 0; n < Traits::kUnitTiles; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          float slope;
+          activate(z[n][e], slope);
+        }
+    });
+  }
+
+  // The same for keys, whose hidden values and slopes are kept for the write. Without momentum both are kept already
+  // multiplied by their tokens' weights: one rounding fewer.
+  __device__ __forceinline__ void activate_keys(float (&z)[Traits::kUnitTiles][4], int piece, int slice,
+                                                float scale) const {
+    const Lane lane;
+    float w[2] = {1.0f, 1.0f};
+    if constexpr (!Traits::kMomentum) {
+      w[0] = weight(problem_.step, piece, slice * kSlice + lane.group, scale);
+      w[1] = weight(problem_.step, piece, slice * kSlice + lane.group + 8, scale);
+    }
+    uint32_t hidden[Traits::kUnitTiles][2], slopes[Traits::kUnitTiles][2];
+    with_activation<Traits::kType>(problem_.activation, [&](auto activate) {
+#pragma unroll
+      for (int n = 0; n < Traits::kUnitTiles; ++n)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          float &z0 = z[n][2 * r], &z1 = z[n][2 * r + 1], slope0, slope1;
+          activate(z0, slope0);
+          activate(z1, slope1);
+          hidden[n][r] = Numbers::pack(w[r] * z0, w[r] * z1);
+          slopes[n][r] = Numbers::pack(w[r] * slope0, w[r] * slope1);
+        }
+    });
+    store_kept(slice, 0, hidden);
+    store_kept(slice, 1, slopes);
+  }
+
+  // Part 0: hidden values; part 1: slopes.
+  __device__ __forceinline__ void store_kept(int slice, int part, const uint32_t (&x)[Traits::kUnitTiles][2]) const {
+    uint4* to = kept(slice) + part * (Traits::kKept / 2) * Traits::kThreads;
+#pragma unroll
+    for (int n = 0; n < Traits::kUnitTiles; n += 2)
+      to[n / 2 * Traits::kThreads] = uint4{x[n][0], x[n][1], x[n + 1][0], x[n + 1][1]};
+  }
+  __device__ __forceinline__ void load_kept(int slice, int part, uint32_t (&x)[Traits::kUnitTiles][2]) const {
+    const uint4* from = kept(slice) + part * (Traits::kKept / 2) * Traits::kThreads;
+#pragma unroll
+    for (int n = 0; n < Traits::kUnitTiles; n += 2) {
+      const uint4 y = from[n / 2 * Traits::kThreads];
+      x[n][0] = y.x, x[n][1] = y.y, x[n + 1][0] = y.z, x[n + 1][1] = y.w;
+    }
+  }
+
+  // Keys: what the write needs of them, and their errors over the values. Queries: their outputs over themselves.
+  __device__ __forceinline__ void apply(int piece, int stage) {
+    const Objective objective = problem_.objective;
+    const bool self = objective == Objective::self;
+    const int key_slices = writes(piece) ? params_.rows / kSlice : 0;
+    // Queries of slices that hold only pending tokens were read by an earlier call.
+    const int first = first_query(piece), count = token_count(piece);
+    const int first_slice = first / kSlice;
+    const int query_slices = reads_alone(piece) && first < count ? (count + kSlice - 1) / kSlice - first_slice : 0;
+    const float scale = key_slices > 0 ? scale_of(problem_.step, piece) : 1.0f;
+    for (int i = 0; i < key_slices + query_slices; ++i) {
+      const bool is_key = i < key_slices;
+      const int slice = is_key ? i : i - key_slices + first_slice;
+      float h[Traits::kUnitTiles][4];
+      project(h, is_key ? tensor(stage, kKeys) : tensor(stage, kQueries), slice);
+      if (is_key)
+        activate_keys(h, piece, slice, scale);
+      else
+        activate_slice(h);
+      // The errors of `dot` and `error` do not depend on the memory.
+      if (is_key && (objective == Objective::dot || objective == Objective::error)) continue;
+      if (is_key && self) {
+        // f(k) - f(v) is one product: that of the difference of their hidden values.
+        float target[Traits::kUnitTiles][4];
+        project(target, tensor(stage, kValues), slice);
+        activate_slice(target);
+#pragma unroll
+        for (int n = 0; n < Traits::kUnitTiles; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) h[n][e] -= target[n][e];
+      }
+      uint32_t hidden[Traits::kUnitTiles][2];
+      pack(hidden, h);
+      float4* sums = partial(i & 1);
+      multiply_out(hidden, sums);
+      __syncthreads();  // every warp's part of this slice is there; the set before this one is free
+      const float residual = problem_.residual ? 1.0f : 0.0f;
+      const bool shared_read = is_key && params_.shared_read;
+      Element* from = is_key ? tensor(stage, kKeys) : tensor(stage, kQueries);
+      Element* to = is_key ? tensor(stage, kValues) : tensor(stage, kQueries);
+      sum_warps(sums, slice, [&](int row, int column, float x0, float x1) {
+        const float2 x = Numbers::unpack(pair_at(from, row, column));
+        uint32_t& place = pair_at(to, row, column);
+        x0 = fmaf(residual, x.x, x0), x1 = fmaf(residual, x.y, x1);
+        if (shared_read) pair_at(tensor(stage, kQueries), row, column) = Numbers::pack(x0, x1);
+        if (is_key) {
+          const float2 v = Numbers::unpack(place);
+          const float of_target = self ? residual : 1.0f;
+          x0 = fmaf(-of_target, v.x, x0), x1 = fmaf(-of_target, v.y, x1);
+        }
+        place = Numbers::pack(x0, x1);
+      });
+    }
+  }
+
+  // ---- (2) the state after the chunk --------------------------------------------------------------------------------
+
+  static __device__ __forceinline__ void pack(uint32_t (&to)[Traits::kUnitTiles][2],
+                                              const float (&x)[Traits::kUnitTiles][4], float w0 = 1.0f, float w1 = 1.0f) {
+#pragma unroll
+    for (int n = 0; n < Traits::kUnitTiles; ++n) {
+      to[n][0] = Numbers::pack(w0 * x[n][0], w0 * x[n][1]);
+      to[n][1] = Numbers::pack(w1 * x[n][2], w1 * x[n][3]);
+    }
+  }
+  // The same, every row times its token's weight.
+  __device__ __forceinline__ void pack_weighted(uint32_t (&to)[Traits::kUnitTiles][2],
+                                                const float (&x)[Traits::kUnitTiles][4], const void* steps, int piece,
+                                                int slice, float scale) const {
+    const Lane lane;
+    pack(to, x, weight(steps, piece, slice * kSlice + lane.group, scale),
+         weight(steps, piece, slice * kSlice + lane.group + 8, scale));
+  }
+  __device__ __forceinline__ void weigh(uint32_t (&x)[Traits::kUnitTiles][2], const void* steps, int piece, int slice,
+                                        float scale) const {
+    float wide[Traits::kUnitTiles][4];
+#pragma unroll
+    for (int n = 0; n < Traits::kUnitTiles; ++n)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float2 y = Numbers::unpack(x[n][r]);
+        wide[n][2 * r] = y.x, wide[n][2 * r + 1] = y.y;
+      }
+    pack_weighted(x, wide, steps, piece, slice, scale);
+  }
+  static __device__ __forceinline__ void turn(uint32_t (&x)[Traits::kUnitTiles][2]) {
+#pragma unroll
+    for (int n = 0; n < Traits::kUnitTiles; ++n)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) x[n][r] = movmatrix(x[n][r]);
+  }
+
+  // in[d] += E^T K of one slice for 16 units: e = two unit tiles of E, turned.
+  template <int kTiles>
+  __device__ __forceinline__ void add_in(float (&in)[kTiles][4], const uint32_t (&e0)[2],
+                                         const uint32_t (&e1)[2], int k, const uint32_t (&b)[4]) const {
+    const uint32_t a[4] = {e0[0], e1[0], e0[1], e1[1]};
+    Numbers::mma(in[2 * k], a, {b[0], b[1]});
+    Numbers::mma(in[2 * k + 1], a, {b[2], b[3]});
+  }
+
+  __device__ __forceinline__ float of_chunk(const void* coefficients, int piece, float absent) const {
+    return coefficients ? static_cast<const float*>(coefficients)[place_.coefficient_row(problem_, piece)] : absent;
+  }
+
+  __device__ __forceinline__ void multiply_state(float factor) {
+    const auto multiply = [&](int, int, float(&x)[4]) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x[e] *= factor;
+    };
+    each_in(state_, multiply);
+    each_out(state_, multiply);
+  }
+
+  __device__ __forceinline__ void write(int piece, int stage) {
+    const int slices = params_.rows / kSlice;
+    const Element *k = tensor(stage, kKeys), *delta = tensor(stage, kValues);
+    // W_out as it was: the B fragments of its transpose.
+    uint32_t turned[Traits::kDimTiles / 2][Traits::kUnitTiles][2];
+#pragma unroll
+    for (int p = 0; p < Traits::kDimTiles / 2; ++p) {
+#pragma unroll
+      for (int n = 0; n < Traits::kUnitTiles; ++n) {
+        const float(&w)[4] = state_.out[p][n];
+        turned[p][n][0] = Numbers::pack(w[0], w[1]);
+        turned[p][n][1] = Numbers::pack(w[2], w[3]);
+      }
+      turn(turned[p]);
+    }
+    const float decay = of_chunk(problem_.decay, piece, 1.0f);
+    const float scale = scale_of(problem_.step, piece);
+    const float speed_scale = Traits::kMomentum ? scale_of(problem_.momentum_step, piece) : 1.0f;
+    multiply_state(decay / scale);
+    for (int s = 0; s < slices; ++s) {
+      // E = (delta W_out^T) * act'(z), rows g and g + 8 of each unit tile.
+      uint32_t errors[Traits::kUnitTiles][2];
+      {
+        float e[Traits::kUnitTiles][4];
+#pragma unroll
+        for (int n = 0; n < Traits::kUnitTiles; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) e[n][i] = 0.0f;
+#pragma unroll
+        for (int p = 0; p < Traits::kDimTiles / 2; ++p) {
+          uint32_t a[4];
+          ldmatrix(a, tile(delta, s, 16 * p));
+#pragma unroll
+          for (int n = 0; n < Traits::kUnitTiles; ++n)
+            Numbers::mma(e[n], a, turned[p][n]);
+        }
+        load_kept(s, 1, errors);
+#pragma unroll
+        for (int n = 0; n < Traits::kUnitTiles; ++n)
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            const float2 slope = Numbers::unpack(errors[n][r]);
+            e[n][2 * r] *= slope.x, e[n][2 * r + 1] *= slope.y;
+          }
+        if constexpr (Traits::kMomentum) {
+          // Those of the momentum's write take the place of the slopes.
+          pack_weighted(errors, e, problem_.momentum_step, piece, s, speed_scale);
+          store_kept(s, 1, errors);
+          pack_weighted(errors, e, problem_.step, piece, s, scale);
+        } else {
+          pack(errors, e);
+        }
+      }
+      uint32_t hidden[Traits::kUnitTiles][2];
+      load_kept(s, 0, hidden);
+      if constexpr (Traits::kMomentum) weigh(hidden, problem_.step, piece, s, scale);
+      turn(errors);
+#pragma unroll
+      for (int j = 0; j < Traits::kDimTiles / 2; ++j) {
+        uint32_t b[4];
+        ldmatrix_transposed(b, tile(k, s, 16 * j));
+#pragma unroll
+        for (int i = 0; i < Traits::kUnitTiles / 2; ++i) add_in(state_.in[i], errors[2 * i], errors[2 * i + 1], j, b);
+      }
+      turn(hidden);
+#pragma unroll
+      for (int p = 0; p < Traits::kDimTiles / 2; ++p) add_out(state_.out[p], hidden, delta, s, p);
+    }
+    if constexpr (Traits::kType == DType::float16) multiply_state(scale);
+    if constexpr (Traits::kMomentum) write_momentum(piece, k, delta, slices, speed_scale);
+  }
+
+  // out[n] += delta^T H of one slice for 16 features: hidden values turned.
+  __device__ __forceinline__ void add_out(float (&out)[Traits::kUnitTiles][4], const uint32_t (&hidden)[Traits::kUnitTiles][2],
+                                          const Element* delta, int slice, int p) const {
+    uint32_t m[4];
+    ldmatrix_transposed(m, tile(delta, slice, 16 * p));
+    const uint32_t a[4] = {m[0], m[2], m[1], m[3]};
+#pragma unroll
+    for (int n = 0; n < Traits::kUnitTiles; ++n) Numbers::mma(out[n], a, hidden[n]);
+  }
+
+  // W += carry S;  S <- momentum_decay S - U^T diag(momentum_step) E, a few tiles at a time.
+  __device__ __forceinline__ void write_momentum(int piece, const Element* k, const Element* delta, int slices, float scale) {
+    constexpr int kTogether = 4;  // tiles of W_in: more do not fit beside the state
+    const ParkedState<Traits> parked = momentum();
+    const float carry = of_chunk(problem_.momentum_carry, piece, 0.0f);
+    const float decay = of_chunk(problem_.momentum_decay, piece, 0.0f);
+    const auto begin = [&](float(&w)[4], float(&speed)[4], const float4& s) {
+      const float old[4] = {s.x, s.y, s.z, s.w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        w[e] = fmaf(carry, old[e], w[e]);
+        speed[e] = decay / scale * old[e];
+      }
+    };
+#pragma unroll
+    for (int i = 0; i < Traits::kUnitTiles / 2; ++i)
+#pragma unroll
+      for (int first = 0; first < Traits::kDimTiles; first += kTogether) {
+        float speed[kTogether][4];
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j) begin(state_.in[i][first + j], speed[j], parked.in(i, first + j));
+        for (int s = 0; s < slices; ++s) {
+          uint32_t errors[Traits::kUnitTiles][2];
+          load_kept(s, 1, errors);
+          turn(errors);
+#pragma unroll
+          for (int j = 0; j < kTogether / 2; ++j) {
+            uint32_t b[4];
+            ldmatrix_transposed(b, tile(k, s, 8 * first + 16 * j));
+            add_in(speed, errors[2 * i], errors[2 * i + 1], j, b);
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j) parked.in(i, first + j) = four(speed[j], scale);
+      }
+#pragma unroll
+    for (int i = 0; i < Traits::kDimTiles / 2; ++i) {
+      float speed[Traits::kUnitTiles][4];
+#pragma unroll
+      for (int j = 0; j < Traits::kUnitTiles; ++j) begin(state_.out[i][j], speed[j], parked.out(i, j));
+      for (int s = 0; s < slices; ++s) {
+        uint32_t hidden[Traits::kUnitTiles][2];
+        load_kept(s, 0, hidden);
+        weigh(hidden, problem_.momentum_step, piece, s, scale);
+        turn(hidden);
+        add_out(speed, hidden, delta, s, i);
+      }
+#pragma unroll
+      for (int j = 0; j < Traits::kUnitTiles; ++j) parked.out(i, j) = four(speed[j], scale);
+    }
+  }
+
+  const ForwardParams& params_;
+  const ScanProblem& problem_;
+  char* const shared_;
+  const Place& place_;  // in shared memory: registers are for the state
+  ScanState<Traits> state_;
+};
+
+}  // namespace hope::cuda
