@@ -113,6 +113,7 @@ SIZES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("momentum", [False, True], ids=["plain", "momentum"])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -127,6 +128,7 @@ def test_any_size_that_fits_stays_within_twice_the_eager_error(host, sizes, mome
     assert_close_to_truth(problem if dtype == torch.float16 else with_mild_retention(problem), dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "silu", "relu2"])
 @pytest.mark.parametrize("objective", ["l2", "dot", "error", "self"])
