@@ -8,12 +8,17 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+from hope_kernels.backends.triton import OLDEST
+
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+INSTALLED = importlib.util.find_spec("triton") is not None
+TOO_OLD = INSTALLED and tuple(map(int, version("triton").split(".")[:2])) < OLDEST
+pytestmark = pytest.mark.skipif(not INSTALLED or TOO_OLD, reason=f"Triton {OLDEST} or newer is not installed")
 
 
 def run(*command: str, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess[str]:
