@@ -11,7 +11,7 @@ import gc
 import json
 import statistics
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 
 import torch
@@ -300,8 +300,8 @@ def tune(setting: Setting) -> dict:
     """The resident kernels' configurations at G64 and G16, and the tiles of products at GL, timed.
 
     The fastest configurations go to a table in the suite's folder: ``HOPE_KERNELS_TRITON_CONFIGURATIONS=<that file>``
-    makes the engine use it. Tiles are no part of that table: their times are reported. All candidates are compiled side
-    by side at first, so that timing them waits for no compiler.
+    makes the engine use it. A tile is tried for several products at once: its times are reported, not written. All
+    candidates are compiled side by side at first, so that timing them waits for no compiler.
     """
     compiling = [f"compiling:{subject}:{i}" for subject in TUNED for i in range(len(CANDIDATES))]
     compiling = [f"tiles:GL:{i}" for i in range(len(TILES))] + compiling  # these take longest
@@ -391,34 +391,31 @@ def tune_part(setting: Setting, kernel: str, name: str) -> dict:
     return found.result()
 
 
-# Sums a program holds at once, and the tile tried for such products: rows, columns, inner, warps, stages.
+# Products that add up one matrix, and those fused with more; tiles tried: rows, columns, inner, warps, stages.
+PLAIN = tuple(f"tiled_{name}" for name in ("output", "write", "delta_adjoint", "token_adjoint", "state_adjoint"))
+FUSED = tuple(f"tiled_{name}" for name in ("hidden", "errors", "hidden_adjoint", "errors_adjoint"))
 TILES = (
-    None,  # those of the engine
-    (1, (128, 128, 64, 8, 4)),
-    (1, (128, 128, 64, 4, 3)),
-    (1, (128, 256, 64, 8, 3)),
-    (1, (256, 128, 64, 8, 3)),
-    (2, (128, 64, 64, 4, 4)),
-    (2, (128, 128, 64, 8, 3)),
-    (4, (64, 64, 64, 8, 3)),
-    (4, (128, 64, 64, 8, 3)),
+    None,  # those of the table
+    (PLAIN, (128, 128, 64, 8, 4)),
+    (PLAIN, (128, 128, 64, 4, 3)),
+    (PLAIN, (128, 256, 64, 8, 3)),
+    (PLAIN, (256, 128, 64, 8, 3)),
+    (FUSED, (128, 64, 64, 4, 4)),
+    (FUSED, (128, 128, 64, 8, 3)),
+    (FUSED, (64, 64, 64, 8, 3)),
+    (FUSED, (128, 64, 64, 8, 3)),
 )
 
 
-@contextmanager
-def tiles(candidate: tuple[int, tuple[int, ...]] | None) -> Iterator[None]:
-    """Inside, products of 16-bit operands and that many sums are cut into these tiles."""
-    from hope_kernels.backends.triton import tiled_tiles as engine
+def tiles(candidate: tuple[tuple[str, ...], tuple[int, ...]] | None) -> AbstractContextManager[None]:
+    """Inside, those products are cut into these tiles."""
+    from hope_kernels.backends.triton.configurations import Configuration, assume
 
-    before = dict(engine.TILES)
-    if candidate is not None:
-        engine.TILES[2, candidate[0]] = candidate[1]
-    engine.choose_tile.cache_clear()
-    try:
-        yield
-    finally:
-        engine.TILES.update(before)
-        engine.choose_tile.cache_clear()
+    if candidate is None:
+        return nullcontext()
+    names = ("rows", "columns", "inner", "num_warps", "num_stages")
+    configuration = Configuration.of(**dict(zip(names, candidate[1], strict=True)))
+    return assume(dict.fromkeys(candidate[0], configuration))
 
 
 def tiles_part(setting: Setting, name: str, only: str | None = None) -> dict:
@@ -451,7 +448,7 @@ def tiles_part(setting: Setting, name: str, only: str | None = None) -> dict:
                 {
                     "kernel": f"tiled, {mode}",
                     "shape": name,
-                    "settings": {} if each is None else {"sums": each[0], "tile": "/".join(map(str, each[1]))},
+                    "settings": {} if each is None else {"of": " ".join(each[0]), "tile": "/".join(map(str, each[1]))},
                     "present": each is None,
                     "ms": statistics.median(times) * 1e3,
                     "reason": None,
