@@ -7,6 +7,7 @@ reads zeros and a test fails, where else the process would.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -93,7 +94,7 @@ def results_of(plan: str, problem: ScanProblem, d_output: Tensor, d_weights: lis
     """Output, final weights and every gradient."""
     engine = implementation(f"triton:{plan}")
     output, weights, _, saved = engine.scan_forward(problem, save=True)
-    gradients = engine.scan_backward(problem, saved, d_output, d_weights, [None] * len(weights))
+    gradients = engine.scan_backward(problem, saved, d_output, d_weights, [])
     return [output, *weights, *(g for g in gradients[:11] if g is not None), *gradients.weights]
 
 
@@ -153,9 +154,9 @@ def test_the_last_tokens_of_tensors_of_more_than_two_to_the_31_elements_are_read
     far = replace(near, sequences=table(total - length), **{name: long(getattr(near, name)) for name in "qkv"})
     d_far = long(d_output)
 
-    def zeros(shape: torch.Size, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        large = shape.numel() >= BEYOND
-        return room(shape.numel(), dtype).view(shape) if large else ZEROS(shape, dtype=dtype, device=device)
+    def zeros(shape: tuple[int, ...], *, dtype: torch.dtype | None = None, device: torch.device) -> Tensor:
+        size = math.prod(shape)
+        return room(size, dtype).view(shape) if size >= BEYOND else ZEROS(shape, dtype=dtype, device=device)
 
     # Results of that size are filled with zeros first: here they are zeros that nothing had to write.
     monkeypatch.setattr(torch, "zeros", zeros)
