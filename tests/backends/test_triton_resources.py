@@ -68,6 +68,11 @@ def test_a_kernel_beyond_its_registers_fails_the_gate_with_spills_in_its_innermo
     assert any(failure.startswith("spills: ") for failure in found["failures"])
 
 
+@pytest.mark.parametrize(("plan", "kernel"), [("resident", "forward_kernel"), ("tiled", "write_kernel")])
+def test_sizes_of_one_which_triton_makes_constants_compile(plan, kernel):
+    assert kernel in compiled("single", plan)["kernels"]
+
+
 def test_kernels_of_the_interpreter_are_refused():
     message = compiled("interpreted", TRITON_INTERPRET="1")["message"]
     assert "sum_of_squares" in message and "TRITON_INTERPRET" in message

@@ -59,6 +59,20 @@ def shipped(architecture: str, *wanted: str) -> dict:
     return {name: [row.as_dict() for row in examine(subjects[name])] for name in wanted}
 
 
+def single(plan: str) -> dict:
+    """The names of the kernels compiled for one sequence, head, chunk and, with a chunk of one, token."""
+    from importlib import import_module
+
+    from hope_kernels.backends.triton.compile_only import meta_problem
+    from hope_kernels.memory.spec import MemorySpec
+
+    engine = import_module(f"hope_kernels.backends.triton.{plan}")
+    sizes = {"batch": 1, "tokens": 1, "heads": 1, "dim": 16, "hidden": 16, "chunk_size": 1}
+    with compile_only(ARCHITECTURES["sm_90"]) as launches:
+        engine.scan_forward(meta_problem(MemorySpec(), dtype=torch.float16, **sizes), save=True)
+    return {"kernels": [launch.kernel for launch in launches]}
+
+
 def interpreted() -> dict:
     """The message when kernels were defined for the interpreter."""
     try:
