@@ -68,9 +68,12 @@ def test_a_kernel_beyond_its_registers_fails_the_gate_with_spills_in_its_innermo
     assert any(failure.startswith("spills: ") for failure in found["failures"])
 
 
-@pytest.mark.parametrize(("plan", "kernel"), [("resident", "forward_kernel"), ("tiled", "write_kernel")])
-def test_sizes_of_one_which_triton_makes_constants_compile(plan, kernel):
-    assert kernel in compiled("single", plan)["kernels"]
+@pytest.mark.parametrize(("plan", "kernel"), [("resident", "backward_kernel"), ("tiled", "write_kernel")])
+def test_sizes_of_one_compile_and_no_other_sizes_compile_anew(plan, kernel):
+    counts = compiled("variants", plan)
+    assert kernel in counts
+    for five, all_sizes in counts.values():
+        assert five == all_sizes
 
 
 def test_kernels_of_the_interpreter_are_refused():

@@ -59,18 +59,26 @@ def shipped(architecture: str, *wanted: str) -> dict:
     return {name: [row.as_dict() for row in examine(subjects[name])] for name in wanted}
 
 
-def single(plan: str) -> dict:
-    """The names of the kernels compiled for one sequence, head, chunk and, with a chunk of one, token."""
+def variants(plan: str) -> dict:
+    """By kernel, how often it is compiled for five sequences, tokens and pending tokens, and for five, 1 and 16."""
     from importlib import import_module
 
     from hope_kernels.backends.triton.compile_only import meta_problem
     from hope_kernels.memory.spec import MemorySpec
 
     engine = import_module(f"hope_kernels.backends.triton.{plan}")
-    sizes = {"batch": 1, "tokens": 1, "heads": 1, "dim": 16, "hidden": 16, "chunk_size": 1}
-    with compile_only(ARCHITECTURES["sm_90"]) as launches:
-        engine.scan_forward(meta_problem(MemorySpec(), dtype=torch.float16, **sizes), save=True)
-    return {"kernels": [launch.kernel for launch in launches]}
+    fixed = {"heads": 1, "dim": 16, "hidden": 16, "chunk_size": 1, "dtype": torch.float16}
+    counts: dict[str, list[int]] = {}
+    for numbers in ((5,), (5, 1, 16)):
+        with compile_only(ARCHITECTURES["sm_90"]) as launches:
+            for n in numbers:
+                problem = meta_problem(MemorySpec(), batch=n, tokens=n, pending=n, **fixed)
+                _, _, _, saved = engine.scan_forward(problem, save=True)
+                engine.scan_backward(problem, saved, problem.q, [None, None], [])
+        for kernel in {launch.kernel for launch in launches}:
+            hashes = {launch.compiled.hash for launch in launches if launch.kernel == kernel}
+            counts.setdefault(kernel, []).append(len(hashes))
+    return counts
 
 
 def interpreted() -> dict:

@@ -9,7 +9,7 @@ import triton.language as tl
 from triton import next_power_of_2
 
 from hope_kernels.backends.triton import configurations
-from hope_kernels.backends.triton.operands import Coefficients, MatrixView, Plan, Problem, Sizes, TokenView
+from hope_kernels.backends.triton.operands import Coefficients, MatrixView, Plan, Problem, Sizes, TokenView, encoded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,14 +53,14 @@ def problem_arguments(problem: ScanProblem) -> tuple[Problem, Sizes]:
     )
     batch, length = problem.tokens.shape[:2]
     sizes = Sizes(
-        sequences=problem.sequence_count,
-        tokens=length,
-        pending=0 if problem.pending_k is None else problem.pending_k.shape[1],
-        chunks=problem.chunks,
-        first_chunk=problem.first_chunk,
-        interval=problem.checkpoint_interval,
-        bptt_chunks=problem.bptt_chunks,
-        rows=batch,
+        sequences=encoded(problem.sequence_count),
+        tokens=encoded(length),
+        pending=encoded(0 if problem.pending_k is None else problem.pending_k.shape[1]),
+        chunks=encoded(problem.chunks),
+        first_chunk=encoded(problem.first_chunk),
+        interval=encoded(problem.checkpoint_interval),
+        bptt_chunks=encoded(problem.bptt_chunks),
+        rows=encoded(batch),
     )
     return described, sizes
 

@@ -66,7 +66,11 @@ class State(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What changes from call to call and is not worth a compilation: never specialised on."""
+    """What changes from call to call and is not worth a compilation.
+
+    Triton compiles anew for an integer in a tuple that is 1, or divisible by 16, whatever a kernel asks for. So each is
+    handed over as the odd number that :func:`encoded` makes of it, and read through :func:`size`.
+    """
 
     sequences: Any  # S
     tokens: Any  # T
@@ -76,6 +80,17 @@ class Sizes(NamedTuple):
     interval: Any  # K, chunks between two checkpoints
     bptt_chunks: Any
     rows: Any  # B
+
+
+def encoded(number: int) -> int:
+    """``number`` as a kernel gets it: neither 1 nor divisible by 16."""
+    return 2 * number + 3
+
+
+@triton.jit
+def size(number):
+    """A field of :class:`Sizes` as it was before :func:`encoded`."""
+    return (number - 3) >> 1
 
 
 @dataclass(frozen=True)
@@ -155,18 +170,17 @@ def find_place(problem, sizes, s, n, plan: tl.constexpr):
     """The place of sequence ``s`` and head ``n``. Values of a table are kept inside the tensors whatever they are."""
     s = s.to(tl.int64)
     n = n.to(tl.int64)
-    # A size of 1 is a constant to the compiler, which has no ``.to``.
-    tokens = tl.cast(sizes.tokens, tl.int64)
+    tokens = size(sizes.tokens).to(tl.int64)
     row = s
     start = tokens * 0
     length = tokens
-    pending = tl.cast(sizes.pending, tl.int64)
-    chunks = tl.cast(sizes.chunks, tl.int64)
+    pending = size(sizes.pending).to(tl.int64)
+    chunks = size(sizes.chunks).to(tl.int64)
     chunk_row = s * chunks
-    chunk_index = tl.cast(sizes.first_chunk, tl.int64)
+    chunk_index = size(sizes.first_chunk).to(tl.int64)
     if problem.sequences is not None:
         table = problem.sequences + s * 6
-        row = tl.minimum(tl.maximum(tl.load(table), 0), sizes.rows - 1)
+        row = tl.minimum(tl.maximum(tl.load(table), 0), size(sizes.rows) - 1)
         start = tl.minimum(tl.maximum(tl.load(table + 1), 0), tokens)
         length = tl.minimum(tl.maximum(tl.load(table + 2), 0), tokens - start)
         pending = tl.minimum(tl.maximum(tl.load(table + 3), 0), pending)
@@ -281,7 +295,7 @@ def opaque(start, row, step: tl.constexpr):
 @triton.jit
 def contiguous_tokens(data, tokens, place, plan: tl.constexpr):
     """View of a contiguous tensor ``[rows, tokens, heads, D]`` for use at ``place``."""
-    row = opaque(tl.cast(tokens, tl.int64), place.sequence, 1) * (plan.heads * plan.dim)
+    row = opaque(tokens.to(tl.int64), place.sequence, 1) * (plan.heads * plan.dim)
     return TokenView(data, row, plan.heads * plan.dim, plan.dim)
 
 

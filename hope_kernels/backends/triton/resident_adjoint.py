@@ -27,6 +27,7 @@ from hope_kernels.backends.triton.operands import (
     matrix_pointers,
     opaque,
     product,
+    size,
     store_tokens,
 )
 from hope_kernels.backends.triton.resident_forward import hidden_values, load_layers, load_linear, scratch_tile
@@ -178,7 +179,7 @@ def place_of(task, plan: tl.constexpr):
 @triton.jit
 def slot_state(slots, place, sizes, i, plan: tl.constexpr):
     """The state in slot ``i``."""
-    return contiguous_state(slots, place.sequence * sizes.interval + i, plan)
+    return contiguous_state(slots, place.sequence * size(sizes.interval) + i, plan)
 
 
 @triton.jit
@@ -207,8 +208,8 @@ def store_span(to, pending_to, sizes, place, span, x, plan: tl.constexpr):
     """Into contiguous results, of new tokens and pending ones; either may be None."""
     j = opaque(span.first, place.sequence, 1) + tl.arange(0, plan.block_chunk)
     o_d = tl.arange(0, plan.block_dim)
-    view = None if to is None else contiguous_tokens(to, sizes.tokens, place, plan)
-    pending_view = None if pending_to is None else contiguous_tokens(pending_to, sizes.pending, place, plan)
+    view = None if to is None else contiguous_tokens(to, size(sizes.tokens), place, plan)
+    pending_view = None if pending_to is None else contiguous_tokens(pending_to, size(sizes.pending), place, plan)
     store_tokens(view, pending_view, place, j, j < span.end, o_d, o_d < plan.dim, x)
 
 

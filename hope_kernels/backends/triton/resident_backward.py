@@ -35,6 +35,7 @@ from hope_kernels.backends.triton.operands import (
     item,
     opaque,
     product,
+    size,
 )
 from hope_kernels.backends.triton.resident_adjoint import (
     AFTER,
@@ -514,7 +515,7 @@ def rebuild_states(task, first, last, plan: tl.constexpr):
     if first == 0:
         copy_state(start, State(problem.weights, problem.momentum, place.sequence), place.head, plan)
     elif task.checkpoints is not None:
-        row = place.chunk_row // sizes.interval + first // sizes.interval - 1
+        row = place.chunk_row // size(sizes.interval) + first // size(sizes.interval) - 1
         copy_state(start, contiguous_state(task.checkpoints, row, plan), place.head, plan)
     tl.debug_barrier()
     if task.running is not None:
@@ -568,9 +569,10 @@ def chunk_task(task, chunk, slot, live, reads: tl.constexpr, plan: tl.constexpr)
     place = place_of(task, plan)
     chunk = opaque(chunk, place.sequence, 1)
     written = chunk < place.chunks
-    if written & (task.sizes.bptt_chunks > 0):
+    bptt_chunks = size(task.sizes.bptt_chunks)
+    if written & (bptt_chunks > 0):
         # The state after this chunk was detached.
-        if (place.chunk_index + chunk + 1) % tl.maximum(task.sizes.bptt_chunks, 1) == 0:
+        if (place.chunk_index + chunk + 1) % tl.maximum(bptt_chunks, 1) == 0:
             adjoint = contiguous_state((results.weights, results.momentum), place.sequence, plan)
             clear_adjoint(adjoint, place.head, plan)
             live = live * 0
@@ -626,8 +628,9 @@ def backward_task(
     live = 0 if len(final) == 0 else 1
     for back in tl.range(0, newest + 1, num_stages=1, disable_licm=True):
         chunk = newest - back
-        first = chunk // sizes.interval * sizes.interval
-        if (back == 0) | (chunk - first == sizes.interval - 1):
+        interval = size(sizes.interval)
+        first = chunk // interval * interval
+        if (back == 0) | (chunk - first == interval - 1):
             rebuild_states(task, first, chunk, plan)
         live = chunk_task(task, chunk, chunk - first, live, reads, plan)
 
@@ -637,7 +640,7 @@ def backward_program(
     problem, sizes, checkpoints, grad_output, final, result, running, slots, work, program, plan: tl.constexpr
 ):
     """Program ``program`` of one scan, if it has that many. Returns how many it has."""
-    count = sizes.sequences * plan.heads
+    count = size(sizes.sequences) * plan.heads
     if (program >= 0) & (program < count):
         backward_task(
             problem, sizes, checkpoints, grad_output, final, result, running, slots, work, program, plan
@@ -645,7 +648,7 @@ def backward_program(
     return count
 
 
-@triton.jit(do_not_specialize=["sizes"])
+@triton.jit
 def backward_kernel(
     problems, sizes, checkpoints, grad_outputs, finals, results, running, slots, works, plans: tl.constexpr
 ):

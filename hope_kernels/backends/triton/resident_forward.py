@@ -31,6 +31,7 @@ from hope_kernels.backends.triton.operands import (
     opaque,
     outer_size,
     product,
+    size,
     store_tokens,
 )
 
@@ -404,11 +405,11 @@ def forward_task(problem, sizes, output, state, checkpoints, scratch, s, n, plan
     tl.debug_barrier()
     for chunk in tl.range(0, place.chunks, num_stages=1, disable_licm=True):
         if checkpoints is not None:
-            if (chunk > 0) & (chunk % sizes.interval == 0):
+            if (chunk > 0) & (chunk % size(sizes.interval) == 0):
                 save_checkpoint(checkpoints, current, place, sizes, chunk, plan)
         forward_chunk(problem, output, current, current, scratch, place, chunk, problem.q is not None, plan)
     if checkpoints is not None:
-        if (place.chunks > 0) & (place.chunks % sizes.interval == 0):
+        if (place.chunks > 0) & (place.chunks % size(sizes.interval) == 0):
             save_checkpoint(checkpoints, current, place, sizes, place.chunks, plan)
     if problem.q is not None:
         read_tail(problem, output, current, place, plan)
@@ -417,14 +418,14 @@ def forward_task(problem, sizes, output, state, checkpoints, scratch, s, n, plan
 @triton.jit
 def save_checkpoint(checkpoints, current, place, sizes, chunk, plan: tl.constexpr):
     """The state at the start of chunk ``jK`` goes to row ``chunk_row // K + j - 1``."""
-    row = place.chunk_row // sizes.interval + chunk // sizes.interval - 1
+    row = place.chunk_row // size(sizes.interval) + chunk // size(sizes.interval) - 1
     copy_state(contiguous_state(checkpoints, row, plan), current, place.head, plan)
 
 
 @triton.jit
 def forward_program(problem, sizes, output, state, checkpoints, scratch, program, plan: tl.constexpr):
     """Program ``program`` of one scan, if it has that many. Returns how many it has."""
-    count = sizes.sequences * plan.heads
+    count = size(sizes.sequences) * plan.heads
     if (program >= 0) & (program < count):
         row = program.to(tl.int64) * plan.block_chunk
         own = Scratch(
@@ -437,7 +438,7 @@ def forward_program(problem, sizes, output, state, checkpoints, scratch, program
     return count
 
 
-@triton.jit(do_not_specialize=["sizes"])
+@triton.jit
 def forward_kernel(problems, sizes, outputs, states, checkpoints, scratches, plans: tl.constexpr):
     """One or several scans that do not depend on each other; each argument has an entry per scan.
 
@@ -466,14 +467,14 @@ def read_task(problem, sizes, output, block, s, n, plan: tl.constexpr):
 @triton.jit
 def read_program(problem, sizes, output, program, plan: tl.constexpr):
     """As :func:`forward_program`, for reads."""
-    count = sizes.sequences * plan.heads
+    count = size(sizes.sequences) * plan.heads
     block = tl.program_id(0)
-    if (program >= 0) & (program < count) & (block * plan.block_chunk < sizes.tokens):
+    if (program >= 0) & (program < count) & (block * plan.block_chunk < size(sizes.tokens)):
         read_task(problem, sizes, output, block, program // plan.heads, program % plan.heads, plan)
     return count
 
 
-@triton.jit(do_not_specialize=["sizes"])
+@triton.jit
 def read_kernel(problems, sizes, outputs, plans: tl.constexpr):
     """Reads without writes, as :func:`forward_kernel`. Grid ``(most blocks of tokens, sum of S * heads)``."""
     program = tl.program_id(1)

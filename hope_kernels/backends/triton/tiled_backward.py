@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hope_kernels.backends.triton.operands import find_place, matrix_pointers, store_tokens
+from hope_kernels.backends.triton.operands import find_place, matrix_pointers, size, store_tokens
 from hope_kernels.backends.triton.resident_forward import load_factor
 from hope_kernels.backends.triton.tiled_forward import layer_error
 from hope_kernels.backends.triton.tiled_products import (
@@ -75,7 +75,7 @@ def store_errors_adjoint(
     store_tile(extra[0], place, o_t, m_t, o_h, m_h, direct_gate)
 
 
-@triton.jit(do_not_specialize=["sizes", "chunk"])
+@triton.jit(do_not_specialize=["chunk"])
 def input_errors_adjoint_kernel(
     problem, sizes, chunk, x, adjoints, momentum_adjoints, error_hidden, slope, curve, gate, up, d_error_hidden, extra,
     step_partials, momentum_partials, count: tl.constexpr, plan: tl.constexpr, tile: tl.constexpr,
@@ -107,7 +107,7 @@ def input_errors_adjoint_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["sizes", "chunk"])
+@triton.jit(do_not_specialize=["chunk"])
 def errors_adjoint_kernel(
     problem, sizes, chunk, d_errors, error_hidden, slope, curve, gate, up, before, d_error_hidden, extra,
     plan: tl.constexpr, tile: tl.constexpr,
@@ -131,7 +131,7 @@ def errors_adjoint_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["sizes", "chunk"])
+@triton.jit(do_not_specialize=["chunk"])
 def delta_adjoint_kernel(
     problem, sizes, chunk, u, adjoint, momentum_adjoint, delta, d_error_hidden, weight, d_errors, before,
     d_out, d_prediction, d_v, d_pending_v, step_partials, momentum_partials,
@@ -222,7 +222,7 @@ def contract_mixed(acc, a, b, place, o_m, m_m, o_n, m_n, start, stop, tile: tl.c
     return acc
 
 
-@triton.jit(do_not_specialize=["sizes", "chunk"])
+@triton.jit(do_not_specialize=["chunk"])
 def hidden_adjoint_kernel(
     problem, sizes, chunk, d_out, last_turned, weighted, momentum_weighted, adjoint_turned, momentum_turned,
     d_gram, d_gram_turned, d_norm, hidden, slope, gate, up, extra, d_z,
@@ -261,7 +261,7 @@ def hidden_adjoint_kernel(
     store_tile(d_z[0], place, rows, m_t, o_h, m_h, d_gate)
 
 
-@triton.jit(do_not_specialize=["sizes", "chunk"])
+@triton.jit(do_not_specialize=["chunk"])
 def token_adjoint_kernel(
     problem, sizes, chunk, d_z, weights_turned, weighted, momentum_weighted, adjoints_turned, momentum_turned,
     d_gram, d_gram_turned, d_norm, x, d_out, d_prediction, d_q, d_k, d_pending_k, d_v, d_pending_v,
@@ -309,7 +309,7 @@ def token_adjoint_kernel(
             store_tokens(d_v, d_pending_v, place, j, m_j, o_d, m_d, acc)
 
 
-@triton.jit(do_not_specialize=["sizes", "chunk"])
+@triton.jit(do_not_specialize=["chunk"])
 def state_adjoint_kernel(
     problem, sizes, chunk, u_turned, d_outputs, d_error_turned, delta, adjoint, copy, momentum_adjoint, momentum_copy,
     weight, speed, decay_partials, carry_partials, momentum_decay_partials,
@@ -325,8 +325,9 @@ def state_adjoint_kernel(
     place = find_place(problem, sizes, task // plan.heads, task % plan.heads, plan)
     writing = is_writing(place, chunk) & (sections.keys == 1)
     reading = is_reading(place, chunk, plan) & (sections.queries == 1)
-    cut = (chunk > 0) & (chunk <= place.chunks) & (sizes.bptt_chunks > 0)
-    cut = cut & ((place.chunk_index + chunk) % tl.maximum(sizes.bptt_chunks, 1) == 0)
+    bptt_chunks = size(sizes.bptt_chunks)
+    cut = (chunk > 0) & (chunk <= place.chunks) & (bptt_chunks > 0)
+    cut = cut & ((place.chunk_index + chunk) % tl.maximum(bptt_chunks, 1) == 0)
     if not (writing | reading | cut):
         return
     o_in, o_out = span(i, tile.rows), span(c, tile.columns)
@@ -369,7 +370,7 @@ def state_adjoint_kernel(
         store_tile(momentum_copy, place, o_in, m_in, o_out, m_out, new_gs)
 
 
-@triton.jit(do_not_specialize=["sizes", "chunk"])
+@triton.jit(do_not_specialize=["chunk"])
 def finish_kernel(
     problem, sizes, chunk, token_partials, d_tokens, scalar_partials, d_scalars,
     rows: tl.constexpr, tiles: tl.constexpr, plan: tl.constexpr, width: tl.constexpr,

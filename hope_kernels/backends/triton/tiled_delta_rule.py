@@ -93,7 +93,7 @@ def between_tile(problem, place, chunk, i, j, width: tl.constexpr, plan: tl.cons
 # ---- forward ---------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["sizes", "chunk"])
+@triton.jit(do_not_specialize=["chunk"])
 def steps_kernel(
     problem, sizes, chunk, u, square, step, weight, before, after, gamma,
     width: tl.constexpr, plan: tl.constexpr, tile: tl.constexpr,
@@ -132,7 +132,7 @@ def steps_kernel(
         tl.store(gamma + task, total)
 
 
-@triton.jit(do_not_specialize=["sizes", "chunk"])
+@triton.jit(do_not_specialize=["chunk"])
 def overlap_kernel(
     problem, sizes, chunk, u, u_turned, step, lower, inverse, gram,
     width: tl.constexpr, block_plan: tl.constexpr, plan: tl.constexpr, tile: tl.constexpr,
@@ -169,7 +169,7 @@ def inverse_block(inverse, place, b, turned: tl.constexpr, width: tl.constexpr):
         return tl.load(matrix_pointers(inverse, place.sequence, place.head, o_row[:, None], o[None, :]))
 
 
-@triton.jit(do_not_specialize=["sizes", "chunk"])
+@triton.jit(do_not_specialize=["chunk"])
 def solve_kernel(
     problem, sizes, chunk, right, lower, inverse, weight, corrected, weighted,
     width: tl.constexpr, plan: tl.constexpr, tile: tl.constexpr,
@@ -200,7 +200,7 @@ def solve_kernel(
 # ---- backward --------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["sizes", "chunk"])
+@triton.jit(do_not_specialize=["chunk"])
 def corrected_adjoint_kernel(
     problem, sizes, chunk, u, adjoint, weight, corrected, right, weight_partials,
     first: tl.constexpr, count: tl.constexpr, inner: tl.constexpr, outer: tl.constexpr,
@@ -220,7 +220,7 @@ def corrected_adjoint_kernel(
     store_tile(right, place, o_t, m_t, o_n, m_n, -b_weight[:, None] * acc)
 
 
-@triton.jit(do_not_specialize=["sizes", "chunk"])
+@triton.jit(do_not_specialize=["chunk"])
 def solve_adjoint_kernel(
     problem, sizes, chunk, right, lower, inverse, product_uw, d_errors, before_partials,
     first: tl.constexpr, count: tl.constexpr, width: tl.constexpr, plan: tl.constexpr, tile: tl.constexpr,
@@ -251,7 +251,7 @@ def solve_adjoint_kernel(
         tl.debug_barrier()  # the blocks above read these rows
 
 
-@triton.jit(do_not_specialize=["sizes", "chunk"])
+@triton.jit(do_not_specialize=["chunk"])
 def lower_adjoint_kernel(
     problem,
     sizes,
@@ -277,7 +277,7 @@ def lower_adjoint_kernel(
     store_tile(d_lower, place, o_t, m_t, o_s, m_s, -acc)
 
 
-@triton.jit(do_not_specialize=["sizes", "chunk"])
+@triton.jit(do_not_specialize=["chunk"])
 def triangle_adjoint_kernel(
     problem, sizes, chunk, d_lower, gram, square, step, after, weight_partials,
     d_gram, d_norm, d_between, step_partials, after_partials, group: tl.constexpr, groups: tl.constexpr,
@@ -317,7 +317,7 @@ def triangle_adjoint_kernel(
     store_vector(d_norm, place, o_s, m_s, -2.0 * d_step * b_step * b_step, plan)
 
 
-@triton.jit(do_not_specialize=["sizes", "chunk"])
+@triton.jit(do_not_specialize=["chunk"])
 def retention_adjoint_kernel(
     problem, sizes, chunk, d_between, before, after, gamma_partials, before_partials, after_partials, d_retention,
     tiles: tl.constexpr, count: tl.constexpr, groups: tl.constexpr, plan: tl.constexpr, tile: tl.constexpr,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from hope_kernels.backends.triton.activation import activate, activate_with_curve, activate_with_slope
-from hope_kernels.backends.triton.operands import find_place, load_tokens, matrix_pointers, store_tokens
+from hope_kernels.backends.triton.operands import find_place, load_tokens, matrix_pointers, size, store_tokens
 from hope_kernels.backends.triton.resident_forward import form_delta, load_factor
 from hope_kernels.backends.triton.tiled_products import (
     contract,
@@ -30,7 +30,7 @@ from hope_kernels.backends.triton.tiled_products import (
 )
 
 
-@triton.jit(do_not_specialize=["sizes", "chunk"])
+@triton.jit(do_not_specialize=["chunk"])
 def gather_kernel(
     problem, sizes, chunk, grad_output, x, d_out, plan: tl.constexpr, sections: tl.constexpr, tile: tl.constexpr
 ):
@@ -64,7 +64,7 @@ def gather_kernel(
             store_tile(x, place, rows, m_t, o_d, m_d, xv)
 
 
-@triton.jit(do_not_specialize=["sizes", "chunk"])
+@triton.jit(do_not_specialize=["chunk"])
 def hidden_kernel(
     problem, sizes, chunk, x, weights, hidden, z, gate, up, slope, curve,
     keep: tl.constexpr, plan: tl.constexpr, sections: tl.constexpr, tile: tl.constexpr,
@@ -104,7 +104,7 @@ def hidden_kernel(
     store_tile(hidden, place, rows, m_t, o_h, m_h, b_gate)
 
 
-@triton.jit(do_not_specialize=["sizes", "chunk"])
+@triton.jit(do_not_specialize=["chunk"])
 def out_kernel(
     problem, sizes, chunk, output, x, u, weight, delta, weighted, momentum_weighted, product, right, before,
     writes: tl.constexpr, plan: tl.constexpr, sections: tl.constexpr, tile: tl.constexpr,
@@ -162,7 +162,7 @@ def out_kernel(
                     store_tile(momentum_weighted, place, o_t, m_t, o_d, m_d, b_step[:, None] * b_delta)
 
 
-@triton.jit(do_not_specialize=["sizes", "chunk"])
+@triton.jit(do_not_specialize=["chunk"])
 def errors_kernel(
     problem, sizes, chunk, delta, last_turned, slope, gate, up, z, before, error_hidden, weighted, momentum_weighted,
     right, plan: tl.constexpr, tile: tl.constexpr,
@@ -204,7 +204,7 @@ def layer_error(b_eh, slope, gate, up, layer: tl.constexpr, place, o_t, m_t, o_h
     return b_error
 
 
-@triton.jit(do_not_specialize=["sizes", "chunk"])
+@triton.jit(do_not_specialize=["chunk"])
 def write_kernel(
     problem, sizes, chunk, u_turned, weighted, before, speed, after, copy, gamma, decay, carry,
     inner: tl.constexpr, outer: tl.constexpr, plan: tl.constexpr, tile: tl.constexpr,
@@ -227,7 +227,7 @@ def write_kernel(
     store_tile(copy, place, o_in, m_in, o_out, m_out, new)
 
 
-@triton.jit(do_not_specialize=["sizes", "chunk"])
+@triton.jit(do_not_specialize=["chunk"])
 def checkpoint_kernel(
     problem, sizes, chunk, checkpoint, state, copy,
     save: tl.constexpr, inner: tl.constexpr, outer: tl.constexpr, plan: tl.constexpr, tile: tl.constexpr,
@@ -240,7 +240,7 @@ def checkpoint_kernel(
     o_in = span(i, tile.rows)
     o_out = span(c, tile.columns)
     m_in, m_out = o_in < inner, o_out < outer
-    row = place.chunk_row // sizes.interval + chunk // sizes.interval - 1
+    row = place.chunk_row // size(sizes.interval) + chunk // size(sizes.interval) - 1
     pointers = matrix_pointers(checkpoint, row, place.head, o_in[:, None], o_out[None, :])
     mask = m_in[:, None] & m_out[None, :]
     if save:
