@@ -381,21 +381,55 @@ def through_momentum(xk, adjoint, work, head, plan: tl.constexpr):
 
 
 @triton.jit
-def input_layer_adjoint(
-    i: tl.constexpr, xk, z, error, write, inverses, sums, adjoint, work, head, h, plan: tl.constexpr
-):
+def corrected_errors(xk, delta, write, state, work, head, plan: tl.constexpr):
+    """dgd: what the solve of the input layers starts from, ``E + diag(before) Z``, into the keys' ``d_inputs``, which
+    are free until :func:`keys_adjoint`. ``delta`` is in the operand dtype.
+
+    This and :func:`solve_errors` are walks of their own: in one with :func:`errors_adjoint` they would spill.
+    """
+    for h in tl.range(0, plan.hidden, plan.block_hidden, num_stages=1, disable_licm=True):
+        h = opaque(h, state.row, plan.block_hidden)
+        w_in, w_up, w_out = load_layers(state, head, h, plan)
+        z = product(xk, w_in, plan)
+        gate, slope = activate_with_slope(z, plan)
+        passed = product(delta, tl.trans(w_out), plan)
+        if plan.form == "glu":
+            up = product(xk, w_up, plan)
+            corrected = passed * gate + write.before[:, None] * up
+            store_block(work.d_inputs, KEYS * plan.inputs + 1, h, corrected, plan)
+            passed *= up
+        store_block(work.d_inputs, KEYS * plan.inputs, h, passed * slope + write.before[:, None] * z, plan)
+
+
+@triton.jit
+def solve_errors(xk, write, inverses, adjoint, work, head, plan: tl.constexpr):
+    """dgd: solves for the errors that the input layers are written with, and for the adjoints of the corrected ones.
+
+    Returns what their write adds to the gradient ``[BC]`` of the step.
+    """
+    d_step = tl.full([plan.block_chunk], 0.0, tl.float32)
+    for h in tl.range(0, plan.hidden, plan.block_hidden, num_stages=1, disable_licm=True):
+        h = opaque(h, adjoint.row, plan.block_hidden)
+        for i in tl.static_range(input_layers(plan)):
+            right = product(inverses[0], load_block(work.d_inputs, KEYS * plan.inputs + i, h, plan), plan)
+            store_block(work.errors, i, h, right, plan)
+            through = product(xk, load_input(adjoint.weights[i], adjoint.row, head, h, plan), plan)
+            d_step -= tl.sum(through * right, 1)
+            store_block(work.d_errors, i, h, product(inverses[1], -write.step_in[:, None] * through, plan), plan)
+    return d_step
+
+
+@triton.jit
+def input_layer_adjoint(i: tl.constexpr, xk, z, error, write, sums, adjoint, work, head, h, plan: tl.constexpr):
     """Block ``h`` of the write of input layer ``i``: the adjoint ``[BC, BH]`` of its ``error``.
 
-    ``sums`` gathers per token, gd: gradients of step and momentum step; dgd: of the step and of ``before``.
+    ``sums`` gathers per token, gd: gradients of step and momentum step; dgd: of ``before``, as the second.
     """
-    through = product(xk, load_input(adjoint.weights[i], adjoint.row, head, h, plan), plan)
     if plan.rule == "dgd":
-        right = product(inverses[0], error + write.before[:, None] * z, plan)
-        d_error = product(inverses[1], -write.step_in[:, None] * through, plan)
-        store_block(work.d_errors, i, h, d_error, plan)
-        store_block(work.errors, i, h, right, plan)
-        return d_error, (sums[0] - tl.sum(through * right, 1), sums[1] + tl.sum(d_error * z, 1))
+        d_error = load_block(work.d_errors, i, h, plan).to(tl.float32)
+        return d_error, (sums[0], sums[1] + tl.sum(d_error * z, 1))
     else:
+        through = product(xk, load_input(adjoint.weights[i], adjoint.row, head, h, plan), plan)
         store_block(work.errors, i, h, error, plan)
         first = sums[0] - tl.sum(through * error, 1)
         second = sums[1]
@@ -408,7 +442,7 @@ def input_layer_adjoint(
 
 
 @triton.jit
-def errors_adjoint(xk, delta, write, inverses, sums, state, adjoint, work, head, plan: tl.constexpr):
+def errors_adjoint(xk, delta, write, sums, state, adjoint, work, head, plan: tl.constexpr):
     """The write of the input layers and the way their errors are formed: what it adds to ``d_delta [BC, BD]``, and
     ``sums``. ``delta`` is in the operand dtype.
 
@@ -424,10 +458,10 @@ def errors_adjoint(xk, delta, write, inverses, sums, state, adjoint, work, head,
         if plan.form == "glu":
             up = product(xk, w_up, plan)
             error = passed * up * slope
-            d_error, sums = input_layer_adjoint(0, xk, z, error, write, inverses, sums, adjoint, work, head, h, plan)
+            d_error, sums = input_layer_adjoint(0, xk, z, error, write, sums, adjoint, work, head, h, plan)
             d_up_error, sums = input_layer_adjoint(
-                1, xk, up, passed * gate, write, inverses, sums, adjoint, work, head, h, plan
-            )
+                1, xk, up, passed * gate, write, sums, adjoint, work, head, h, plan
+            )  # fmt: skip
             d_passed = d_error * up * slope + d_up_error * gate
             extra = passed * (d_error * up * curve + d_up_error * slope)
             extra_up = passed * d_error * slope
@@ -437,9 +471,7 @@ def errors_adjoint(xk, delta, write, inverses, sums, state, adjoint, work, head,
             store_block(work.slopes, 3, h, extra_up, plan)
             slope *= up
         else:
-            d_error, sums = input_layer_adjoint(
-                0, xk, z, passed * slope, write, inverses, sums, adjoint, work, head, h, plan
-            )
+            d_error, sums = input_layer_adjoint(0, xk, z, passed * slope, write, sums, adjoint, work, head, h, plan)
             d_passed = d_error * slope
             extra = d_error * passed * curve
         if plan.rule == "dgd":

@@ -62,6 +62,7 @@ from hope_kernels.backends.triton.resident_adjoint import (
     Span,
     Task,
     Write,
+    corrected_errors,
     enter,
     errors_adjoint,
     input_layers,
@@ -75,6 +76,7 @@ from hope_kernels.backends.triton.resident_adjoint import (
     row_tile,
     rows_adjoint,
     slot_state,
+    solve_errors,
     square_tile,
     store_rows,
     store_span,
@@ -231,19 +233,28 @@ def chunk_adjoint(task, chunk, slot, reads: tl.constexpr, plan: tl.constexpr):
     # The input layers' write, and how their errors depend on delta.
     place, state, adjoint, work = enter(task, slot, plan)
     if hidden_layer:
-        write = load_write(coefficients, place, chunk, work, plan)
-        inverses = (write.step_in, write.step_in)
+        zeros = tl.full([plan.block_chunk], 0.0, tl.float32)
+        d_weight = zeros
         if delta_rule:
+            write = load_write(coefficients, place, chunk, work, plan)
+            xk = load_span(problem.k, problem.pending_k, place, span, plan)
+            delta = load_rows(work, DELTA, plan).to(plan.operand)
+            corrected_errors(xk, delta, write, state, work, place.head, plan)
+            tl.debug_barrier()
+            place, state, adjoint, work = enter(task, slot, plan)
+            write = load_write(coefficients, place, chunk, work, plan)
+            xk = load_span(problem.k, problem.pending_k, place, span, plan)
             inverses = (
                 tl.load(square_tile(work.squares, INVERSE, False, plan)).to(plan.operand),
                 tl.load(square_tile(work.squares, INVERSE, True, plan)).to(plan.operand),
             )
-        zeros = tl.full([plan.block_chunk], 0.0, tl.float32)
+            d_weight = solve_errors(xk, write, inverses, adjoint, work, place.head, plan)
+            tl.debug_barrier()
+            place, state, adjoint, work = enter(task, slot, plan)
+        write = load_write(coefficients, place, chunk, work, plan)
         xk = load_span(problem.k, problem.pending_k, place, span, plan)
         delta = load_rows(work, DELTA, plan).to(plan.operand)
-        d_delta, sums = errors_adjoint(
-            xk, delta, write, inverses, (zeros, zeros), state, adjoint, work, place.head, plan
-        )  # fmt: skip
+        d_delta, sums = errors_adjoint(xk, delta, write, (d_weight, zeros), state, adjoint, work, place.head, plan)
         place, state, adjoint, work = enter(task, slot, plan)
         d_delta += load_rows(work, D_WRITTEN, plan)
         if not delta_rule:
