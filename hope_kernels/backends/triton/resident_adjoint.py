@@ -2,8 +2,8 @@
 other.
 
 Each walk is short, few products and at most two float32 tiles carried, because a loop that holds more spills
-registers. For the same reason nothing but per-token vectors stays in registers between two walks: tokens are loaded
-again, and what one walk computes for the next goes through scratch memory that stays in the GPU's caches. There,
+registers. For the same reason hardly anything stays in registers between two walks: tokens are loaded again, and what
+one walk computes for the next goes through scratch memory that stays in the GPU's caches. There,
 results of products are also transposed: never in registers. No walk has a barrier in it; the caller puts one between a
 walk that writes something and the next one that reads it, or the other way round.
 
@@ -38,7 +38,7 @@ class Workspace(NamedTuple):
 
     tokens: Any  # float32 [5, BC, BD]
     squares: Any  # float32 [6, BC, BC], dgd
-    vectors: Any  # float32 [8, BC], dgd
+    vectors: Any  # float32 [13, BC], dgd
     slopes: Any  # float32 [2 layers, BC, H]: of hidden values by pre-activations; what errors add to their adjoints
     hidden: Any  # operand dtype [2 or (self) 3, BC, H]: hidden values at keys, queries and values
     d_inputs: Any  # operand dtype [2 or 3, layers, BC, H]: adjoints of the pre-activations
@@ -56,7 +56,7 @@ def workspace_sizes(plan):
     return (
         5 * plan.block_chunk * plan.block_dim,
         6 * plan.block_chunk * plan.block_chunk * delta_rule,
-        8 * plan.block_chunk * delta_rule,
+        13 * plan.block_chunk * delta_rule,
         2 * plan.inputs * area,
         rows * area,
         rows * plan.inputs * area,
@@ -124,7 +124,12 @@ AFTER = tl.constexpr(3)
 DECAY = tl.constexpr(4)
 D_BEFORE = tl.constexpr(5)
 D_AFTER = tl.constexpr(6)
-D_DIAGONAL = tl.constexpr(7)  # factor of the last layer's inputs in their own gradient
+D_DIAGONAL = tl.constexpr(7)  # factor of the input layers' inputs in their own gradient (linear: of the only one's)
+D_DIAGONAL_HIDDEN = tl.constexpr(8)  # of the last layer's
+SQUARE = tl.constexpr(9)  # squared norms of the last layer's inputs
+D_STEP = tl.constexpr(10)  # gradient of the step through the last layer
+D_WEIGHT_IN = tl.constexpr(11)  # of the weights of the input layers' write
+D_BEFORE_IN = tl.constexpr(12)  # of ``before``, through the input layers
 
 
 @triton.constexpr_function
@@ -423,7 +428,7 @@ def solve_errors(xk, write, inverses, adjoint, work, head, plan: tl.constexpr):
 def input_layer_adjoint(i: tl.constexpr, xk, z, error, write, sums, adjoint, work, head, h, plan: tl.constexpr):
     """Block ``h`` of the write of input layer ``i``: the adjoint ``[BC, BH]`` of its ``error``.
 
-    ``sums`` gathers per token, gd: gradients of step and momentum step; dgd: of ``before``, as the second.
+    ``sums`` gathers gradients per token, gd: of step and momentum step; dgd: of ``before``, as the second.
     """
     if plan.rule == "dgd":
         d_error = load_block(work.d_errors, i, h, plan).to(tl.float32)
@@ -442,13 +447,15 @@ def input_layer_adjoint(i: tl.constexpr, xk, z, error, write, sums, adjoint, wor
 
 
 @triton.jit
-def errors_adjoint(xk, delta, write, sums, state, adjoint, work, head, plan: tl.constexpr):
-    """The write of the input layers and the way their errors are formed: what it adds to ``d_delta [BC, BD]``, and
-    ``sums``. ``delta`` is in the operand dtype.
+def errors_adjoint(xk, delta, write, state, adjoint, work, head, plan: tl.constexpr):
+    """The write of the input layers and the way their errors are formed: what it adds to ``d_delta [BC, BD]``, and the
+    sums of :func:`input_layer_adjoint`. ``delta`` is in the operand dtype.
 
     Leaves for later walks the errors, what passes W_out, the slopes and what pre-activations get directly.
     """
     d_delta = tl.full([plan.block_chunk, plan.block_dim], 0.0, tl.float32)
+    zeros = tl.full([plan.block_chunk], 0.0, tl.float32)
+    sums = (zeros, zeros)
     for h in tl.range(0, plan.hidden, plan.block_hidden, num_stages=1, disable_licm=True):
         h = opaque(h, state.row, plan.block_hidden)
         w_in, w_up, w_out = load_layers(state, head, h, plan)

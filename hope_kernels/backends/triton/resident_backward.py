@@ -43,12 +43,16 @@ from hope_kernels.backends.triton.resident_adjoint import (
     BETWEEN,
     D_AFTER,
     D_BEFORE,
+    D_BEFORE_IN,
     D_BETWEEN,
     D_DELTA,
     D_DIAGONAL,
+    D_DIAGONAL_HIDDEN,
     D_GRAM,
     D_GRAM_HIDDEN,
     D_PRODUCT,
+    D_STEP,
+    D_WEIGHT_IN,
     D_WRITTEN,
     DECAY,
     DELTA,
@@ -56,6 +60,7 @@ from hope_kernels.backends.triton.resident_adjoint import (
     INVERSE_HIDDEN,
     QUERIES,
     RIGHT,
+    SQUARE,
     STEP_IN,
     STEP_OUT,
     VALUES,
@@ -210,8 +215,9 @@ def chunk_adjoint(task, chunk, slot, reads: tl.constexpr, plan: tl.constexpr):
     if delta_rule:
         store_rows(work, D_DELTA, through, plan)
         store_rows(work, D_PRODUCT, b_k, plan)
+        store_vector(work, SQUARE, square, plan)
         tl.debug_barrier()
-        d_step = last_layer_solve(task, slot, span, chunk, square, plan)
+        last_layer_solve(task, slot, span, chunk, plan)
     else:
         write = load_write(coefficients, place, chunk, work, plan)
         d_step = -tl.sum(through * delta, 1)
@@ -233,8 +239,6 @@ def chunk_adjoint(task, chunk, slot, reads: tl.constexpr, plan: tl.constexpr):
     # The input layers' write, and how their errors depend on delta.
     place, state, adjoint, work = enter(task, slot, plan)
     if hidden_layer:
-        zeros = tl.full([plan.block_chunk], 0.0, tl.float32)
-        d_weight = zeros
         if delta_rule:
             write = load_write(coefficients, place, chunk, work, plan)
             xk = load_span(problem.k, problem.pending_k, place, span, plan)
@@ -248,16 +252,18 @@ def chunk_adjoint(task, chunk, slot, reads: tl.constexpr, plan: tl.constexpr):
                 tl.load(square_tile(work.squares, INVERSE, False, plan)).to(plan.operand),
                 tl.load(square_tile(work.squares, INVERSE, True, plan)).to(plan.operand),
             )
-            d_weight = solve_errors(xk, write, inverses, adjoint, work, place.head, plan)
+            store_vector(work, D_WEIGHT_IN, solve_errors(xk, write, inverses, adjoint, work, place.head, plan), plan)
             tl.debug_barrier()
             place, state, adjoint, work = enter(task, slot, plan)
         write = load_write(coefficients, place, chunk, work, plan)
         xk = load_span(problem.k, problem.pending_k, place, span, plan)
         delta = load_rows(work, DELTA, plan).to(plan.operand)
-        d_delta, sums = errors_adjoint(xk, delta, write, (d_weight, zeros), state, adjoint, work, place.head, plan)
+        d_delta, sums = errors_adjoint(xk, delta, write, state, adjoint, work, place.head, plan)
         place, state, adjoint, work = enter(task, slot, plan)
         d_delta += load_rows(work, D_WRITTEN, plan)
-        if not delta_rule:
+        if delta_rule:
+            store_vector(work, D_BEFORE_IN, sums[1], plan)
+        else:
             d_step += sums[0]
             d_momentum_step += sums[1]
     else:
@@ -284,15 +290,14 @@ def chunk_adjoint(task, chunk, slot, reads: tl.constexpr, plan: tl.constexpr):
     # The layers at the keys.
     if delta_rule:
         if hidden_layer:
-            d_diagonal = input_layers_solve(task, slot, span, chunk, d_step, sums, plan)
+            input_layers_solve(task, slot, span, chunk, plan)
         else:
-            d_diagonal = load_vector(work, D_DIAGONAL, plan)
-            store_gate(results.coefficients.step, place, chunk, d_step, plan)
+            store_gate(results.coefficients.step, place, chunk, load_vector(work, D_STEP, plan), plan)
     place, state, adjoint, work = enter(task, slot, plan)
     write = load_write(coefficients, place, chunk, work, plan)
     d_overlap = write.lr
     if delta_rule and hidden_layer:
-        d_overlap = load_overlap(work, D_GRAM_HIDDEN, load_vector(work, D_DIAGONAL, plan), plan)
+        d_overlap = load_overlap(work, D_GRAM_HIDDEN, D_DIAGONAL_HIDDEN, plan)
     right = load_rows(work, RIGHT if delta_rule else DELTA, plan)
     d_out = load_rows(work, D_PRODUCT, plan).to(plan.operand)
     if hidden_layer:
@@ -308,7 +313,7 @@ def chunk_adjoint(task, chunk, slot, reads: tl.constexpr, plan: tl.constexpr):
         d_xk += load_rows(work, D_DELTA, plan)
     if delta_rule:
         xk = load_span(problem.k, problem.pending_k, place, span, plan)
-        d_xk += product(load_overlap(work, D_GRAM, d_diagonal, plan), xk, plan)
+        d_xk += product(load_overlap(work, D_GRAM, D_DIAGONAL, plan), xk, plan)
     store_span(results.k, results.pending_k, task.sizes, place, span, d_xk, plan)
 
     # What the values (`self`) and the queries read.
@@ -366,17 +371,17 @@ def queries_adjoint(task, slot, span, plan: tl.constexpr):
 
 
 @triton.jit
-def last_layer_solve(task, slot, span, chunk, square, plan: tl.constexpr):
-    """The solves of one chunk and the adjoint of the last layer's; ``square [BC]`` are the norms of that layer's
-    inputs.
+def last_layer_solve(task, slot, span, chunk, plan: tl.constexpr):
+    """The solves of one chunk and the adjoint of the last layer's.
 
-    Takes delta, ``H A`` and ``H W`` from ``DELTA``, ``D_DELTA`` and ``D_PRODUCT``. Returns the gradient ``[BC]`` of the
-    step. Leaves ``RIGHT``, ``D_WRITTEN``, all of ``vectors`` and all of ``squares`` but ``D_GRAM``, which a linear
-    memory has instead of ``D_GRAM_HIDDEN``. Starts and ends behind a barrier.
+    Takes delta, ``H A`` and ``H W`` from ``DELTA``, ``D_DELTA`` and ``D_PRODUCT``, and ``SQUARE``. Leaves ``RIGHT``,
+    ``D_WRITTEN``, all of ``vectors`` that the input layers do not leave, and all of ``squares`` but ``D_GRAM``, which a
+    linear memory has instead of ``D_GRAM_HIDDEN``. Starts and ends behind a barrier.
     """
     linear: tl.constexpr = plan.form == "linear"
     inverse_i: tl.constexpr = INVERSE if linear else INVERSE_HIDDEN
     gram_i: tl.constexpr = D_GRAM if linear else D_GRAM_HIDDEN
+    diagonal_i: tl.constexpr = D_DIAGONAL if linear else D_DIAGONAL_HIDDEN
     problem = task.problem
     place, _, _, work = enter(task, slot, plan)
     lr = load_gate(problem.coefficients.step, place, chunk, 0.0, plan)
@@ -397,11 +402,14 @@ def last_layer_solve(task, slot, span, chunk, square, plan: tl.constexpr):
         tl.store(square_tile(work.squares, gram_i, False, plan), gram)
     tl.store(square_tile(work.squares, INVERSE, False, plan), overlap_inverse(gram, proximal, between, plan))
     if not linear:
+        tl.debug_barrier()
         place, state, _, work = enter(task, slot, plan)
         gram = hidden_overlaps(work, state.row, plan)
         tl.store(square_tile(work.squares, gram_i, False, plan), gram)
-        proximal = effective_step(lr, square)
-        store_vector(work, STEP_OUT, proximal * after, plan)
+        lr = load_gate(problem.coefficients.step, place, chunk, 0.0, plan)
+        proximal = effective_step(lr, load_vector(work, SQUARE, plan))
+        between = tl.load(square_tile(work.squares, BETWEEN, False, plan))
+        store_vector(work, STEP_OUT, proximal * load_vector(work, AFTER, plan), plan)
         tl.store(square_tile(work.squares, INVERSE_HIDDEN, False, plan), overlap_inverse(gram, proximal, between, plan))
     tl.debug_barrier()
 
@@ -426,7 +434,7 @@ def last_layer_solve(task, slot, span, chunk, square, plan: tl.constexpr):
         d_weight,
         tl.load(square_tile(work.squares, gram_i, False, plan)),
         load_gate(problem.coefficients.step, place, chunk, 0.0, plan),
-        square,
+        load_vector(work, SQUARE, plan),
         tl.load(square_tile(work.squares, BETWEEN, False, plan)),
         load_vector(work, AFTER, plan),
     )
@@ -434,17 +442,17 @@ def last_layer_solve(task, slot, span, chunk, square, plan: tl.constexpr):
     tl.store(square_tile(work.squares, gram_i, False, plan), d_gram)
     tl.store(square_tile(work.squares, D_BETWEEN, False, plan), d_between)
     store_vector(work, D_AFTER, d_after, plan)
-    store_vector(work, D_DIAGONAL, d_diagonal, plan)
+    store_vector(work, diagonal_i, d_diagonal, plan)
+    store_vector(work, D_STEP, d_step, plan)
     tl.debug_barrier()
-    return d_step
 
 
 @triton.jit
-def input_layers_solve(task, slot, span, chunk, d_step, sums, plan: tl.constexpr):
-    """Adjoint of the input layers' solve, which completes the gradient ``d_step [BC]`` of the step; returns the keys'
-    factor in their own gradient.
+def input_layers_solve(task, slot, span, chunk, plan: tl.constexpr):
+    """Adjoint of the input layers' solve, which completes the gradient of the step.
 
-    ``sums``: gradients of the write's weights and of ``before``. Leaves ``D_GRAM``. Starts and ends behind a barrier.
+    Takes ``D_STEP``, ``D_WEIGHT_IN`` and ``D_BEFORE_IN``. Leaves ``D_GRAM`` and ``D_DIAGONAL``. Starts and ends behind
+    a barrier.
     """
     problem = task.problem
     place, state, _, work = enter(task, slot, plan)
@@ -461,26 +469,30 @@ def input_layers_solve(task, slot, span, chunk, d_step, sums, plan: tl.constexpr
     between = tl.load(square_tile(work.squares, BETWEEN, False, plan))
     after = load_vector(work, AFTER, plan)
     d_gram, d_diagonal, d_step_in, d_after, d_between = overlap_adjoint(
-        d_lower, sums[0], product(xk, tl.trans(xk), plan), lr, tl.sum(keys * keys, 1), between, after
-    )
-    store_gate(task.results.coefficients.step, place, chunk, d_step + d_step_in, plan)
+        d_lower, load_vector(work, D_WEIGHT_IN, plan), product(xk, tl.trans(xk), plan), lr, tl.sum(keys * keys, 1),
+        between, after,
+    )  # fmt: skip
+    d_step = load_vector(work, D_STEP, plan) + d_step_in
+    store_gate(task.results.coefficients.step, place, chunk, d_step, plan)
     d_between += tl.load(square_tile(work.squares, D_BETWEEN, False, plan))
     d_after += load_vector(work, D_AFTER, plan)
-    d_before = sums[1] + load_vector(work, D_BEFORE, plan)
+    d_before = load_vector(work, D_BEFORE_IN, plan) + load_vector(work, D_BEFORE, plan)
     tl.debug_barrier()
     tl.store(square_tile(work.squares, D_BETWEEN, False, plan), d_between)
     tl.store(square_tile(work.squares, D_GRAM, False, plan), d_gram)
     store_vector(work, D_AFTER, d_after, plan)
     store_vector(work, D_BEFORE, d_before, plan)
+    store_vector(work, D_DIAGONAL, d_diagonal, plan)
     tl.debug_barrier()
-    return d_diagonal
 
 
 @triton.jit
-def load_overlap(work, i: tl.constexpr, d_diagonal, plan: tl.constexpr):
+def load_overlap(work, gram: tl.constexpr, diagonal: tl.constexpr, plan: tl.constexpr):
     """What a layer's inputs are multiplied by in their own gradient: ``G + G^T + diag``, ``[BC, BC]``."""
     o_c = tl.arange(0, plan.block_chunk)
-    d_gram = tl.load(square_tile(work.squares, i, False, plan)) + tl.load(square_tile(work.squares, i, True, plan))
+    d_gram = tl.load(square_tile(work.squares, gram, False, plan))
+    d_gram += tl.load(square_tile(work.squares, gram, True, plan))
+    d_diagonal = load_vector(work, diagonal, plan)
     return (d_gram + tl.where(o_c[:, None] == o_c[None, :], d_diagonal[:, None], 0.0)).to(plan.operand)
 
 
