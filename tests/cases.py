@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hope_kernels import MemorySpec, MemoryState, available_backends, memory_scan
+from hope_kernels.backends.interface import ScanRequest
 from tests import oracle
 
 STATUS = available_backends()
@@ -41,6 +42,17 @@ FLOAT64_BACKENDS = _parameters(["reference", "cpu"])
 def device_of(backend: str) -> torch.device:
     """Where a backend's tests run: an accelerator's on it if there is one, all others on the processor."""
     return torch.device("cuda" if backend in ("triton", "cuda") and torch.cuda.is_available() else "cpu")
+
+
+_PLAIN = MemorySpec()
+
+
+def make_request(spec: MemorySpec = _PLAIN, **changes) -> ScanRequest:
+    """What a backend is asked for a plain scan of float32 tokens on the processor, but for ``changes``."""
+    usual = {"operation": "scan", "dtype": torch.float32, "device": torch.device("cpu"), "heads": 2, "dim": 32}
+    usual |= {"hidden": 128, "chunk_size": 16}
+    usual |= dict.fromkeys(("retention", "momentum", "table", "gradients"), False)
+    return ScanRequest(key=spec.key, **(usual | changes))
 
 
 @dataclass(frozen=True)

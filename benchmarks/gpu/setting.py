@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.gpu.children import Child, leave, run_children
 from hope_kernels import MemorySpec, available_backends
-from hope_kernels.backends import implementation
+from hope_kernels.backends import refusal
 from hope_kernels.bench.implementations import Results
 from hope_kernels.bench.problems import Problem, make_problem
 
@@ -46,11 +46,12 @@ class Setting:
 
     def backends(self) -> list[str]:
         """The compiled backends that take tensors on this device, then the same with each plan asked for by name."""
-        device, found = torch.device(self.device), []
+        found = []
+        request = self.problem(dtype=self.dtype).request()
         for name, status in available_backends().items():
             if not status or name in ("reference", "cpu"):
                 continue
-            if implementation(name).refuses(MemorySpec(), self.dtype, device) is None:
+            if refusal(name, request) is None:
                 found += [name, *(f"{name}:{plan}" for plan in ("resident", "tiled") if name == "triton")]
         if not found:
             raise RuntimeError(f"no compiled backend runs on {self.device} tensors here")

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hope_kernels.backends.interface import BackendStatus, ScanGradients, ScanProblem, build_info
+from hope_kernels.backends.interface import BackendStatus, ScanGradients, ScanProblem, ScanRequest, build_info
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hope_kernels.memory.spec import MemorySpec
     from hope_kernels.optim.problem import UpdateProblem
 
 _FORMS = {"linear": 0, "mlp": 1, "glu": 2}
@@ -61,15 +60,15 @@ def status() -> BackendStatus:
     return _load()[1]
 
 
-def refuses(spec: MemorySpec, dtype: torch.dtype, device: torch.device) -> str | None:
-    """None when this engine can run tokens of ``dtype`` on ``device``, else the reason it cannot."""
+def refuses(request: ScanRequest) -> str | None:
+    """None when this engine can run such calls, else the reason it cannot."""
     state = status()
     if not state:
         return state.reason
-    if device.type != "cpu":
-        return f"it needs CPU tensors, got {device}"
-    if dtype not in _DTYPES:
-        return f"it takes float32, float64, bfloat16 or float16 tokens, got {dtype}"
+    if request.device.type != "cpu":
+        return f"it needs CPU tensors, got {request.device}"
+    if request.dtype not in _DTYPES:
+        return f"it takes float32, float64, bfloat16 or float16 tokens, got {request.dtype}"
     return None
 
 
