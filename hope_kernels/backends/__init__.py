@@ -23,11 +23,10 @@ __all__ = [
     "select",
 ]
 
-_COMPILED = ("cpu", "triton")
-_MISSING = {"cuda": "this version of hope_kernels has no scan in CUDA"}
+_COMPILED = ("cpu", "triton", "cuda")
 _REFERENCE = BackendStatus("reference", True, "eager PyTorch, chunk by chunk")
 # Fastest first, per device type: what `backend=None` tries in turn.
-_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 _ANY_LENGTH = 2**31 - 1
 
 
@@ -42,14 +41,12 @@ def implementation(name: str) -> Backend:
 def _status(name: str) -> BackendStatus:
     if name == "reference":
         return _REFERENCE
-    if name in _MISSING:
-        return BackendStatus(name, False, _MISSING[name])
     return implementation(name).status()
 
 
 def available_backends() -> dict[str, BackendStatus]:
     """Status of every backend by name; ``bool(status)`` says whether it can run, ``status.reason`` why (not)."""
-    return {name: _status(name) for name in ("reference", *_COMPILED, *_MISSING)}
+    return {name: _status(name) for name in ("reference", *_COMPILED)}
 
 
 def check_name(backend: str | None) -> None:
@@ -60,7 +57,7 @@ def check_name(backend: str | None) -> None:
     """
     if backend is None:
         return
-    known = ("reference", *_COMPILED, *_MISSING)
+    known = ("reference", *_COMPILED)
     base, colon, option = backend.partition(":") if isinstance(backend, str) else (backend, "", "")
     if base not in known:
         raise ValueError(f"backend is {backend!r}; want None or one of {', '.join(map(repr, known))}")

@@ -20,8 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 import hope_kernels
-from hope_kernels.backends import available_backends
-from hope_kernels.backends.cuda import level_update_status
+from hope_kernels.backends import available_backends, cuda
 from hope_kernels.bench.machine import processor_name
 
 # What setup.py wrote when it built the core, or could not.
@@ -196,8 +195,14 @@ def _core() -> dict[str, Any]:
         reason = _why_no_core(build, error)
         return {"built": False, "reason": reason, "how": REBUILD, "build": build}
     isas = list(core.isas())
-    cuda = level_update_status().reason
-    return {"built": True, "file": core.__file__, "isa": core.isa(), "isas": isas, "cuda": cuda, "build": build}
+    return {
+        "built": True,
+        "file": core.__file__,
+        "isa": core.isa(),
+        "isas": isas,
+        "cuda": cuda.built().reason,
+        "build": build,
+    }
 
 
 def _why_no_core(build: dict[str, Any] | None, error: ImportError) -> str:

@@ -70,7 +70,7 @@ def test_a_core_in_place_is_described_by_itself(monkeypatch: pytest.MonkeyPatch,
     core.isa, core.isas = lambda: "avx9", lambda: ["portable", "avx9"]
     monkeypatch.setitem(sys.modules, "hope_kernels._core", core)
     write_build_info(monkeypatch, tmp_path)
-    monkeypatch.setattr("hope_kernels.backends.cuda.build_info", lambda: {"cuda_reason": "nvcc was not found"})
+    monkeypatch.setattr("hope_kernels.backends.cuda.runtime.build_info", lambda: {"cuda_reason": "nvcc was not found"})
     report = doctor.collect()
     assert report["core"]["built"] is True
     assert "without CUDA kernels: nvcc was not found" in report["core"]["cuda"]
