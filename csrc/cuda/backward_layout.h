@@ -86,9 +86,10 @@ class PackedState {
 struct BackwardWorkspace {
   void* adjoint = nullptr;           // ParkedState: while states are rebuilt
   void* slots = nullptr;             // 16-bit W_in^T and W_out [kHidden, kDim] at the start of each chunk of a segment
+  void* remainders = nullptr;        // PackedState: what rounding took from each slot, for the gradient of the decay
   void* kept = nullptr;              // what threads keep of a chunk's keys
   void* momentum = nullptr;          // ParkedState: while states are rebuilt
-  void* momentum_slots = nullptr;    // PackedState: at the start of each chunk of a segment
+  void* momentum_slots = nullptr;    // ParkedState: at the start of each chunk of a segment
   void* momentum_adjoint = nullptr;  // ParkedState
   void* momentum_operand = nullptr;  // PackedState: the adjoint as products take it
 };

@@ -172,8 +172,11 @@ class BackwardScan : private ForwardScan<Traits> {
   __device__ __forceinline__ PackedState<Traits> momentum_operand() const {
     return {back_.workspace.momentum_operand, blockIdx.x};
   }
-  __device__ __forceinline__ PackedState<Traits> momentum_slot(int which) const {
+  __device__ __forceinline__ ParkedState<Traits> momentum_slot(int which) const {
     return {back_.workspace.momentum_slots, int64_t(blockIdx.x) * back_.slots + which};
+  }
+  __device__ __forceinline__ PackedState<Traits> remainder(int which) const {
+    return {back_.workspace.remainders, int64_t(blockIdx.x) * back_.slots + which};
   }
 
   // ---- states of a segment -------------------------------------------------------------------------------------------
@@ -241,12 +244,21 @@ class BackwardScan : private ForwardScan<Traits> {
       put(out + 8 * j * Traits::kDim + 16 * i, movmatrix(Numbers::pack(x[0], x[1])));
       put(out + 8 * j * Traits::kDim + 16 * i + 8, movmatrix(Numbers::pack(x[2], x[3])));
     });
-    if constexpr (Traits::kMomentum) {
-      const ParkedState<Traits> speed = this->momentum();
-      const PackedState<Traits> to = momentum_slot(which);
-      each_in(state_, [&](int i, int j, float(&)[4]) { to.in(i, j) = packed(speed.in(i, j)); });
-      each_out(state_, [&](int i, int j, float(&)[4]) { to.out(i, j) = packed(speed.out(i, j)); });
+    if (back_.workspace.remainders) {
+      const PackedState<Traits> to = remainder(which);
+      each_in(state_, [&](int i, int j, float(&x)[4]) { to.in(i, j) = lost(x); });
+      each_out(state_, [&](int i, int j, float(&x)[4]) { to.out(i, j) = lost(x); });
     }
+    if constexpr (Traits::kMomentum) {
+      const ParkedState<Traits> speed = this->momentum(), to = momentum_slot(which);
+      each_in(state_, [&](int i, int j, float(&)[4]) { to.in(i, j) = speed.in(i, j); });
+      each_out(state_, [&](int i, int j, float(&)[4]) { to.out(i, j) = speed.out(i, j); });
+    }
+  }
+  // What rounding takes from a tile.
+  static __device__ __forceinline__ uint2 lost(const float (&x)[4]) {
+    const float4 kept = unpacked(packed(four(x)));
+    return packed(float4{x[0] - kept.x, x[1] - kept.y, x[2] - kept.z, x[3] - kept.w});
   }
   static __device__ __forceinline__ uint2 packed(const float4& x) {
     return uint2{Numbers::pack(x.x, x.y), Numbers::pack(x.z, x.w)};
@@ -630,33 +642,36 @@ class BackwardScan : private ForwardScan<Traits> {
   __device__ __forceinline__ void carry_adjoint(int piece, int which) {
     float sums[3] = {0.0f, 0.0f, 0.0f};
     const auto dot = [](const float (&x)[4], const float4& y) { return x[0] * y.x + x[1] * y.y + x[2] * y.z + x[3] * y.w; };
-    if (back_.result.decay) {
+    if (back_.workspace.remainders) {
+      // A sum of many numbers of either sign: what rounding took from the slot would be seen in it.
       const Lane lane;
       const int unit = threadIdx.x / kWarp * Traits::kUnits;
       const auto in = reinterpret_cast<const uint32_t*>(weights<false>() + (unit + lane.group) * Traits::kPitch + lane.pair);
       const Element* out = weights<true>() + (unit + lane.pair) * Traits::kPitch + lane.group;
+      const PackedState<Traits> rest = remainder(which);
       each_in(state_, [&](int i, int j, float(&x)[4]) {
         const int at = (16 * i * Traits::kPitch + 8 * j) / 2;
-        sums[0] += dot(x, unpacked(uint2{in[at], in[at + 4 * Traits::kPitch]}));
+        sums[0] += dot(x, unpacked(uint2{in[at], in[at + 4 * Traits::kPitch]})) + dot(x, unpacked(rest.in(i, j)));
       });
       each_out(state_, [&](int i, int j, float(&x)[4]) {
         const Element* w = out + 8 * j * Traits::kPitch + 16 * i;
-        sums[0] += dot(x, {float(w[0]), float(w[Traits::kPitch]), float(w[8]), float(w[Traits::kPitch + 8])});
+        const float4 rounded{float(w[0]), float(w[Traits::kPitch]), float(w[8]), float(w[Traits::kPitch + 8])};
+        sums[0] += dot(x, rounded) + dot(x, unpacked(rest.out(i, j)));
       });
     }
     if constexpr (Traits::kMomentum) {
       const float carry = of_chunk(problem_.momentum_carry, piece, 0.0f);
       const float decay = of_chunk(problem_.momentum_decay, piece, 0.0f);
-      const auto step = [&](float(&x)[4], float4& adjoint, uint2& operand, const uint2& slot) {
-        const float4 old = adjoint, speed = unpacked(slot);
+      const auto step = [&](float(&x)[4], float4& adjoint, uint2& operand, const float4& speed) {
+        const float4 old = adjoint;
         sums[1] += dot(x, speed);
         sums[2] += old.x * speed.x + old.y * speed.y + old.z * speed.z + old.w * speed.w;
         operand = packed(old);
         adjoint = float4{fmaf(carry, x[0], decay * old.x), fmaf(carry, x[1], decay * old.y),
                          fmaf(carry, x[2], decay * old.z), fmaf(carry, x[3], decay * old.w)};
       };
-      const ParkedState<Traits> adjoint = momentum_adjoint();
-      const PackedState<Traits> operand = momentum_operand(), slot = momentum_slot(which);
+      const ParkedState<Traits> adjoint = momentum_adjoint(), slot = momentum_slot(which);
+      const PackedState<Traits> operand = momentum_operand();
       each_in(state_, [&](int i, int j, float(&x)[4]) { step(x, adjoint.in(i, j), operand.in(i, j), slot.in(i, j)); });
       each_out(state_, [&](int i, int j, float(&x)[4]) { step(x, adjoint.out(i, j), operand.out(i, j), slot.out(i, j)); });
     }

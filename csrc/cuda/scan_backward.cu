@@ -60,10 +60,11 @@ int64_t lay_out_workspace(BackwardParams& params, char* start) {
   BackwardWorkspace& w = params.workspace;
   part(w.adjoint, tasks * ParkedState<Traits>::kBytes);
   part(w.slots, states * (2 * Traits::kHidden * Traits::kDim * 2));
+  if (params.result.decay) part(w.remainders, states * PackedState<Traits>::kBytes);
   if (params.layout.kept < 0 && writes_state(params.problem)) part(w.kept, tasks * params.kept_bytes);
   if constexpr (Traits::kMomentum) {
     part(w.momentum, tasks * ParkedState<Traits>::kBytes);
-    part(w.momentum_slots, states * PackedState<Traits>::kBytes);
+    part(w.momentum_slots, states * ParkedState<Traits>::kBytes);
     part(w.momentum_adjoint, tasks * ParkedState<Traits>::kBytes);
     part(w.momentum_operand, tasks * PackedState<Traits>::kBytes);
   }
