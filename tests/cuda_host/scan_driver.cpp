@@ -47,6 +47,7 @@ extern "C" {
 
 size_t problem_bytes() { return sizeof(ScanProblem); }
 size_t forward_result_bytes() { return sizeof(ForwardResult); }
+size_t backward_result_bytes() { return sizeof(BackwardResult); }
 
 int supports_forward(const ScanProblem* problem, const ForwardResult* result, const cuda::Device* device, char* message,
                      size_t size) {
@@ -57,6 +58,14 @@ int scan_forward(const ScanProblem* problem, const ForwardResult* result, const 
                  size_t size) {
   std::vector<float> workspace(cuda::forward_workspace(*problem) / sizeof(float), NAN);
   return report(cuda::scan_forward(*problem, *result, *device, workspace.data(), nullptr), message, size);
+}
+
+int scan_backward(const ScanProblem* problem, const BackwardResult* result, const cuda::Device* device, char* message,
+                  size_t size) {
+  const Status status = cuda::supports_backward(*problem, *result, *device);
+  if (status.code != StatusCode::ok) return report(status, message, size);
+  std::vector<float> workspace(cuda::backward_workspace(*problem, *result, *device) / sizeof(float), NAN);
+  return report(cuda::scan_backward(*problem, *result, *device, workspace.data(), nullptr), message, size);
 }
 
 // One head of one sequence: `chunks` chunks of 20 tokens, three of them pending, and two tokens behind. Words of the name:
