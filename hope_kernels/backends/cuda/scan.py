@@ -17,6 +17,7 @@ from hope_kernels.backends.core_problem import (
     ForwardResults,
     checkpoint_shapes,
     pointers,
+    readable,
 )
 from hope_kernels.backends.cuda import runtime
 from hope_kernels.backends.interface import BackendStatus, ScanGradients, ScanProblem, ScanRequest
@@ -24,11 +25,9 @@ from hope_kernels.backends.interface import BackendStatus, ScanGradients, ScanPr
 if TYPE_CHECKING:
     from torch import Tensor
 
-_NO_BACKWARD = "it has no backward yet: under torch.no_grad() it runs, for gradients name another backend"
-
 
 def status() -> BackendStatus:
-    """Whether scans can run on the current GPU, and which; else why not."""
+    """Whether scans can run on the current GPU, or why not."""
     state = runtime.built()
     if not state:
         return state
@@ -37,8 +36,7 @@ def status() -> BackendStatus:
     device = runtime.current_device()
     if (reason := runtime.device_refused(runtime.loaded(), device)) is not None:
         return BackendStatus("cuda", False, reason)
-    can = "scans forward only, without gradients; level_update"
-    return BackendStatus("cuda", True, f"{state.reason}, on {runtime.name_of(device)}: {can}")
+    return BackendStatus("cuda", True, f"{state.reason}, on {runtime.name_of(device)}")
 
 
 def refuses(request: ScanRequest) -> str | None:
@@ -62,12 +60,18 @@ def _device(core: ModuleType, device: torch.device) -> tuple[int, int]:
 @lru_cache(maxsize=1024)
 def _refusal(core: ModuleType, request: ScanRequest, device: tuple[int, int]) -> str | None:
     example = CoreProblem(_example(request))
-    output = None if request.operation == "write" else example.tokens[0]
-    states = pointers(list(example.problem.weights)) if request.operation != "read" else ()
+    reads, writes = request.operation != "write", request.operation != "read"
+    # The kernels look at which results are wanted, never at where they lie.
+    output = example.tokens[0] if reads else None
+    states = pointers(list(example.problem.weights)) if writes else ()
     momentum = states if request.momentum else ()
     saved = (states, momentum, None) if request.gradients else ((), (), None)
     reason = core.cuda_forward_refusal(*example.arguments, (output, states, momentum, *saved), device)
-    return reason if reason is not None or not request.gradients else _NO_BACKWARD
+    if reason is not None or not request.gradients:
+        return reason
+    given = (*saved, output, example.states[0] if writes else (), example.states[0] if momentum else ())
+    results = (*example.tokens, *example.coefficients, states, ())
+    return core.cuda_backward_refusal(*example.arguments, given, results, device)
 
 
 def _example(request: ScanRequest) -> ScanProblem:
@@ -121,22 +125,14 @@ def scan_forward(problem: ScanProblem, *, save: bool) -> ForwardResults:
         return results
     device = described.device
     with runtime.on_device(device):
-        known = core.cuda_device(runtime.number(device))
+        number = runtime.number(device)
+        known = core.cuda_device(number)
         workspace = _workspace(core.cuda_forward_workspace(*described.arguments), device)
         core.cuda_scan_forward(
-            *described.arguments,
-            arguments,
-            known,
-            workspace.data_ptr(),
-            runtime.number(device),
-            runtime.stream(device),
+            *described.arguments, arguments, known, workspace.data_ptr(), number, runtime.stream(device)
         )
-    # The memory is given to nobody else before the kernel has run: the allocator orders its uses along the stream.
+    # Memory is given to nobody else before the kernel has run: the allocator orders its uses along the stream.
     return results
-
-
-def _workspace(size: int, device: torch.device) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8, device=device)
 
 
 def scan_backward(
@@ -146,9 +142,27 @@ def scan_backward(
     grad_weights: list[Tensor | None],
     grad_momentum: list[Tensor | None],
 ) -> ScanGradients:
-    """There is none yet, and :func:`refuses` says so before a forward that would need it.
+    """Gradients of a scan, as :meth:`hope_kernels.backends.interface.Backend.scan_backward` says.
 
     Raises:
-        RuntimeError: always.
+        RuntimeError: as :func:`scan_forward`.
     """
-    raise RuntimeError(f"backend='cuda' cannot run this: {_NO_BACKWARD}")
+    core = runtime.loaded()
+    described = CoreProblem(problem)
+    saved = [x.contiguous() for x in saved]
+    grad_output = readable(grad_output)
+    results, arguments = described.gradients()
+    if described.sequence_count == 0:
+        return results
+    device = described.device
+    whole = (*described.arguments, described.upstream(saved, grad_output, grad_weights, grad_momentum), arguments)
+    with runtime.on_device(device):
+        number = runtime.number(device)
+        known = core.cuda_device(number)
+        workspace = _workspace(core.cuda_backward_workspace(*whole, known), device)
+        core.cuda_scan_backward(*whole, known, workspace.data_ptr(), number, runtime.stream(device))
+    return results
+
+
+def _workspace(size: int, device: torch.device) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=device)
