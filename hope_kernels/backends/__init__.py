@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from hope_kernels.backends import choice
 from hope_kernels.backends.interface import Backend, BackendStatus, ScanRequest
 
 __all__ = [
@@ -25,8 +26,8 @@ __all__ = [
 
 _COMPILED = ("cpu", "triton", "cuda")
 _REFERENCE = BackendStatus("reference", True, "eager PyTorch, chunk by chunk")
-# Fastest first, per device type: what `backend=None` tries in turn.
-_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
+# What `backend=None` tries in turn, fastest first, where no table says so.
+_PREFERENCE = {"cpu": ("cpu", "reference")}
 _ANY_LENGTH = 2**31 - 1
 
 
@@ -95,8 +96,7 @@ def _select(backend: str | None, request: ScanRequest) -> str:
     if backend is None:
         if request.chunk_size is None:  # only one that takes whatever it will be
             request = request._replace(chunk_size=_ANY_LENGTH)
-        candidates = _PREFERENCE.get(request.device.type, ("reference",))
-        return next(name for name in candidates if refusal(name, request) is None)
+        return next(name for name in _candidates(request) if refusal(name, request) is None)
     check_name(backend)
     if request.chunk_size is None:  # what is too long for it the backend refuses when it runs
         request = request._replace(chunk_size=1)
@@ -104,6 +104,13 @@ def _select(backend: str | None, request: ScanRequest) -> str:
     if reason is not None:
         raise RuntimeError(f"backend={backend!r} cannot run this: {reason}")
     return backend
+
+
+def _candidates(request: ScanRequest) -> tuple[str, ...]:
+    """What ``backend=None`` tries in turn."""
+    if request.device.type == "cuda" and request.dtype != torch.float64:
+        return *choice.engines_for(request), "reference"
+    return _PREFERENCE.get(request.device.type, ("reference",))
 
 
 def _select_in_trace(backend: str | None, *request: Any) -> str:
