@@ -17,14 +17,17 @@ enum BackwardTensor : int {
 };
 
 // Parts of what a thread keeps of a slice of keys: the errors of the hidden units, the adjoint of the errors before they are
-// multiplied by the slope, and the adjoint of the pre-activations.
-enum KeptPart : int { kErrors = 0, kDPassed = 1, kDInputs = 2, kKeptParts = 3 };
+// multiplied by the slope, the adjoint of the pre-activations, and with momentum the hidden values.
+enum KeptPart : int { kErrors = 0, kDPassed = 1, kDInputs = 2, kHiddenValues = 3 };
+template <class Traits>
+constexpr int kKeptParts = Traits::kMomentum ? 4 : 3;
 
 // Shared memory of one block while chunks are walked back: where its parts start, in bytes.
 struct BackwardLayout {
   int weights = 0;                                   // 16-bit W_in^T and W_out of the chunk, rows of kPitch
   int partial = 0, partial_bytes = 0, partials = 0;  // one or two sets of partial sums
   int rows = 0;                                      // gradients of step and momentum step, each warp's part: [2][warp][row]
+  int steps = 0;                                     // weights of tokens in the write: [2][row]
   int scalars = 0;                                   // of decay, carry and the momentum's decay: [3][warp]
   int tensors[kBackwardTensors] = {};
   int kept = -1;  // what threads keep of the chunk's keys; negative: in the workspace
@@ -34,7 +37,7 @@ struct BackwardLayout {
 // What the threads of a block keep of a chunk.
 template <class Traits>
 int64_t kept_bytes(int rows) {
-  return int64_t(rows) / kSlice * kKeptParts * Traits::kUnitTiles * 8 * Traits::kThreads;
+  return int64_t(rows) / kSlice * kKeptParts<Traits> * Traits::kUnitTiles * 8 * Traits::kThreads;
 }
 
 template <class Traits>
@@ -45,7 +48,9 @@ BackwardLayout backward_layout(int rows, bool writes, bool reads, bool self, int
   layout.partials = partials;
   layout.partial_bytes = Traits::kWarps * Traits::kDimTiles * kWarp * 16;
   layout.rows = layout.partial + partials * layout.partial_bytes;
-  layout.scalars = layout.rows + (writes ? (Traits::kMomentum ? 2 : 1) * Traits::kWarps * rows * 4 : 0);
+  const int gates = writes ? (Traits::kMomentum ? 2 : 1) * rows * 4 : 0;
+  layout.steps = layout.rows + Traits::kWarps * gates;
+  layout.scalars = layout.steps + gates;
   int end = layout.scalars + (writes ? 3 * Traits::kWarps * 4 : 0);
   end = (end + 15) / 16 * 16;
   const bool present[kBackwardTensors] = {writes, writes, writes, writes && self, reads, reads};

@@ -37,7 +37,6 @@ class BackwardScan : private ForwardScan<Traits> {
   using Forward::add_in;
   using Forward::add_out;
   using Forward::of_chunk;
-  using Forward::pack;
   using Forward::pair_at;
   using Forward::place_;
   using Forward::problem_;
@@ -47,50 +46,54 @@ class BackwardScan : private ForwardScan<Traits> {
   using Forward::sum_warps;
   using Forward::tile;
   using Forward::turn;
-  using Forward::weigh;
   using Forward::weight;
-  using Units = float[Traits::kUnitTiles][4];           // accumulators of a slice, this warp's hidden units
-  using PackedUnits = uint32_t[Traits::kUnitTiles][2];  // the same as operands
+  using Group = float[2][4];                            // accumulators of a slice and 16 of this warp's hidden units
+  using PackedUnits = uint32_t[Traits::kUnitTiles][2];  // a slice and all of them, as operands
+  static constexpr int kGroups = Traits::kUnitTiles / 2;
+  // What is known once for the whole scan is in shared memory: what follows from it, addresses above all, would otherwise be
+  // held in registers for the whole scan.
+  struct Here {
+    BackwardLayout layout;
+    BackwardWorkspace workspace;  // this task's part
+    float scale;   // of the chunk's write, see write_scale
+    bool live[2];  // a gradient has reached the state after a piece; for even and odd pieces: one is read, the next written
+  };
 
  public:
   __device__ __forceinline__ BackwardScan(const BackwardParams& params, char* shared)
-      : Forward(params.rebuild, shared), back_(params) {}
+      : Forward(params.rebuild, shared), back_(params), here_(block_shared<Here>()) {}
 
   __device__ __forceinline__ void run() {
-    if (threadIdx.x == 0) block_shared<Place>() = place_of(back_.problem, blockIdx.x, back_.rebuild.span);
+    const BackwardResult& result = back_.result;
+    if (threadIdx.x == 0) {
+      block_shared<Place>() = place_of(back_.problem, blockIdx.x, back_.rebuild.span);
+      here_ = Here{back_.layout, task_workspace(), 1.0f, {}};
+      here_.live[0] = here_.live[1] = result.grad_weights[0].data || result.grad_weights[1].data ||
+                                      result.grad_momentum[0].data || result.grad_momentum[1].data;
+    }
     __syncthreads();  // the place is known
     clear_unwritten();
     load_adjoint();
-    const BackwardResult& result = back_.result;
-    bool live = result.grad_weights[0].data || result.grad_weights[1].data || result.grad_momentum[0].data ||
-                result.grad_momentum[1].data;  // a gradient has reached the state walked back from
-    int segment = -1, loaded = -1;
 #pragma unroll 1
     for (int piece = place_.pieces - 1; piece >= 0; --piece) {
-      const int chunk = min(piece, place_.chunks), interval = int(problem_.checkpoint_interval);
-      const int first = chunk / interval * interval;
-      if (first != segment) {
-        rebuild(first, chunk);
-        segment = first, loaded = -1;
-      }
-      if (cuts(piece)) {
-        clear_adjoint();
-        live = false;
-      }
-      const bool written = this->writes(piece) && live;
-      load_piece(piece, chunk - first, chunk - first != loaded, written);
-      loaded = chunk - first;
-      if (written)
-        write_adjoint(piece, chunk - first);
+      if (first_of_segment(piece)) rebuild(state_before(piece) - slot_before(piece), state_before(piece));
+      if (cuts(piece)) clear_adjoint();
+      load_piece(piece);
+      if (written(piece))
+        write_adjoint(piece);
       else if (this->writes(piece))
         clear_written(piece);
-      if (reads(piece)) {
-        rows_adjoint(tensor(kRead), tensor(kUpstream), this->first_query(piece) / kSlice,
-                     (this->token_count(piece) + kSlice - 1) / kSlice, 1.0f, 1.0f);
-        live = true;
+      // What reads the chunk's first state: the values of `self`, then the queries.
+#pragma unroll 1
+      for (int queries = 0; queries < 2; ++queries) {
+        const bool scaled = !queries && written(piece);
+        if (queries ? reads(piece) : scaled && problem_.objective == Objective::self)
+          rows_adjoint(piece, queries, scaled ? scale() : 1.0f);
+        if (Traits::kType == DType::float16 && scaled) this->multiply_state(scale());
       }
       __syncthreads();  // the results are complete
-      if (written) store_written(piece);
+      if (threadIdx.x == 0) here_.live[(piece & 1) ^ 1] = live(piece) || reads(piece);
+      if (written(piece)) store_written(piece);
       if (reads(piece))
         store_rows(result.q, result.q, tensor(kRead), piece, this->first_query(piece), this->token_count(piece), 1.0f);
       __syncthreads();  // nobody reads them any more
@@ -101,6 +104,15 @@ class BackwardScan : private ForwardScan<Traits> {
  private:
   // ---- pieces of the sequence ----------------------------------------------------------------------------------------
 
+  // The newest piece, first to be walked back, comes last in the sequence. Those behind the last chunk read one state.
+  __device__ __forceinline__ bool newest(int piece) const { return piece == place_.pieces - 1; }
+  __device__ __forceinline__ int state_before(int piece) const { return min(piece, place_.chunks); }
+  __device__ __forceinline__ int slot_before(int piece) const {
+    return state_before(piece) % int(problem_.checkpoint_interval);
+  }
+  __device__ __forceinline__ bool first_of_segment(int piece) const {
+    return newest(piece) || (piece < place_.chunks && (piece + 1) % int(problem_.checkpoint_interval) == 0);
+  }
   // Whether a piece's queries have outputs with a gradient.
   __device__ __forceinline__ bool reads(int piece) const {
     return back_.problem.q.data && this->first_query(piece) < this->token_count(piece);
@@ -110,6 +122,9 @@ class BackwardScan : private ForwardScan<Traits> {
     return this->writes(piece) && problem_.bptt_chunks > 0 &&
            (place_.seq.first_chunk + piece + 1) % problem_.bptt_chunks == 0;
   }
+  // Whether a gradient has reached the state after a piece: only then what it wrote has any.
+  __device__ __forceinline__ bool live(int piece) const { return here_.live[piece & 1] && !cuts(piece); }
+  __device__ __forceinline__ bool written(int piece) const { return this->writes(piece) && live(piece); }
   // Whether the errors depend on what the memory makes of the keys.
   __device__ __forceinline__ bool predicts() const {
     return problem_.objective == Objective::l2 || problem_.objective == Objective::self;
@@ -119,65 +134,76 @@ class BackwardScan : private ForwardScan<Traits> {
   // ---- memory --------------------------------------------------------------------------------------------------------
 
   __device__ __forceinline__ Element* tensor(BackwardTensor t) const {
-    return reinterpret_cast<Element*>(shared_ + back_.layout.tensors[t]);
+    return reinterpret_cast<Element*>(shared_ + here_.layout.tensors[t]);
   }
   // W_in^T, or W_out, of the chunk's start: [kHidden] rows of kPitch.
   template <bool kOut>
   __device__ __forceinline__ const Element* weights() const {
-    return reinterpret_cast<const Element*>(shared_ + back_.layout.weights) + (kOut ? Traits::kHidden * Traits::kPitch : 0);
+    return reinterpret_cast<const Element*>(shared_ + here_.layout.weights) + (kOut ? Traits::kHidden * Traits::kPitch : 0);
   }
   __device__ __forceinline__ float* row_sums(int which) const {
-    return reinterpret_cast<float*>(shared_ + back_.layout.rows) + which * Traits::kWarps * back_.rebuild.rows;
+    return reinterpret_cast<float*>(shared_ + here_.layout.rows) + which * Traits::kWarps * back_.rebuild.rows;
   }
+  // Weights of tokens in the write of the state (0) and of the momentum (1), divided by the scale.
+  __device__ __forceinline__ float* steps(int which) const {
+    return reinterpret_cast<float*>(shared_ + here_.layout.steps) + which * back_.rebuild.rows;
+  }
+  __device__ __forceinline__ float scale() const { return Traits::kType == DType::float16 ? here_.scale : 1.0f; }
   __device__ __forceinline__ float* scalar_sums(int which) const {
-    return reinterpret_cast<float*>(shared_ + back_.layout.scalars) + which * Traits::kWarps;
+    return reinterpret_cast<float*>(shared_ + here_.layout.scalars) + which * Traits::kWarps;
   }
-  // The set of partial sums whose turn it is.
-  __device__ __forceinline__ float4* next_partial() {
-    if (back_.layout.partials == 1) __syncthreads();  // the sums before these were read
-    turn_ = back_.layout.partials - 1 - turn_;
-    return reinterpret_cast<float4*>(shared_ + back_.layout.partial + turn_ * back_.layout.partial_bytes);
+  // Sets of partial sums take turns from slice to slice.
+  __device__ __forceinline__ float4* partial(int slice) const {
+    const int set = slice & (here_.layout.partials - 1);
+    return reinterpret_cast<float4*>(shared_ + here_.layout.partial + set * here_.layout.partial_bytes);
   }
 
   __device__ __forceinline__ uint4* kept(int slice, KeptPart part) const {
     constexpr int kCount = Traits::kUnitTiles / 2 * Traits::kThreads;
-    char* memory = back_.layout.kept >= 0
-                       ? shared_ + back_.layout.kept
-                       : static_cast<char*>(back_.workspace.kept) + blockIdx.x * back_.kept_bytes;
-    return reinterpret_cast<uint4*>(memory) + (slice * kKeptParts + part) * kCount + threadIdx.x;
+    char* memory = here_.layout.kept >= 0
+                       ? shared_ + here_.layout.kept
+                       : static_cast<char*>(here_.workspace.kept);
+    return reinterpret_cast<uint4*>(memory) + (slice * kKeptParts<Traits> + part) * kCount + threadIdx.x;
   }
-  __device__ __forceinline__ void keep(int slice, KeptPart part, const PackedUnits& x) const {
-    uint4* to = kept(slice, part);
-#pragma unroll
-    for (int n = 0; n < Traits::kUnitTiles; n += 2)
-      to[n / 2 * Traits::kThreads] = uint4{x[n][0], x[n][1], x[n + 1][0], x[n + 1][1]};
+  __device__ __forceinline__ void keep(int slice, KeptPart part, int i, const PackedUnits& x) const {
+    kept(slice, part)[i * Traits::kThreads] = uint4{x[2 * i][0], x[2 * i][1], x[2 * i + 1][0], x[2 * i + 1][1]};
   }
   __device__ __forceinline__ void recall(int slice, KeptPart part, PackedUnits& x) const {
     const uint4* from = kept(slice, part);
 #pragma unroll
-    for (int n = 0; n < Traits::kUnitTiles; n += 2) {
-      const uint4 y = from[n / 2 * Traits::kThreads];
-      x[n][0] = y.x, x[n][1] = y.y, x[n + 1][0] = y.z, x[n + 1][1] = y.w;
+    for (int i = 0; i < kGroups; ++i) {
+      const uint4 y = from[i * Traits::kThreads];
+      x[2 * i][0] = y.x, x[2 * i][1] = y.y, x[2 * i + 1][0] = y.z, x[2 * i + 1][1] = y.w;
     }
   }
 
+  static constexpr int64_t kSlotBytes = 2 * Traits::kHidden * Traits::kDim * sizeof(Element);
+
+  // This task's part of the workspace.
+  __device__ __forceinline__ BackwardWorkspace task_workspace() const {
+    const int64_t task = blockIdx.x, states = task * back_.slots;
+    const auto part = [](void* memory, int64_t bytes) -> void* { return memory ? static_cast<char*>(memory) + bytes : nullptr; };
+    const BackwardWorkspace& all = back_.workspace;
+    BackwardWorkspace own;
+    own.adjoint = part(all.adjoint, task * ParkedState<Traits>::kBytes);
+    own.slots = part(all.slots, states * kSlotBytes);
+    own.remainders = part(all.remainders, states * PackedState<Traits>::kBytes);
+    own.kept = part(all.kept, task * back_.kept_bytes);
+    own.momentum_slots = part(all.momentum_slots, states * ParkedState<Traits>::kBytes);
+    own.momentum_adjoint = part(all.momentum_adjoint, task * ParkedState<Traits>::kBytes);
+    own.momentum_operand = part(all.momentum_operand, task * PackedState<Traits>::kBytes);
+    return own;
+  }
   __device__ __forceinline__ Element* slot(int which) const {
-    return static_cast<Element*>(back_.workspace.slots) +
-           (int64_t(blockIdx.x) * back_.slots + which) * (2 * Traits::kHidden * Traits::kDim);
+    return reinterpret_cast<Element*>(static_cast<char*>(here_.workspace.slots) + which * kSlotBytes);
   }
-  __device__ __forceinline__ ParkedState<Traits> parked() const { return {back_.workspace.adjoint, blockIdx.x}; }
-  __device__ __forceinline__ ParkedState<Traits> momentum_adjoint() const {
-    return {back_.workspace.momentum_adjoint, blockIdx.x};
-  }
-  __device__ __forceinline__ PackedState<Traits> momentum_operand() const {
-    return {back_.workspace.momentum_operand, blockIdx.x};
-  }
+  __device__ __forceinline__ ParkedState<Traits> parked() const { return {here_.workspace.adjoint, 0}; }
+  __device__ __forceinline__ PackedState<Traits> remainder(int which) const { return {here_.workspace.remainders, which}; }
   __device__ __forceinline__ ParkedState<Traits> momentum_slot(int which) const {
-    return {back_.workspace.momentum_slots, int64_t(blockIdx.x) * back_.slots + which};
+    return {here_.workspace.momentum_slots, which};
   }
-  __device__ __forceinline__ PackedState<Traits> remainder(int which) const {
-    return {back_.workspace.remainders, int64_t(blockIdx.x) * back_.slots + which};
-  }
+  __device__ __forceinline__ ParkedState<Traits> momentum_adjoint() const { return {here_.workspace.momentum_adjoint, 0}; }
+  __device__ __forceinline__ PackedState<Traits> momentum_operand() const { return {here_.workspace.momentum_operand, 0}; }
 
   // ---- states of a segment -------------------------------------------------------------------------------------------
 
@@ -236,19 +262,20 @@ class BackwardScan : private ForwardScan<Traits> {
     Element* in = slot(which) + unit * Traits::kDim + lane.pair;
     Element* out = in + Traits::kHidden * Traits::kDim;
     const auto put = [](Element* to, uint32_t pair) { *reinterpret_cast<uint32_t*>(to) = pair; };
+    const bool exact = here_.workspace.remainders;
+    const PackedState<Traits> rest = remainder(which);
     each_in(state_, [&](int i, int j, float(&x)[4]) {
-      put(in + 16 * i * Traits::kDim + 8 * j, Numbers::pack(x[0], x[1]));
-      put(in + (16 * i + 8) * Traits::kDim + 8 * j, Numbers::pack(x[2], x[3]));
+      const uint2 rounded = packed(four(x));
+      put(in + 16 * i * Traits::kDim + 8 * j, rounded.x);
+      put(in + (16 * i + 8) * Traits::kDim + 8 * j, rounded.y);
+      if (exact) rest.in(i, j) = lost(x, rounded);
     });
     each_out(state_, [&](int i, int j, float(&x)[4]) {
-      put(out + 8 * j * Traits::kDim + 16 * i, movmatrix(Numbers::pack(x[0], x[1])));
-      put(out + 8 * j * Traits::kDim + 16 * i + 8, movmatrix(Numbers::pack(x[2], x[3])));
+      const uint2 rounded = packed(four(x));
+      put(out + 8 * j * Traits::kDim + 16 * i, movmatrix(rounded.x));
+      put(out + 8 * j * Traits::kDim + 16 * i + 8, movmatrix(rounded.y));
+      if (exact) rest.out(i, j) = lost(x, rounded);
     });
-    if (back_.workspace.remainders) {
-      const PackedState<Traits> to = remainder(which);
-      each_in(state_, [&](int i, int j, float(&x)[4]) { to.in(i, j) = lost(x); });
-      each_out(state_, [&](int i, int j, float(&x)[4]) { to.out(i, j) = lost(x); });
-    }
     if constexpr (Traits::kMomentum) {
       const ParkedState<Traits> speed = this->momentum(), to = momentum_slot(which);
       each_in(state_, [&](int i, int j, float(&)[4]) { to.in(i, j) = speed.in(i, j); });
@@ -256,8 +283,8 @@ class BackwardScan : private ForwardScan<Traits> {
     }
   }
   // What rounding takes from a tile.
-  static __device__ __forceinline__ uint2 lost(const float (&x)[4]) {
-    const float4 kept = unpacked(packed(four(x)));
+  static __device__ __forceinline__ uint2 lost(const float (&x)[4], const uint2& rounded) {
+    const float4 kept = unpacked(rounded);
     return packed(float4{x[0] - kept.x, x[1] - kept.y, x[2] - kept.z, x[3] - kept.w});
   }
   static __device__ __forceinline__ uint2 packed(const float4& x) {
@@ -321,17 +348,23 @@ class BackwardScan : private ForwardScan<Traits> {
   // ---- tokens --------------------------------------------------------------------------------------------------------
 
   // The chunk's first state if it is not there yet, and the tokens of a piece.
-  __device__ __forceinline__ void load_piece(int piece, int which, bool state, bool written) const {
-    if (state) {
+  __device__ __forceinline__ void load_piece(int piece) const {
+    if (newest(piece) || piece < place_.chunks) {
       constexpr int kParts = Traits::kDim / 8;
-      Element* to = reinterpret_cast<Element*>(shared_ + back_.layout.weights);
-      const Element* from = slot(which);
-      for (int i = threadIdx.x; i < 2 * Traits::kHidden * kParts; i += Traits::kThreads)
+      Element* to = reinterpret_cast<Element*>(shared_ + here_.layout.weights);
+      const Element* from = slot(slot_before(piece));
+      for (int i = opaque(threadIdx.x); i < 2 * Traits::kHidden * kParts; i += Traits::kThreads)
         cp_async_16(to + i / kParts * Traits::kPitch + i % kParts * 8, from + i * 8);
     }
     const int count = this->token_count(piece);
     const ScanProblem& p = back_.problem;
-    if (written) {
+    if (written(piece)) {
+      const float scale = write_scale(piece);
+      if (threadIdx.x == 0) here_.scale = scale;
+      for (int row = threadIdx.x; row < back_.rebuild.rows; row += Traits::kThreads) {
+        steps(0)[row] = weight(problem_.step, piece, row, scale);
+        if constexpr (Traits::kMomentum) steps(1)[row] = weight(problem_.momentum_step, piece, row, scale);
+      }
       this->load_tensor(tensor(kChunkKeys), p.k, p.pending_k, piece, 0, count);
       this->load_tensor(tensor(kTargets), p.v, p.pending_v, piece, 0, count);
     }
@@ -379,12 +412,11 @@ class BackwardScan : private ForwardScan<Traits> {
     const BackwardResult& result = back_.result;
     const int count = back_.rebuild.span;
     store_rows(result.k, result.pending_k, tensor(kDelta), piece, 0, count, 1.0f);
-    const float scale = write_scale(piece);
     if (problem_.objective == Objective::self)
       store_rows(result.v, result.pending_v, tensor(kTargets), piece, 0, count, 1.0f);
     else
       store_rows(result.v, result.pending_v, tensor(kDDelta), piece, 0, count,
-                 problem_.objective == Objective::l2 ? -scale : scale);
+                 problem_.objective == Objective::l2 ? -scale() : scale());
   }
 
   // Gradient 0 for tokens [begin, end).
@@ -401,7 +433,7 @@ class BackwardScan : private ForwardScan<Traits> {
   // Nothing behind the last complete chunk was written, and outputs without a gradient give queries none.
   __device__ __forceinline__ void clear_unwritten() const {
     const BackwardResult& result = back_.result;
-    const int64_t begin = int64_t(place_.chunks) * back_.rebuild.span;
+    const int64_t begin = place_.chunks * problem_.chunk_size;
     clear_tokens(result.k, result.pending_k, begin, place_.end);
     clear_tokens(result.v, result.pending_v, begin, place_.end);
     if (!back_.problem.q.data) clear_tokens(result.q, result.q, place_.seq.pending, place_.end);
@@ -423,39 +455,62 @@ class BackwardScan : private ForwardScan<Traits> {
 
   // ---- products ------------------------------------------------------------------------------------------------------
 
-  static __device__ __forceinline__ void clear(Units& x) {
+  static __device__ __forceinline__ void clear(Group& x) {
 #pragma unroll
-    for (int n = 0; n < Traits::kUnitTiles; ++n)
+    for (int n = 0; n < 2; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) x[n][e] = 0.0f;
   }
-  // visit(n, e, r): accumulator e of unit tile n, which belongs to row g + 8 r of the slice.
+  // visit(n, e, r): accumulator e of tile n, which belongs to row g + 8 r of the slice.
   template <class Visit>
   static __device__ __forceinline__ void each_unit(const Visit& visit) {
 #pragma unroll
-    for (int n = 0; n < Traits::kUnitTiles; ++n)
+    for (int n = 0; n < 2; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) visit(n, e, e / 2);
   }
+  // Group i as operands, rows g times w0 and rows g + 8 times w1.
+  static __device__ __forceinline__ void pack(PackedUnits& to, int i, const Group& x, float w0 = 1.0f, float w1 = 1.0f) {
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      to[2 * i + n][0] = Numbers::pack(w0 * x[n][0], w0 * x[n][1]);
+      to[2 * i + n][1] = Numbers::pack(w1 * x[n][2], w1 * x[n][3]);
+    }
+  }
 
-  // x = X W_in (kOut false) or X W_out^T of one slice, this warp's units.
+  static __device__ __forceinline__ void copy(PackedUnits& to, const PackedUnits& from) {
+#pragma unroll
+    for (int n = 0; n < Traits::kUnitTiles; ++n) to[n][0] = from[n][0], to[n][1] = from[n][1];
+  }
+
+  // Every row times its token's weight in the write of the state (0) or of the momentum (1).
+  __device__ __forceinline__ void weigh(PackedUnits& x, int which, int slice) const {
+    const Lane lane;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float w = steps(which)[slice * kSlice + lane.group + 8 * r];
+#pragma unroll
+      for (int n = 0; n < Traits::kUnitTiles; ++n) {
+        const float2 y = Numbers::unpack(x[n][r]);
+        x[n][r] = Numbers::pack(w * y.x, w * y.y);
+      }
+    }
+  }
+
+  // x = X W_in (kOut false) or X W_out^T of one slice and group i.
   template <bool kOut>
-  __device__ __forceinline__ void by_weight(Units& x, const Element* rows, int slice) const {
+  __device__ __forceinline__ void by_weight(Group& x, const Element* rows, int slice, int i) const {
     clear(x);
     const int lane = threadIdx.x % kWarp;
     const Element* own = weights<kOut>() +
                          (threadIdx.x / kWarp * Traits::kUnits + lane % 8 + lane / 16 * 8) * Traits::kPitch + lane / 8 % 2 * 8;
 #pragma unroll
     for (int k = 0; k < Traits::kDimTiles / 2; ++k) {
-      uint32_t a[4];
+      uint32_t a[4], b[4];
       ldmatrix(a, tile(rows, slice, 16 * k));
-#pragma unroll
-      for (int i = 0; i < Traits::kUnitTiles / 2; ++i) {
-        uint32_t b[4];
-        ldmatrix(b, own + 16 * i * Traits::kPitch + 16 * k);
-        Numbers::mma(x[2 * i], a, {b[0], b[1]});
-        Numbers::mma(x[2 * i + 1], a, {b[2], b[3]});
-      }
+      ldmatrix(b, own + 16 * i * Traits::kPitch + 16 * k);
+      Numbers::mma(x[0], a, {b[0], b[1]});
+      Numbers::mma(x[1], a, {b[2], b[3]});
     }
   }
 
@@ -469,26 +524,42 @@ class BackwardScan : private ForwardScan<Traits> {
     __device__ __forceinline__ uint2 out(int i, int j) const { return both(state.out[i][j]); }
   };
 
-  // x = X A_in (kOut false) or X A_out^T.
+  // x = X A_in (kOut false) or X A_out^T of one slice and tile n of group i.
   template <bool kOut, class Tiles>
-  __device__ __forceinline__ void by_adjoint(Units& x, const Element* rows, int slice, const Tiles& tiles) const {
+  __device__ __forceinline__ void by_adjoint(float (&x)[4], const Element* rows, int slice, int i, int n,
+                                             const Tiles& tiles) const {
+    x[0] = x[1] = x[2] = x[3] = 0.0f;
+#pragma unroll
+    for (int k = 0; k < Traits::kDimTiles / 2; ++k) {
+      uint32_t a[4];
+      ldmatrix(a, tile(rows, slice, 16 * k));
+      if constexpr (kOut) {
+        const uint2 both = tiles.out(k, 2 * i + n);
+        Numbers::mma(x, a, {movmatrix(both.x), movmatrix(both.y)});
+      } else {
+        const uint2 low = tiles.in(i, 2 * k), high = tiles.in(i, 2 * k + 1);
+        Numbers::mma(x, a, {n ? low.y : low.x, n ? high.y : high.x});
+      }
+    }
+  }
+  // The same for both tiles.
+  template <bool kOut, class Tiles>
+  __device__ __forceinline__ void by_adjoint(Group& x, const Element* rows, int slice, int i, const Tiles& tiles) const {
     clear(x);
 #pragma unroll
     for (int k = 0; k < Traits::kDimTiles / 2; ++k) {
       uint32_t a[4];
       ldmatrix(a, tile(rows, slice, 16 * k));
+      if constexpr (kOut) {
 #pragma unroll
-      for (int n = 0; n < Traits::kUnitTiles; ++n) {
-        if constexpr (kOut) {
-          const uint2 both = tiles.out(k, n);
+        for (int n = 0; n < 2; ++n) {
+          const uint2 both = tiles.out(k, 2 * i + n);
           Numbers::mma(x[n], a, {movmatrix(both.x), movmatrix(both.y)});
-        } else {
-          const uint2 low = tiles.in(n / 2, 2 * k), high = tiles.in(n / 2, 2 * k + 1);
-          if (n % 2)
-            Numbers::mma(x[n], a, {low.y, high.y});
-          else
-            Numbers::mma(x[n], a, {low.x, high.x});
         }
+      } else {
+        const uint2 low = tiles.in(i, 2 * k), high = tiles.in(i, 2 * k + 1);
+        Numbers::mma(x[0], a, {low.x, high.x});
+        Numbers::mma(x[1], a, {low.y, high.y});
       }
     }
   }
@@ -528,7 +599,8 @@ class BackwardScan : private ForwardScan<Traits> {
   // Sums over the warps what terms(p, y) adds for each 16 features, and calls finish(row, column, sum0, sum1).
   template <class Terms, class Finish>
   __device__ __forceinline__ void sum_parts(int slice, const Terms& terms, const Finish& finish) {
-    float4* sums = next_partial();
+    if (here_.layout.partials == 1) __syncthreads();  // the sums before these were read
+    float4* sums = partial(slice);
     float4* own = sums + threadIdx.x / kWarp * (Traits::kDimTiles * kWarp) + threadIdx.x % kWarp;
 #pragma unroll
     for (int p = 0; p < Traits::kDimTiles / 2; ++p) {
@@ -559,46 +631,53 @@ class BackwardScan : private ForwardScan<Traits> {
     }
   }
 
-  // z <- act(z); slope = act'(z).
-  __device__ __forceinline__ void activate(Units& z, Units& slope) const {
+  // z <- act(z), slope = act'(z), curve = act''(z), as far as they are asked for.
+  template <class... More>
+  __device__ __forceinline__ void activate(Group& z, More&... more) const {
     with_activation<Traits::kType>(problem_.activation, [&](auto act) {
-      each_unit([&](int n, int e, int) { act(z[n][e], slope[n][e]); });
-    });
-  }
-  __device__ __forceinline__ void activate(Units& z, Units& slope, Units& curve) const {
-    with_activation<Traits::kType>(problem_.activation, [&](auto act) {
-      each_unit([&](int n, int e, int) { act(z[n][e], slope[n][e], curve[n][e]); });
+      each_unit([&](int n, int e, int) {
+        if constexpr (sizeof...(More) == 0) {
+          float slope;
+          act(z[n][e], slope);
+        } else {
+          act(z[n][e], more[n][e]...);
+        }
+      });
     });
   }
 
   // ---- reads ---------------------------------------------------------------------------------------------------------
 
-  // The adjoint of f(x) for slices [first, end): `rows` x become scale times their gradient, `upstream` is sign times that of
-  // f(x) divided by the scale.
-  __device__ __forceinline__ void rows_adjoint(Element* rows, const Element* upstream, int first, int end, float sign,
-                                               float scale) {
-    const float residual = problem_.residual ? sign * scale : 0.0f;
+  // The adjoint of f(x) for the queries, or of -f(x) for the values: their gradient takes their place. What reaches f(x) is
+  // divided by the scale.
+  __device__ __forceinline__ void rows_adjoint(int piece, bool queries, float scale) {
+    Element* rows = tensor(queries ? kRead : kTargets);
+    Element* upstream = tensor(queries ? kUpstream : kDDelta);
+    const int first = queries ? this->first_query(piece) / kSlice : 0, count = this->token_count(piece);
+    const int end = queries ? (count + kSlice - 1) / kSlice : slices();
+    const float sign = queries ? 1.0f : -1.0f, residual = problem_.residual ? sign * scale : 0.0f;
+    __syncthreads();  // the sums before these were read
 #pragma unroll 1
     for (int s = first; s < end; ++s) {
       PackedUnits hidden, d_inputs;
-      {
-        Units h, slope, d_hidden;
-        by_weight<false>(h, rows, s);
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i) {
+        Group h, slope, d_hidden;
+        by_weight<false>(h, rows, s, i);
         activate(h, slope);
-        pack(hidden, h, sign, sign);
-        by_weight<true>(d_hidden, upstream, s);
+        pack(hidden, i, h, sign, sign);
+        by_weight<true>(d_hidden, upstream, s, i);
         each_unit([&](int n, int e, int) { d_hidden[n][e] *= sign * slope[n][e]; });
-        pack(d_inputs, d_hidden);
+        pack(d_inputs, i, d_hidden);
       }
       add_to_out(hidden, upstream, s);
       PackedUnits turned;
-#pragma unroll
-      for (int n = 0; n < Traits::kUnitTiles; ++n) turned[n][0] = d_inputs[n][0], turned[n][1] = d_inputs[n][1];
+      copy(turned, d_inputs);
       add_to_in(turned, rows, s);
       sum_parts(
           s, [&](int p, float(&y)[2][4]) { add_weight<false>(y, d_inputs, p); },
           [&](int row, int column, float x0, float x1) {
-            const float2 up = Numbers::unpack(pair_at(const_cast<Element*>(upstream), row, column));
+            const float2 up = Numbers::unpack(pair_at(upstream, row, column));
             pair_at(rows, row, column) = Numbers::pack(fmaf(residual, up.x, scale * x0), fmaf(residual, up.y, scale * x1));
           });
     }
@@ -612,26 +691,23 @@ class BackwardScan : private ForwardScan<Traits> {
     return scale_of(problem_.step, piece);
   }
 
-  __device__ __forceinline__ void write_adjoint(int piece, int which) {
-    const float scale = write_scale(piece), decay = of_chunk(problem_.decay, piece, 1.0f);
-    carry_adjoint(piece, which);
+  __device__ __forceinline__ void write_adjoint(int piece) {
+    carry_adjoint(piece, slot_before(piece));
     if (predicts()) form_delta();
     __syncthreads();  // the last slice's errors are complete
-    errors_adjoint(piece, scale);
+    errors_adjoint();
     __syncthreads();  // their adjoint is complete, and so are the sums of coefficients
     store_coefficients(piece);
-    each_out(state_, [&](int, int, float(&x)[4]) { multiply(x, decay / scale); });
-    keys_adjoint(piece, scale);
-    each_in(state_, [&](int, int, float(&x)[4]) { multiply(x, decay / scale); });
+    const auto decay = [&](int, int, float(&x)[4]) { multiply(x, of_chunk(problem_.decay, piece, 1.0f) / scale()); };
+    each_out(state_, decay);
+    keys_adjoint();
+    each_in(state_, decay);
 #pragma unroll 1
     for (int s = 0; s < slices(); ++s) {
       PackedUnits d_inputs;
       recall(s, kDInputs, d_inputs);
       add_to_in(d_inputs, tensor(kChunkKeys), s);
     }
-    if (problem_.objective == Objective::self)
-      rows_adjoint(tensor(kTargets), tensor(kDDelta), 0, slices(), -1.0f, scale);
-    if constexpr (Traits::kType == DType::float16) this->multiply_state(scale);
   }
   static __device__ __forceinline__ void multiply(float (&x)[4], float factor) {
 #pragma unroll
@@ -642,7 +718,7 @@ class BackwardScan : private ForwardScan<Traits> {
   __device__ __forceinline__ void carry_adjoint(int piece, int which) {
     float sums[3] = {0.0f, 0.0f, 0.0f};
     const auto dot = [](const float (&x)[4], const float4& y) { return x[0] * y.x + x[1] * y.y + x[2] * y.z + x[3] * y.w; };
-    if (back_.workspace.remainders) {
+    if (here_.workspace.remainders) {
       // A sum of many numbers of either sign: what rounding took from the slot would be seen in it.
       const Lane lane;
       const int unit = threadIdx.x / kWarp * Traits::kUnits;
@@ -672,8 +748,14 @@ class BackwardScan : private ForwardScan<Traits> {
       };
       const ParkedState<Traits> adjoint = momentum_adjoint(), slot = momentum_slot(which);
       const PackedState<Traits> operand = momentum_operand();
-      each_in(state_, [&](int i, int j, float(&x)[4]) { step(x, adjoint.in(i, j), operand.in(i, j), slot.in(i, j)); });
-      each_out(state_, [&](int i, int j, float(&x)[4]) { step(x, adjoint.out(i, j), operand.out(i, j), slot.out(i, j)); });
+      each_in(state_, [&](int i, int j, float(&x)[4]) {
+        step(x, adjoint.in(i, j), operand.in(i, j), slot.in(i, j));
+        if (j % 2) __syncwarp();  // registers do not suffice to load more tiles in advance
+      });
+      each_out(state_, [&](int i, int j, float(&x)[4]) {
+        step(x, adjoint.out(i, j), operand.out(i, j), slot.out(i, j));
+        if (j % 2) __syncwarp();
+      });
     }
 #pragma unroll
     for (int i = 0; i < 3; ++i) {
@@ -692,18 +774,19 @@ class BackwardScan : private ForwardScan<Traits> {
 #pragma unroll 1
     for (int s = 0; s < slices(); ++s) {
       PackedUnits hidden;
-      {
-        Units h;
-        by_weight<false>(h, keys, s);
-        this->activate_slice(h);
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i) {
+        Group h;
+        by_weight<false>(h, keys, s, i);
+        activate(h);
         if (self) {
           // f(k) - f(v) is one product: that of the difference of their hidden values.
-          Units of_targets;
-          by_weight<false>(of_targets, targets, s);
-          this->activate_slice(of_targets);
+          Group of_targets;
+          by_weight<false>(of_targets, targets, s, i);
+          activate(of_targets);
           each_unit([&](int n, int e, int) { h[n][e] -= of_targets[n][e]; });
         }
-        pack(hidden, h);
+        pack(hidden, i, h);
       }
       sum_parts(
           s, [&](int p, float(&y)[2][4]) { add_weight<true>(y, hidden, p); },
@@ -716,75 +799,92 @@ class BackwardScan : private ForwardScan<Traits> {
   }
 
   // (2) The write and the errors of the hidden units: the adjoint of delta, divided by the scale like all that follows.
-  __device__ __forceinline__ void errors_adjoint(int piece, float scale) {
+  __device__ __forceinline__ void errors_adjoint() {
     const Lane lane;
     Element *keys = tensor(kChunkKeys), *delta = tensor(kDelta), *d_delta = tensor(kDDelta);
     const StateTiles adjoint{state_};
     const PackedState<Traits> speed = momentum_operand();
 #pragma unroll 1
     for (int s = 0; s < slices(); ++s) {
-      float of_step[2], of_momentum[2], d_step[2] = {0.0f, 0.0f}, d_momentum_step[2] = {0.0f, 0.0f};
+      float of_step[2], d_step[2] = {0.0f, 0.0f}, d_momentum_step[2] = {0.0f, 0.0f};
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int row = s * kSlice + lane.group + 8 * r;
-        of_step[r] = weight(problem_.step, piece, row, scale);
-        if constexpr (Traits::kMomentum) of_momentum[r] = weight(problem_.momentum_step, piece, row, scale);
-      }
-      PackedUnits d_passed, hidden, hidden_momentum;
-      {
-        Units h, slope, curve, x;
-        by_weight<false>(h, keys, s);
+      for (int r = 0; r < 2; ++r) of_step[r] = steps(0)[s * kSlice + lane.group + 8 * r];
+      const float* of_momentum = steps(1) + s * kSlice + lane.group;
+      PackedUnits errors, d_passed, d_inputs, hidden;
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i) {
+        Group h, slope, curve, error, x;
+        by_weight<false>(h, keys, s, i);
         activate(h, slope, curve);
-        {
-          Units errors;
-          by_weight<true>(errors, delta, s);
-          each_unit([&](int n, int e, int) { curve[n][e] *= errors[n][e], errors[n][e] *= slope[n][e]; });
-          PackedUnits packed_errors;
-          // With momentum they are multiplied by either weight when they are used.
-          if constexpr (Traits::kMomentum)
-            pack(packed_errors, errors);
-          else
-            pack(packed_errors, errors, of_step[0], of_step[1]);
-          keep(s, kErrors, packed_errors);
-          by_adjoint<false>(x, keys, s, adjoint);
-          each_unit([&](int n, int e, int r) {
-            d_step[r] = fmaf(x[n][e], errors[n][e], d_step[r]);
-            x[n][e] *= of_step[r];
-          });
-          if constexpr (Traits::kMomentum) {
-            Units y;
-            by_adjoint<false>(y, keys, s, speed);
-            each_unit([&](int n, int e, int r) {
-              d_momentum_step[r] = fmaf(y[n][e], errors[n][e], d_momentum_step[r]);
-              x[n][e] = fmaf(of_momentum[r], y[n][e], x[n][e]);
-            });
+        by_weight<true>(error, delta, s, i);
+        each_unit([&](int n, int e, int) { curve[n][e] *= error[n][e], error[n][e] *= slope[n][e]; });
+        // With momentum they are multiplied by either weight when they are used.
+        if constexpr (Traits::kMomentum)
+          pack(errors, i, error);
+        else
+          pack(errors, i, error, of_step[0], of_step[1]);
+        by_adjoint<false>(x, keys, s, i, adjoint);
+        each_unit([&](int n, int e, int r) {
+          d_step[r] = fmaf(x[n][e], error[n][e], d_step[r]);
+          x[n][e] *= of_step[r];
+        });
+        if constexpr (Traits::kMomentum) {
+          // One tile at a time: registers do not suffice for more.
+#pragma unroll
+          for (int n = 0; n < 2; ++n) {
+            float y[4];
+            by_adjoint<false>(y, keys, s, i, n, speed);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              d_momentum_step[e / 2] = fmaf(y[e], error[n][e], d_momentum_step[e / 2]);
+              x[n][e] = fmaf(of_momentum[e / 2 * 8], y[e], x[n][e]);
+            }
+            __syncwarp();
           }
         }
         each_unit([&](int n, int e, int) { curve[n][e] *= x[n][e], x[n][e] *= slope[n][e]; });
-        pack(d_passed, x);
-        keep(s, kDPassed, d_passed);
-        by_adjoint<true>(x, delta, s, adjoint);
+        pack(d_passed, i, x);
+        by_adjoint<true>(x, delta, s, i, adjoint);
         each_unit([&](int n, int e, int r) {
           d_step[r] = fmaf(h[n][e], x[n][e], d_step[r]);
           x[n][e] *= of_step[r];
         });
         if constexpr (Traits::kMomentum) {
-          Units y;
-          by_adjoint<true>(y, delta, s, speed);
-          each_unit([&](int n, int e, int r) {
-            d_momentum_step[r] = fmaf(h[n][e], y[n][e], d_momentum_step[r]);
-            x[n][e] = fmaf(of_momentum[r], y[n][e], x[n][e]);
-          });
-          pack(hidden_momentum, h, of_momentum[0], of_momentum[1]);
+          // One tile at a time: registers do not suffice for more.
+#pragma unroll
+          for (int n = 0; n < 2; ++n) {
+            float y[4];
+            by_adjoint<true>(y, delta, s, i, n, speed);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              d_momentum_step[e / 2] = fmaf(y[e], h[n][e], d_momentum_step[e / 2]);
+              x[n][e] = fmaf(of_momentum[e / 2 * 8], y[e], x[n][e]);
+            }
+            __syncwarp();
+          }
+          pack(hidden, i, h);
+          keep(s, kHiddenValues, i, hidden);
+        } else {
+          pack(hidden, i, h, of_step[0], of_step[1]);
         }
-        pack(hidden, h, of_step[0], of_step[1]);
         each_unit([&](int n, int e, int) { x[n][e] = fmaf(x[n][e], slope[n][e], curve[n][e]); });
-        PackedUnits d_inputs;
-        pack(d_inputs, x);
-        keep(s, kDInputs, d_inputs);
+        pack(d_inputs, i, x);
+        keep(s, kErrors, i, errors);
+        keep(s, kDPassed, i, d_passed);
+        keep(s, kDInputs, i, d_inputs);
       }
       sum_rows(0, s, d_step);
-      if constexpr (Traits::kMomentum) sum_rows(1, s, d_momentum_step);
+      PackedUnits hidden_momentum;
+      if constexpr (Traits::kMomentum) {
+        sum_rows(1, s, d_momentum_step);
+        // Registers do not suffice to hold these while they are computed beside G's products.
+        __syncwarp();
+        recall(s, kDPassed, d_passed);
+        recall(s, kHiddenValues, hidden);
+        copy(hidden_momentum, hidden);
+        weigh(hidden_momentum, 1, s);
+        weigh(hidden, 0, s);
+      }
       sum_parts(
           s,
           [&](int p, float(&y)[2][4]) {
@@ -831,35 +931,35 @@ class BackwardScan : private ForwardScan<Traits> {
   }
 
   // (3) The layers at the keys: their gradient over delta, and the adjoint of W_out.
-  __device__ __forceinline__ void keys_adjoint(int piece, float scale) {
+  __device__ __forceinline__ void keys_adjoint() {
     Element *keys = tensor(kChunkKeys), *delta = tensor(kDelta), *d_delta = tensor(kDDelta);
     const StateTiles adjoint{state_};
     const bool predicted = predicts();
-    const float residual = predicted && problem_.residual ? scale : 0.0f;
 #pragma unroll 1
     for (int s = 0; s < slices(); ++s) {
       PackedUnits d_inputs;
       recall(s, kDInputs, d_inputs);
       if (predicted) {
-        Units h, slope, x;
-        by_weight<false>(h, keys, s);
-        activate(h, slope);
-        {
-          PackedUnits hidden;
-          pack(hidden, h);
-          add_to_out(hidden, d_delta, s);
+        PackedUnits hidden;
+#pragma unroll
+        for (int i = 0; i < kGroups; ++i) {
+          Group h, slope, x;
+          by_weight<false>(h, keys, s, i);
+          activate(h, slope);
+          pack(hidden, i, h);
+          by_weight<true>(x, d_delta, s, i);
+#pragma unroll
+          for (int n = 0; n < 2; ++n)
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+              const float2 direct = Numbers::unpack(d_inputs[2 * i + n][r]);
+              x[n][2 * r] = fmaf(x[n][2 * r], slope[n][2 * r], direct.x);
+              x[n][2 * r + 1] = fmaf(x[n][2 * r + 1], slope[n][2 * r + 1], direct.y);
+            }
+          pack(d_inputs, i, x);
+          keep(s, kDInputs, i, d_inputs);
         }
-        by_weight<true>(x, d_delta, s);
-#pragma unroll
-        for (int n = 0; n < Traits::kUnitTiles; ++n)
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            const float2 direct = Numbers::unpack(d_inputs[n][r]);
-            x[n][2 * r] = fmaf(x[n][2 * r], slope[n][2 * r], direct.x);
-            x[n][2 * r + 1] = fmaf(x[n][2 * r + 1], slope[n][2 * r + 1], direct.y);
-          }
-        pack(d_inputs, x);
-        keep(s, kDInputs, d_inputs);
+        add_to_out(hidden, d_delta, s);
       }
       {
         PackedUnits d_passed;
@@ -869,9 +969,9 @@ class BackwardScan : private ForwardScan<Traits> {
       PackedUnits errors, errors_momentum;
       recall(s, kErrors, errors);
       if constexpr (Traits::kMomentum) {
-        recall(s, kErrors, errors_momentum);
-        weigh(errors_momentum, problem_.momentum_step, piece, s, scale);
-        weigh(errors, problem_.step, piece, s, scale);
+        copy(errors_momentum, errors);
+        weigh(errors_momentum, 1, s);
+        weigh(errors, 0, s);
       }
       sum_parts(
           s,
@@ -882,13 +982,15 @@ class BackwardScan : private ForwardScan<Traits> {
           },
           [&](int row, int column, float x0, float x1) {
             const float2 d = Numbers::unpack(pair_at(d_delta, row, column));
-            pair_at(delta, row, column) = Numbers::pack(fmaf(residual, d.x, scale * x0), fmaf(residual, d.y, scale * x1));
+            const float residual = predicted && problem_.residual ? 1.0f : 0.0f;
+            x0 = fmaf(residual, d.x, x0), x1 = fmaf(residual, d.y, x1);
+            pair_at(delta, row, column) = Numbers::pack(scale() * x0, scale() * x1);
           });
     }
   }
 
   const BackwardParams& back_;
-  int turn_ = 0;
+  Here& here_;
 };
 
 }  // namespace hope::cuda

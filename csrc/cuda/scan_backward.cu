@@ -15,6 +15,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) scan_backward_kernel(cons
   BackwardScan<Traits>(params, dynamic_shared<char>()).run();
 }
 
+// What the kernel keeps in static shared memory, which lies in front of the dynamic.
+constexpr int64_t kStaticBytes = kPlaceBytes + 256;
+
 // States a task has room for: those of one segment.
 int64_t slot_count(const ScanProblem& problem) { return std::min(problem.checkpoint_interval, problem.chunks + 1); }
 
@@ -41,7 +44,7 @@ BackwardParams make_backward_params(const ScanProblem& problem, const BackwardRe
       BackwardLayout layout = backward_layout<Traits>(params.rebuild.rows, writes, params.problem.q.data,
                                                       problem.objective == Objective::self, partials, kept_shared);
       layout.bytes = std::max(layout.bytes, params.rebuild.layout.bytes);
-      if (layout.bytes + kPlaceBytes > device.shared_memory) continue;
+      if (layout.bytes + kStaticBytes > device.shared_memory) continue;
       params.layout = layout;
       return params;
     }
