@@ -66,7 +66,7 @@ def host(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Host:
     found = Host(library)
     module = SimpleNamespace(
         status=lambda: BackendStatus("cpu", True, "the CUDA kernels"),
-        refuses=lambda spec, dtype, device: None,
+        refuses=lambda request: None,
         scan_forward=found.scan_forward,
         scan_backward=found.scan_backward,
     )
