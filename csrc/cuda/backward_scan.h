@@ -1,9 +1,10 @@
 // Backward scan with the adjoint of the state on chip: one block of eight warps walks one (sequence, head) back through its
 // chunks.
 //
-// Roofline, per token of an mlp with objective l2: 40 D H FLOPs, 4 more than there are products since pre-activations of
-// keys are formed three times; 12 D H to rebuild the states; 16 D bytes of tokens, gradients and results from and to global
-// memory. Per chunk: 12 D H bytes of state written and read.
+// Roofline, per token of an mlp with objective l2: 40 D H FLOPs, 4 more than the 18 products take since pre-activations of
+// keys are formed three times; 10 D H more to rebuild the states. 16 D bytes of tokens and gradients, and 6 H bytes of what
+// is kept of a key, written once and read once or twice, where that is not in shared memory. Per chunk 8 D H bytes of state,
+// a slot written and read (16 D H where the decay has a gradient); with momentum 52 D H more. Short chunks are bound by that.
 //
 // Where things live. A block has 64k registers; the float32 adjoint A of the state takes 2 D H of them, half at 64 x 256, so
 // that the weights W cannot be there too. Chunks are taken in segments, from one checkpoint to the next. The states of a

@@ -15,6 +15,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) scan_backward_kernel(cons
   BackwardScan<Traits>(params, dynamic_shared<char>()).run();
 }
 
+// Whether registers hold the adjoint of the state and what its products take: beside the largest one there is no room for the
+// products with the adjoint of the momentum, the compiler would put some of them into local memory.
+template <class Traits>
+constexpr bool kFits = !(Traits::kMomentum && Traits::kHidden > 128);
+
 // What the kernel keeps in static shared memory, which lies in front of the dynamic.
 constexpr int64_t kStaticBytes = kPlaceBytes + 256;
 
@@ -95,6 +100,8 @@ Status supports_backward(const ScanProblem& problem, const BackwardResult& resul
   if (status.code == StatusCode::ok) status = supports_gradients(problem, result);
   if (status.code != StatusCode::ok) return status;
   return with_traits(problem, [&](auto traits) {
+    if (!kFits<decltype(traits)>)
+      return refused("the CUDA scan's backward has no registers for momentum at this size: hidden at most 128");
     const BackwardParams params = make_backward_params<decltype(traits)>(problem, result, device);
     return params.layout.bytes ? Status{}
                                : refused("the CUDA scan's backward keeps a chunk in shared memory: chunk_size is too large");
@@ -120,14 +127,18 @@ Status scan_backward(const ScanProblem& problem, const BackwardResult& result, c
   if (!workspace) return {StatusCode::invalid_argument, "the workspace is missing"};
   return with_traits(problem, [&](auto traits) {
     using Traits = decltype(traits);
-    BackwardParams params = make_backward_params<Traits>(problem, result, device);
-    lay_out_workspace<Traits>(params, static_cast<char*>(workspace));
-    LaunchShape shape;
-    shape.grid = dim3(unsigned(tasks));
-    shape.block = dim3(Traits::kThreads);
-    shape.shared_bytes = size_t(params.layout.bytes);
-    shape.stream = static_cast<cudaStream_t>(stream);
-    return launch("the backward scan", shape, scan_backward_kernel<Traits>, params);
+    Status started;
+    if constexpr (kFits<Traits>) {
+      BackwardParams params = make_backward_params<Traits>(problem, result, device);
+      lay_out_workspace<Traits>(params, static_cast<char*>(workspace));
+      LaunchShape shape;
+      shape.grid = dim3(unsigned(tasks));
+      shape.block = dim3(Traits::kThreads);
+      shape.shared_bytes = size_t(params.layout.bytes);
+      shape.stream = static_cast<cudaStream_t>(stream);
+      started = launch("the backward scan", shape, scan_backward_kernel<Traits>, params);
+    }
+    return started;
   });
 }
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -28,11 +27,6 @@ needs_thread_sanitizer = pytest.mark.skipif(
 )
 HALVES = [torch.bfloat16, torch.float16]
 KERNEL = build.ROOT / "csrc/cuda/backward_scan.h"
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return scan.load(tmp_path_factory.mktemp("scan"))
 
 
 @dataclass
@@ -137,7 +131,11 @@ def test_any_size_that_fits_stays_within_twice_the_eager_error(host, sizes, mome
     problem = make_problem(
         MemorySpec("mlp"), retention=True, momentum=momentum, initial_momentum=momentum, max_lr=0.1, **sizes
     )
-    assert_close_to_truth(with_mild_retention(problem), dtype)
+    if momentum and hidden > 128:
+        with pytest.raises(scan.Refused, match="no registers for momentum at this size"):
+            evaluate_package(problem.cast(dtype), "cpu")
+    else:
+        assert_close_to_truth(with_mild_retention(problem), dtype)
 
 
 ALL_SPECS = [
@@ -235,7 +233,7 @@ def test_packed_and_padded_sequences_are_what_they_are_alone(host, kind):
     names = [name for name in problem.tensors if not name.startswith("weight")]
 
     def loss(output: Tensor, state) -> Tensor:
-        return output.float().square().sum() + sum(w.square().sum() for w in (*state.weights, *state.momentum))
+        return output.float().square().sum() + sum(w.square().sum() for w in (*state.weights, *(state.momentum or ())))
 
     def gradients(tensors: dict[str, Tensor], weights, **options) -> dict[str, Tensor]:
         leaves = {name: t.detach().clone().requires_grad_() for name, t in tensors.items()}
@@ -368,6 +366,8 @@ def test_a_table_with_wild_values_reaches_nothing_outside_the_tensors(host, libr
     for _ in range(6):
         picked = torch.randint(len(wild), problem.sequences.shape, generator=random)
         problem.sequences = torch.tensor(wild)[picked]
+        # The forward had another table: what it did not save is not its checkpoint.
+        saved = [torch.zeros_like(x) for x in saved]
         for x in flat(scan.scan_backward(library, problem, saved, *upstream)).values():
             assert torch.isfinite(x).all()
 
@@ -396,12 +396,6 @@ def test_what_is_not_covered_is_refused_with_the_reason(host):
 # ---- barriers --------------------------------------------------------------------------------------------------------
 
 CASES = ["small short backward", "small single backward", "small self backward", "small momentum backward"]
-
-
-@pytest.fixture(scope="session")
-def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    sources = [*scan.SOURCES, build.HERE / "case_main.cpp"]
-    return build.build(tmp_path_factory.mktemp("sanitized") / "scan", sources, thread_sanitizer=True)
 
 
 def written_barriers() -> list[str]:
