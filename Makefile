@@ -22,7 +22,7 @@ RESOURCES_ARGS ?=
 GPU_ARGS ?=
 
 .PHONY: help install demo test test-slow test-oldest-triton lint format bench bench-suite triton-resources \
-	triton-resources-oldest gpu-suite doctor clean
+	triton-resources-oldest cuda-resources gpu-suite doctor clean
 .DELETE_ON_ERROR:
 
 help: ## list the commands
@@ -78,6 +78,9 @@ triton-resources: $(INSTALLED) ## registers, shared memory and spills of the Tri
 
 triton-resources-oldest: $(OLDEST)/installed.stamp ## the same with the oldest Triton
 	$(OLDEST)/bin/python benchmarks/triton_resources.py $(RESOURCES_ARGS)
+
+cuda-resources: $(INSTALLED) ## registers, shared memory and spills of the CUDA kernels; nvcc, no GPU (RESOURCES_ARGS)
+	$(BIN)/python benchmarks/cuda_resources.py $(RESOURCES_ARGS)
 
 # Not in .venv: a machine with a GPU has its own torch and Triton, and perhaps no network to install others.
 gpu-suite: ## everything that needs a GPU, within ten minutes, with the PYTHON at hand (GPU_ARGS="--stage bench")

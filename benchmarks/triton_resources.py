@@ -11,7 +11,6 @@ prints how candidates fare for a shape class (form/rule/bits/chunk/width), and w
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -34,7 +33,7 @@ def main() -> int:
         print(f"Triton is needed to compile its kernels, and does not import: {error}", file=sys.stderr)
         return 2
     from hope_kernels.backends.triton.compile_only import ARCHITECTURES
-    from hope_kernels.bench import kernel_resources
+    from hope_kernels.bench import kernel_resources, resource_tables
     from hope_kernels.bench.machine import stamp
 
     architectures = options.arch or list(ARCHITECTURES)
@@ -53,7 +52,7 @@ def main() -> int:
         if sys.stderr.isatty():
             print(f"\r{done}/{len(subjects)}", end="" if done < len(subjects) else "\r", file=sys.stderr, flush=True)
     title = f"Triton {triton.__version__}: {len(rows)} kernels of {len(subjects)} configurations and targets"
-    _show(title, [_cells(row) for row in rows])
+    resource_tables.show(title, COLUMNS, [_cells(row) for row in rows])
     failed = [row for row in rows if row.failures]
     tolerated = [row for row in rows if row.tolerated]
     summary = [f"{len(rows) - len(failed) - len(tolerated)} clean, {len(tolerated)} tolerated, {len(failed)} failed"]
@@ -62,13 +61,10 @@ def main() -> int:
     if options.sweep:
         return 0
     target = options.json or RESULTS / f"triton-resources-{'.'.join(triton.__version__.split('.')[:2])}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
     report = stamp("triton-resources", ["python", *sys.argv])
     report["versions"] |= {"triton": triton.__version__}
     report |= {"passed": not failed, "rows": [row.as_dict() for row in rows]}
-    target.write_text(json.dumps(report, indent=1) + "\n")
-    target.with_suffix(".md").write_text(_markdown(report, rows, tolerated, failed))
-    print(f"written: {target} and {target.with_suffix('.md').name}")
+    resource_tables.write(target, report, _markdown(report, rows, tolerated, failed))
     return 1 if failed else 0
 
 
@@ -124,26 +120,9 @@ def _cells(row) -> list[str]:
     return [*cells, *map(str, numbers), verdict]
 
 
-def _show(title: str, lines: list[list[str]]) -> None:
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        widths = [max(map(len, column)) for column in zip(COLUMNS, *lines, strict=True)]
-        print(title)
-        for line in (list(COLUMNS), *lines):
-            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-        return
-    table = Table(title=title, header_style="bold")
-    for column in COLUMNS:
-        table.add_column(column, no_wrap=True)
-    for line in lines:
-        style = {"FAILS": "red", "does not compile": "red", "tolerated": "yellow"}.get(line[-1])
-        table.add_row(*line, style=style)
-    Console(width=None if sys.stdout.isatty() else 180).print(table)
+def _markdown(report: dict, rows: list, tolerated: list, failed: list) -> list[str]:
+    from hope_kernels.bench.resource_tables import markdown_table
 
-
-def _markdown(report: dict, rows: list, tolerated: list, failed: list) -> str:
     lines = [
         "# Resources of the shipped Triton configurations",
         "",
@@ -158,14 +137,12 @@ def _markdown(report: dict, rows: list, tolerated: list, failed: list) -> str:
         "",
         f"{len(rows) - len(tolerated) - len(failed)} clean, {len(tolerated)} tolerated, {len(failed)} failed.",
         "",
-        "| " + " | ".join(column or "verdict" for column in COLUMNS) + " |",
-        "|" + "---|" * len(COLUMNS),
-        *("| " + " | ".join(_cells(row)) + " |" for row in rows),
+        *markdown_table(COLUMNS, [_cells(row) for row in rows]),
     ]
     for title, some in (("Tolerated", tolerated), ("Failed", failed)):
         if some:
             lines += ["", f"## {title}", "", *(f"* {_name(row)}: {_reason(row)}" for row in some)]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _reason(row) -> str:

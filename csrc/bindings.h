@@ -1,4 +1,7 @@
 // What the files of bindings share: reading tuples, and turning a status into an exception.
+//
+// A token tensor is None or (address, row stride, token stride, head stride); a matrix tensor is None or (address, dtype,
+// sequence stride, head stride, in stride, out stride); strides count elements, dtypes are the numbers of hope::DType.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -105,6 +108,92 @@ inline void raise(const hope::Status& status) {
     case hope::StatusCode::unsupported:
     case hope::StatusCode::device_error: throw std::runtime_error(status.message);
   }
+}
+
+// A scan, from the tuples of hope_kernels/backends/core_problem.py.
+inline ScanProblem read_problem(const py::tuple& vocabulary, const py::tuple& sizes, const py::tuple& tokens,
+                                const py::tuple& coefficients, const py::tuple& states) {
+  ScanProblem problem{};
+  Items v(vocabulary.ptr(), "vocabulary", 6);
+  problem.form = static_cast<Form>(v.number());
+  problem.activation = static_cast<Activation>(v.number());
+  problem.objective = static_cast<Objective>(v.number());
+  problem.rule = static_cast<Rule>(v.number());
+  problem.residual = static_cast<int32_t>(v.number());
+  problem.dtype = static_cast<DType>(v.number());
+  Items s(sizes.ptr(), "sizes", 12);
+  problem.batch = s.number();
+  problem.tokens = s.number();
+  problem.heads = s.number();
+  problem.dim = s.number();
+  problem.hidden = s.number();
+  problem.sequence_count = s.number();
+  problem.pending_capacity = s.number();
+  problem.chunk_size = s.number();
+  problem.chunks = s.number();
+  problem.first_chunk = s.number();
+  problem.bptt_chunks = s.number();
+  problem.checkpoint_interval = s.number();
+  Items t(tokens.ptr(), "tokens", 5);
+  problem.q = t.tokens();
+  problem.k = t.tokens();
+  problem.v = t.tokens();
+  problem.pending_k = t.tokens();
+  problem.pending_v = t.tokens();
+  Items c(coefficients.ptr(), "coefficients", 6);
+  problem.step = c.pointer();
+  problem.retention = c.pointer();
+  problem.decay = c.pointer();
+  problem.momentum_step = c.pointer();
+  problem.momentum_carry = c.pointer();
+  problem.momentum_decay = c.pointer();
+  Items w(states.ptr(), "states", 3);
+  w.matrices(problem.weights, "weights");
+  w.matrices(problem.momentum, "momentum");
+  problem.sequences = static_cast<const Sequence*>(w.pointer());
+  problem.threads = 1;
+  return problem;
+}
+
+// Output, weights, momentum, weight checkpoints, momentum checkpoints, segment (None or address, bytes per task).
+inline ForwardResult read_forward(const py::tuple& results) {
+  ForwardResult result{};
+  Items r(results.ptr(), "results", 6);
+  result.output = r.tokens();
+  r.pointers(result.weights, "final weights");
+  r.pointers(result.momentum, "final momentum");
+  r.pointers(result.checkpoints, "weight checkpoints");
+  r.pointers(result.checkpoints + kMaxWeights, "momentum checkpoints");
+  result.segment = r.segment();
+  return result;
+}
+
+// given: weight checkpoints, momentum checkpoints, segment, grad_output, grad_weights, grad_momentum.
+// results: q, k, v, pending_k, pending_v; the six coefficients; weights; momentum.
+inline BackwardResult read_backward(const py::tuple& given, const py::tuple& results) {
+  BackwardResult result{};
+  Items g(given.ptr(), "given", 6);
+  g.pointers(result.checkpoints, "weight checkpoints");
+  g.pointers(result.checkpoints + kMaxWeights, "momentum checkpoints");
+  result.segment = g.segment();
+  result.grad_output = g.tokens();
+  g.matrices(result.grad_weights, "grad_weights");
+  g.matrices(result.grad_momentum, "grad_momentum");
+  Items r(results.ptr(), "results", 13);
+  result.q = r.tokens();
+  result.k = r.tokens();
+  result.v = r.tokens();
+  result.pending_k = r.tokens();
+  result.pending_v = r.tokens();
+  result.step = r.pointer();
+  result.retention = r.pointer();
+  result.decay = r.pointer();
+  result.momentum_step = r.pointer();
+  result.momentum_carry = r.pointer();
+  result.momentum_decay = r.pointer();
+  r.pointers(result.weights, "weight gradients");
+  r.pointers(result.momentum, "momentum gradients");
+  return result;
 }
 
 // An update's tables, from one tuple per tensor (addresses or None of parameter, gradient, accumulator, first, second, copy;

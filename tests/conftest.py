@@ -1,14 +1,16 @@
-"""Settings of the whole suite: hypothesis profiles, and how the Triton engine is tested without a GPU.
+"""Settings of the whole suite: hypothesis profiles, and how the GPUs' engines are tested without one.
 
 `HYPOTHESIS_PROFILE=thorough` draws many more, and random, examples; the default profile draws the same ones on every
 run."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 from collections import defaultdict
 from datetime import timedelta
+from types import ModuleType
 
 import pytest
 import torch
@@ -54,3 +56,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         kept = random.Random(found[0].originalname).sample(range(len(found)), count)
         for index in set(range(len(found))) - set(kept):
             found[index].add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session")
+def cuda_module(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """The CUDA engine's part of the compiled core, its kernels running on the CPU."""
+    from tests.cuda_host import backend, build
+
+    if (reason := build.unavailable()) is not None:
+        pytest.skip(reason)
+    pytest.importorskip("pybind11")
+    return backend.compiled(tmp_path_factory.mktemp("cuda_on_host"))
+
+
+@pytest.fixture(scope="session")
+def cuda_host(cuda_module: ModuleType) -> ctypes.CDLL:
+    """What that module says about its launches, and its device, which can be changed."""
+    return ctypes.CDLL(cuda_module.__file__)

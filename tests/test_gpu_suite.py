@@ -152,16 +152,64 @@ def measured_report(fraction: float) -> dict:
 
 
 def test_the_table_says_met_missed_or_why_there_is_no_number():
-    rows = {(t.row, t.goal): (measured, verdict) for t, measured, verdict in report.judged(measured_report(0.2))}
+    found = report.judged(measured_report(0.2), "triton")
+    rows = {(t.row, t.goal): (measured, verdict) for t, measured, verdict in found}
     goal = "at least 18% of the GEMM peak (stretch 25%)"
     assert rows["G64 forward", goal] == ("20.0%", "met")
     assert rows["G64 forward", "at least 7x eager"] == ("8.0x", "met")
     assert rows["GL forward", "at least 78% of the GEMM peak"] == ("not measured: no such row in bench", "")
     decode = "decode, batch 1, median token", "at most 12 µs for the stack"
     assert rows[decode] == ("not measured: decode was not run", "")
-    missed = {(t.row, t.goal): verdict for t, _, verdict in report.judged(measured_report(0.17))}
+    missed = {(t.row, t.goal): verdict for t, _, verdict in report.judged(measured_report(0.17), "triton")}
     assert missed["G64 forward", goal] == "missed"
-    assert {measured for _, measured, _ in report.judged(None)} == {"not measured: no GPU was at hand"}
+    assert {measured for _, measured, _ in report.judged(None, "cuda")} == {"not measured: no GPU was at hand"}
+
+
+def test_the_table_has_both_engines_side_by_side():
+    both = measured_report(0.2)
+    (row,) = both["stages"]["bench"]["rows"]
+    both["stages"]["bench"]["rows"].append(row | {"implementation": "cuda", "peak_fraction": 0.31, "ratio": 12.0})
+    lines = report.results_table(both).splitlines()
+    assert lines[0] == "| row (bfloat16) | target | Triton | Triton: verdict | CUDA | CUDA: verdict |"
+    assert "| G64 forward | at least 7x eager | 8.0x | met | 12.0x | met |" in lines
+    assert any(line.startswith("| GL forward |") and line.count("no such row in bench") == 2 for line in lines)
+
+
+def test_the_faster_engine_of_each_shape_goes_into_a_table(tmp_path):
+    from benchmarks.gpu.speed import faster_engines
+    from hope_kernels.backends import choice
+
+    times = {
+        ("G64", "forward", "triton"): 2.0, ("G64", "forward", "cuda"): 1.0, ("G64", "forward", "reference"): 0.1,
+        ("G16", "forward+backward", "triton"): 3.0, ("G16", "forward+backward", "cuda"): 4.0,
+        ("GL", "forward", "triton"): 5.0,
+    }  # fmt: skip
+    rows = [{"shape": s, "mode": m, "implementation": i, "ms": ms} for (s, m, i), ms in times.items()]
+    entries = faster_engines(rows, torch.bfloat16, "NVIDIA H200")
+    choice.record(tmp_path / "engines.json", entries)
+    found = choice.load(tmp_path / "engines.json")
+    assert [(e.engine, e.measured["shape"], e.classes["gradients"]) for e in found] == [
+        ("cuda", "G64 forward", (False,)),
+        ("triton", "G16 forward+backward", (True,)),
+    ]
+    assert found[0].classes["block_chunk"] == (64,) and found[0].classes["block_dim"] == (64,)
+    text = "\n".join(report._engines_section({"bench": {"engines": [e.as_dict() for e in entries]}}))
+    assert "| G64 forward | cuda | 2.000 ms | 1.000 ms |" in text
+    assert (
+        report.markdown(report_of_stages({"bench": {"engines": [], "refusals": ["GL forward, cuda: dim"]}})).count(
+            "Refused: GL forward, cuda: dim"
+        )
+        == 1
+    )
+
+
+def report_of_stages(stages: dict) -> dict:
+    """The least that a report for people is made of."""
+    stages = {name: {"passed": True, "summary": ""} | result for name, result in stages.items()}
+    versions = dict.fromkeys(("python", "torch", "triton", "cuda"), "1")
+    machine = {"gpu": "a GPU", "processor": "a processor"}
+    head = {"dry_run": False, "machine": machine, "versions": versions, "date": "today", "command": "suite"}
+    return head | {"stages": stages}
 
 
 def test_the_published_table_is_that_of_the_published_run_or_of_none():
@@ -181,7 +229,7 @@ def test_growth_is_judged_over_three_lengths():
     rows = [row(65536, 1.05, 2800), row(1024, 1.0, 100), row(8192, 1.02, 1000)]
     found = {
         t.row: (measured, verdict)
-        for t, measured, verdict in report.judged({"stages": {"scale": {"summary": "", "rows": rows}}})
+        for t, measured, verdict in report.judged({"stages": {"scale": {"summary": "", "rows": rows}}}, "triton")
     }
     assert found["time per token, 1k to 64k tokens, forward+backward"] == ("5.0%", "met")
     memory = found["working memory, 8k to 64k tokens, forward+backward"]

@@ -21,7 +21,7 @@ class Target:
         row: what it is about, as the table names it.
         stage: of the suite, that measures it.
         goal: in words.
-        value: of a stage's result; None where the run has none.
+        value: of a stage's result, for an engine; None where the run has none.
         bound, least: the number it is held to, and whether that is the least or the most it may be.
         show: the value in words.
     """
@@ -29,7 +29,7 @@ class Target:
     row: str
     stage: str
     goal: str
-    value: Callable[[dict], float | None]
+    value: Callable[[dict, str], float | None]
     bound: float
     least: bool
     show: Callable[[float], str]
@@ -46,47 +46,47 @@ def _times(value: float) -> str:
     return f"{value:.1f}x"
 
 
-def _bench(shape: str, mode: str, field: str) -> Callable[[dict], float | None]:
-    def value(result: dict) -> float | None:
+def _bench(shape: str, mode: str, field: str) -> Callable[[dict, str], float | None]:
+    def value(result: dict, engine: str) -> float | None:
         for row in result.get("rows", []):
-            if (row["shape"], row["mode"], row["implementation"]) == (shape, mode, "triton"):
+            if (row["shape"], row["mode"], row["implementation"]) == (shape, mode, engine):
                 return row[field]
         return None
 
     return value
 
 
-def _over_compiled(shape: str, mode: str) -> Callable[[dict], float | None]:
+def _over_compiled(shape: str, mode: str) -> Callable[[dict, str], float | None]:
     """How many times faster than the reference through ``torch.compile``, both over the same chunks."""
 
-    def value(result: dict) -> float | None:
+    def value(result: dict, engine: str) -> float | None:
         ms = {
             row["implementation"]: row["ms"]
             for row in result.get("rows", [])
             if (row["shape"], row["mode"]) == (shape, mode)
         }
-        if "triton" not in ms or "reference + torch.compile" not in ms:
+        if engine not in ms or "reference + torch.compile" not in ms:
             return None
-        return ms["reference + torch.compile"] / ms["triton"]
+        return ms["reference + torch.compile"] / ms[engine]
 
     return value
 
 
-def _decode(batch: int, field: str) -> Callable[[dict], float | None]:
-    def value(result: dict) -> float | None:
+def _decode(batch: int, field: str) -> Callable[[dict, str], float | None]:
+    def value(result: dict, engine: str) -> float | None:
         for row in result.get("rows", []):
-            if (row["batch"], row["backend"], row["graph"]) == (batch, "triton", True):
+            if (row["batch"], row["backend"], row["graph"]) == (batch, engine, True):
                 return row[field]
         return None
 
     return value
 
 
-def _growth(mode: str, field: str, by: Callable[[list[dict]], float]) -> Callable[[dict], float | None]:
+def _growth(mode: str, field: str, by: Callable[[list[dict]], float]) -> Callable[[dict, str], float | None]:
     """A number from the rows of one mode at the least batch, shortest first; they need all their lengths."""
 
-    def value(result: dict) -> float | None:
-        rows = [r for r in result.get("rows", []) if (r["mode"], r["implementation"]) == (mode, "triton")]
+    def value(result: dict, engine: str) -> float | None:
+        rows = [r for r in result.get("rows", []) if (r["mode"], r["implementation"]) == (mode, engine)]
         rows = [r for r in rows if r["batch"] == min(row["batch"] for row in rows)]
         rows.sort(key=lambda row: row["tokens"])
         return None if len(rows) < 3 or any(row[field] is None for row in rows) else by(rows)
@@ -117,6 +117,7 @@ def _shape_targets(
     return found
 
 
+ENGINES = {"triton": "Triton", "cuda": "CUDA"}
 FORWARD, BOTH = "forward", "forward+backward"
 TARGETS = (
     *_shape_targets("G16", FORWARD, 0.06, 10),
@@ -159,15 +160,15 @@ BESIDE = tuple(
 )  # fmt: skip
 
 
-def judged(report: dict | None) -> list[tuple[Target, str, str]]:
-    """Every target with what was measured and the verdict on it, both in words."""
+def judged(report: dict | None, engine: str) -> list[tuple[Target, str, str]]:
+    """Every target with what was measured of an engine and the verdict on it, both in words."""
     found = []
     for target in (*TARGETS, *BESIDE):
         if report is None:
             found.append((target, UNMEASURED, ""))
             continue
         stage = report["stages"].get(target.stage)
-        value = None if stage is None else target.value(stage)
+        value = None if stage is None else target.value(stage, engine)
         if value is None:
             why = f"{target.stage} was not run" if stage is None else f"no such row in {target.stage}"
             found.append((target, f"not measured: {why}", ""))
@@ -178,10 +179,12 @@ def judged(report: dict | None) -> list[tuple[Target, str, str]]:
 
 
 def results_table(report: dict | None) -> str:
-    """Markdown: each row of the GPU benchmark with its target, what was measured, and whether that meets it."""
+    """Markdown: each row of the GPU benchmark with its target, what was measured of each engine and the verdict."""
+    columns = zip(*(judged(report, engine) for engine in ENGINES), strict=True)
+    head = (f"{heading}{part}" for heading in ENGINES.values() for part in ("", ": verdict"))
     return table(
-        ("row (Triton, bfloat16)", "target", "measured", "verdict"),
-        ((target.row, target.goal, measured, verdict) for target, measured, verdict in judged(report)),
+        ("row (bfloat16)", "target", *head),
+        ((row[0][0].row, row[0][0].goal, *(cell for _, *cells in row for cell in cells)) for row in columns),
     )
 
 
@@ -233,7 +236,9 @@ def markdown(report: dict) -> str:
         *_bench_section(stages),
         *_decode_section(stages),
         *_scale_section(stages),
+        *_engines_section(stages),
         *_tune_section(stages),
+        *[f"Refused: {why}" for result in stages.values() for why in result.get("refusals", [])],
         *[f"Not measured: {p}" for result in stages.values() for p in result.get("problems", [])],
         report.get("plot", ""),
     ]
@@ -267,6 +272,27 @@ def _bench_section(stages: dict) -> Iterable[str]:
 
 def _or_none(value: float | None, show: Callable[[float], str]) -> str:
     return "" if value is None else show(value)
+
+
+def _engines_section(stages: dict) -> Iterable[str]:
+    entries = stages.get("bench", {}).get("engines", [])
+    if entries:
+        yield "## Which engine"
+        yield (
+            "The faster engine of each shape that both ran, as entries of a table: `engines.json` of this run. With "
+            "`HOPE_KERNELS_ENGINES` naming that file, or with its entries in `hope_kernels/backends/choice.json`, they "
+            "decide what `backend=None` means on this device."
+        )
+        yield table(
+            ("shape", "engine", *ENGINES.values()),
+            (
+                (
+                    entry["measured"]["shape"], entry["engine"],
+                    *(f"{entry['measured']['ms'][name]:.3f} ms" for name in ENGINES),
+                )
+                for entry in entries
+            ),
+        )  # fmt: skip
 
 
 def _decode_section(stages: dict) -> Iterable[str]:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from benchmarks.gpu.children import Child, leave, run_children
 from hope_kernels import MemorySpec, available_backends
-from hope_kernels.backends import implementation
+from hope_kernels.backends import refusal, runs_together
+from hope_kernels.backends.interface import ScanRequest
 from hope_kernels.bench.implementations import Results
 from hope_kernels.bench.problems import Problem, make_problem
 
@@ -44,22 +45,37 @@ class Setting:
         # Some seconds to spare: this process is to end in time itself.
         return run_children(starts, at_once=at_once, deadline=self.deadline - 8, finished=finished)
 
-    def backends(self) -> list[str]:
-        """The compiled backends that take tensors on this device, then the same with each plan asked for by name."""
-        device, found = torch.device(self.device), []
+    def backends(self, request: ScanRequest | None = None) -> list[str]:
+        """The compiled backends that run this (default: :meth:`problem`) on this device, then the plans of each."""
+        request = self.problem(dtype=self.dtype).request() if request is None else request
+        found = []
         for name, status in available_backends().items():
             if not status or name in ("reference", "cpu"):
                 continue
-            if implementation(name).refuses(MemorySpec(), self.dtype, device) is None:
+            if refusal(name, request) is None:
                 found += [name, *(f"{name}:{plan}" for plan in ("resident", "tiled") if name == "triton")]
         if not found:
             raise RuntimeError(f"no compiled backend runs on {self.device} tensors here")
         return found
 
+    def refused(self, request: ScanRequest) -> list[str]:
+        """Backends that take tensors on this device but do not run this, each with its reason."""
+        names = [name for name in self.backends() if ":" not in name]
+        reasons = ((name, refusal(name, request)) for name in names)
+        return [f"{name}: {reason}" for name, reason in reasons if reason is not None]
+
     def distinct_backends(self) -> list[str]:
-        """Those of :meth:`backends` that run :meth:`problem` differently: what is chosen for it, and the tiled plan."""
+        """Those of :meth:`backends` that run :meth:`problem` differently: all but Triton's plan for it, by its name."""
         found = self.backends()
         return found[:1] if self.dry else [name for name in found if not name.endswith(":resident")]
+
+    def kinds(self, backend: str) -> list[str]:
+        """The operators of :data:`FUNCTIONS` that a backend runs."""
+        return [kind for kind in FUNCTIONS if kind == "scan" or runs_together(backend)]
+
+    def plain_dtype(self, backend: str) -> torch.dtype:
+        """float32, or where a backend does not take that the dtype of the benchmark."""
+        return torch.float32 if refusal(backend, self.problem().request()) is None else self.dtype
 
     def problem(
         self,

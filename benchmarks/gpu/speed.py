@@ -7,6 +7,7 @@ finite and those of the reference in the same dtype.
 
 from __future__ import annotations
 
+import datetime
 import gc
 import json
 import statistics
@@ -19,9 +20,12 @@ import torch
 from benchmarks.gpu.checks import first_line, sized
 from benchmarks.gpu.children import result_file
 from benchmarks.gpu.setting import Setting
-from hope_kernels.bench.decode import DECODE, DecodeShape, measure_decode
+from hope_kernels.backends import choice
+from hope_kernels.backends.tables import padded
+from hope_kernels.bench.decode import DECODE, DecodeShape, measure_decode, refusal
 from hope_kernels.bench.gpu import bytes_kept_by_reference, copy_peak, gemm_peak, peak_memory
 from hope_kernels.bench.implementations import REFERENCE, Implementation, make_call
+from hope_kernels.bench.machine import describe_machine
 from hope_kernels.bench.problems import Problem, shape_problem
 from hope_kernels.bench.shapes import GPU_SHAPES, MODES, SHAPES, Shape
 from hope_kernels.bench.speed import DisagreementError, compare_speed
@@ -44,11 +48,12 @@ def peaks(setting: Setting) -> dict:
 
 def gathered(setting: Setting, names: list[str]) -> dict:
     """The parts one after the other: their rows, problems, and the highest peaks any of them measured."""
-    result: dict = {"rows": [], "problems": [], "peaks": {}}
+    result: dict = {"rows": [], "problems": [], "refusals": [], "peaks": {}}
 
     def finished(name: str, part: dict) -> None:
         result["rows"] += part.get("rows", [])
         result["problems"] += part.get("problems", [])
+        result["refusals"] += part.get("refusals", [])
         if part["passed"] is not True and not part.get("problems"):
             result["problems"].append(f"{name}: {part['summary']}")
         for peak, value in part.get("peaks", {}).items():
@@ -70,6 +75,7 @@ class Rows:
         self.peaks = peaks(setting)
         self.rows: list[dict] = []
         self.problems: list[str] = []
+        self.refusals: list[str] = []  # no failure: a backend says what it does not run
         self._leave()
 
     def add(self, rows: Iterable[dict]) -> None:
@@ -77,7 +83,7 @@ class Rows:
         self._leave()
 
     def _leave(self) -> None:
-        self._setting.leave(rows=self.rows, problems=self.problems, peaks=self.peaks)
+        self._setting.leave(rows=self.rows, problems=self.problems, refusals=self.refusals, peaks=self.peaks)
 
     @contextmanager
     def attempt(self, what: str) -> Iterator[None]:
@@ -97,6 +103,7 @@ class Rows:
             "summary": "; ".join([summary, *self.problems[:1]]),
             "rows": self.rows,
             "problems": self.problems,
+            "refusals": self.refusals,
             "peaks": self.peaks,
         }
 
@@ -109,17 +116,53 @@ def release(setting: Setting) -> None:
         torch.cuda.empty_cache()
 
 
-def engines(setting: Setting) -> list[Implementation]:
-    """The compiled backends, each with the plan it chooses."""
-    return [Implementation(name) for name in setting.backends() if ":" not in name]
+def engines(setting: Setting, problem: Problem, mode: str) -> list[Implementation]:
+    """The compiled backends that run this, each with the plan it chooses."""
+    request = problem.request(gradients=mode != "forward")
+    return [Implementation(name) for name in setting.backends(request) if ":" not in name]
 
 
 # ---- the named shapes ------------------------------------------------------------------------------------------------
 
 
 def bench(setting: Setting) -> dict:
-    """Each GPU shape, forward and forward+backward: the reference and every compiled backend, alternating."""
-    return gathered(setting, [f"bench:{name}" for name in GPU_SHAPES])
+    """Each GPU shape, forward and forward+backward: the reference and every compiled backend, alternating.
+
+    Where both of a GPU's engines ran, the faster one goes into a table in the suite's folder: with
+    ``HOPE_KERNELS_ENGINES=<that file>``, or its entries in ``hope_kernels/backends/choice.json``, it is what
+    ``backend=None`` means.
+    """
+    result = gathered(setting, [f"bench:{name}" for name in GPU_SHAPES])
+    found = faster_engines(result["rows"], setting.dtype, describe_machine()["gpu"] or "a CPU")
+    if found:
+        choice.record(setting.out / "engines.json", found)
+    return result | {"engines": [entry.as_dict() for entry in found]}
+
+
+def faster_engines(rows: Iterable[dict], dtype: torch.dtype, device: str) -> list[choice.Entry]:
+    """The table's entry for each shape and mode that every engine of a GPU was timed at."""
+    times: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        if row["implementation"] in choice.ENGINES:
+            times.setdefault((row["shape"], row["mode"]), {})[row["implementation"]] = row["ms"]
+    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    entries = []
+    for (name, mode), ms in times.items():
+        if ms.keys() != set(choice.ENGINES):
+            continue
+        shape = SHAPES[name]
+        call = choice.CallClass(
+            form=shape.form,
+            rule=shape.spec.rule,
+            operand_bits=torch.finfo(dtype).bits,
+            block_chunk=padded(shape.chunk_size),
+            block_dim=padded(shape.dim),
+            gradients=mode != "forward",
+        )
+        classes = {field: (value,) for field, value in call._asdict().items()}
+        measured = {"device": device, "torch": torch.__version__, "date": today, "shape": f"{name} {mode}", "ms": ms}
+        entries.append(choice.Entry(device, classes, min(ms, key=ms.__getitem__), measured, ""))
+    return entries
 
 
 def bench_part(setting: Setting, name: str) -> dict:
@@ -133,7 +176,10 @@ def bench_part(setting: Setting, name: str) -> dict:
             inputs = first_tokens(problem, fitting.tokens)
             note = f"at {fitting.tokens} tokens: the reference keeps too much for this memory at {shape.tokens}"
         with found.attempt(f"{name} {mode}"):
-            found.add(compared(setting, fitting, inputs, mode, [REFERENCE, *engines(setting)], note))
+            found.add(compared(setting, fitting, inputs, mode, [REFERENCE, *engines(setting, inputs, mode)], note))
+            found.refusals += [
+                f"{name} {mode}, {why}" for why in setting.refused(inputs.request(gradients=mode != "forward"))
+            ]
     return found.result()
 
 
@@ -198,7 +244,9 @@ def compiled_part(setting: Setting, name: str) -> dict:
     for mode in MODES:
         with found.attempt(f"{name} {mode} torch.compile"):
             note = f"over {shape.tokens // shape.chunk_size} chunks"
-            found.add(compared(setting, shape, problem, mode, [REFERENCE, *others, *engines(setting)], note))
+            found.add(
+                compared(setting, shape, problem, mode, [REFERENCE, *others, *engines(setting, problem, mode)], note)
+            )
     return found.result()
 
 
@@ -214,8 +262,8 @@ def scale_part(setting: Setting, what: str) -> dict:
     found = Rows(setting)
     shape = sized(SHAPES["G64"], setting)
     problem = shape_problem(shape, dtype=setting.dtype, device=setting.device)
-    for implementation in engines(setting):
-        for mode in MODES:
+    for mode in MODES:
+        for implementation in engines(setting, problem, mode):
             with found.attempt(f"{implementation.name} {mode}"):
                 # One length at a time: at 64k tokens inputs and gradients take 12 GB.
                 for part, times in ((8, 1), (1, 1), (1, 2 if setting.dry else 8)):
@@ -266,7 +314,10 @@ def decode(setting: Setting) -> dict:
 def decode_part(setting: Setting, batch: str) -> dict:
     found = Rows(setting)
     shape = DecodeShape(heads=1, dim=8, hidden=16, chunk_sizes=(1, 2, None)) if setting.dry else DECODE
-    names = ["reference", *(engine.name for engine in engines(setting))]
+    names = ["reference", *(name for name in setting.backends() if ":" not in name)]
+    reasons = {name: refusal(shape, name, setting.dtype, setting.device) for name in names}
+    found.refusals = [f"decode: {reason}" for reason in reasons.values() if reason is not None]
+    names = [name for name in names if reasons[name] is None]
     with found.attempt(f"decode, batch {batch}"):
         rows = measure_decode(
             shape,
@@ -323,7 +374,6 @@ def _subject(setting: Setting, kernel: str, name: str, tokens: int | None):
     shape = shape if tokens is None else shape.scaled(tokens=tokens, batch=1)
     problem = shape_problem(shape, dtype=setting.dtype, device=setting.device).requires_grad()
     bits = torch.finfo(setting.dtype).bits
-    padded = configurations.padded
     described = configurations.ShapeClass(
         shape.form, shape.spec.rule, bits, padded(shape.chunk_size), padded(shape.dim)
     )

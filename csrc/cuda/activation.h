@@ -1,4 +1,4 @@
-// Activations of a memory's hidden layer and their slopes, in float32.
+// Activations of a memory's hidden layer, their slopes and second derivatives, in float32.
 //
 // What rounds its results to bfloat16 (relative 2^-9) takes the tanh instruction, relative error 2^-11 and one special-function
 // operation for each value; float16 (2^-12) takes exp2 and a reciprocal, accurate to 2^-22. NaN in gives NaN out; the
@@ -55,24 +55,34 @@ template <DType kType, Activation kActivation>
 struct Act {
   // x <- act(x); slope = act'(x).
   __device__ __forceinline__ void operator()(float& x, float& slope) const {
+    float curve;
+    (*this)(x, slope, curve);
+  }
+  // The same; curve = act''(x).
+  __device__ __forceinline__ void operator()(float& x, float& slope, float& curve) const {
     constexpr float kLimit = 1000.0f;
     const float from_below = x < -kLimit ? -kLimit : x, y = bounded(x, kLimit);
     if constexpr (kActivation == Activation::gelu_tanh) {
       // 0.5 x (1 + tanh(u / 2)) = x sigmoid(u), u = k x + kc x^3.
       constexpr float k = 1.59576912f, kc = k * 0.044715f;
-      const float y2 = y * y, s = sigmoid<kType>(y * fmaf(kc, y2, k));
+      const float y2 = y * y, s = sigmoid<kType>(y * fmaf(kc, y2, k)), ds = s - s * s, du = fmaf(3.0f * kc, y2, k);
       x = from_below * s;
-      slope = fmaf(y * (s - s * s), fmaf(3.0f * kc, y2, k), s);
+      slope = fmaf(y * ds, du, s);
+      curve = ds * fmaf(y, fmaf(fmaf(-2.0f, s, 1.0f) * du, du, 6.0f * kc * y), du + du);
     } else if constexpr (kActivation == Activation::gelu) {
       const float p = fmaf(0.5f, erff(0.707106781f * y), 0.5f);
       x = from_below * p;
-      slope = fmaf(y * 0.398942280f, fast_exp2(-0.721347520f * y * y), p);
+      const float density = 0.398942280f * fast_exp2(-0.721347520f * y * y);
+      slope = fmaf(y, density, p);
+      curve = density * fmaf(-y, y, 2.0f);
     } else if constexpr (kActivation == Activation::silu) {
-      const float s = sigmoid<kType>(y);
+      const float s = sigmoid<kType>(y), ds = s - s * s;
       x = from_below * s;
-      slope = fmaf(y, s - s * s, s);
+      slope = fmaf(y, ds, s);
+      curve = ds * fmaf(y, fmaf(-2.0f, s, 1.0f), 2.0f);
     } else {
       const float r = x <= 0.0f ? 0.0f : x;  // NaN passes through
+      curve = x <= 0.0f ? 0.0f : 2.0f;
       x = r * r;
       slope = r + r;
     }

@@ -70,7 +70,7 @@ class ForwardScan {
     }
   }
 
- private:
+ protected:
   // ---- pieces of the sequence: its chunks, then what follows them and is only read ----------------------------------
 
   __device__ __forceinline__ bool writes(int piece) const { return piece < place_.chunks; }
@@ -114,31 +114,33 @@ class ForwardScan {
   __device__ __forceinline__ void load_tokens(int piece, int stage) const {
     const int count = token_count(piece), end = writes(piece) ? kTensors : kKeys;
 #pragma unroll 1
-    for (int t = reads_alone(piece) ? kQueries : kKeys; t < end; ++t) {
-      const TokenView &fresh = params_.tokens[t], &pending = params_.pending[t];
-      const int first = t == kQueries ? first_query(piece) : 0;
-      Element* to = tensor(stage, t);
-      const auto token = [&](int row) {
-        const int64_t j = int64_t(piece) * params_.span + row;
-        return j < place_.seq.pending ? static_cast<const Element*>(pending.data) + place_.pending(pending, j)
-                                      : static_cast<const Element*>(fresh.data) + place_.fresh(fresh, j);
-      };
-      if (params_.vectors) {
-        constexpr int kParts = Traits::kDim / 8;
-        for (int i = threadIdx.x; i < params_.rows * kParts; i += Traits::kThreads) {
-          const int row = i / kParts, column = i % kParts * 8;
-          const bool inside = first <= row && row < count;
-          cp_async_16(to + row * Traits::kPitch + column, inside ? token(row) + column : fresh.data, inside);
-        }
-      } else {
-        for (int i = threadIdx.x; i < params_.rows * Traits::kDim; i += Traits::kThreads) {
-          const int row = i / Traits::kDim, column = i % Traits::kDim;
-          const bool inside = first <= row && row < count && column < problem_.dim;
-          to[row * Traits::kPitch + column] = inside ? token(row)[column] : Element(0.0f);
-        }
+    for (int t = reads_alone(piece) ? kQueries : kKeys; t < end; ++t)
+      load_tensor(tensor(stage, t), params_.tokens[t], params_.pending[t], piece, t == kQueries ? first_query(piece) : 0,
+                  count);
+    cp_async_commit();
+  }
+  // Rows [first, count) of one tensor, zeros in its other rows; the caller closes the group of copies.
+  __device__ __forceinline__ void load_tensor(Element* to, const TokenView& fresh, const TokenView& pending, int piece,
+                                              int first, int count) const {
+    const auto token = [&](int row) {
+      const int64_t j = int64_t(piece) * params_.span + row;
+      return j < place_.seq.pending ? static_cast<const Element*>(pending.data) + place_.pending(pending, j)
+                                    : static_cast<const Element*>(fresh.data) + place_.fresh(fresh, j);
+    };
+    if (params_.vectors) {
+      constexpr int kParts = Traits::kDim / 8;
+      for (int i = threadIdx.x; i < params_.rows * kParts; i += Traits::kThreads) {
+        const int row = i / kParts, column = i % kParts * 8;
+        const bool inside = first <= row && row < count;
+        cp_async_16(to + row * Traits::kPitch + column, inside ? token(row) + column : fresh.data, inside);
+      }
+    } else {
+      for (int i = threadIdx.x; i < params_.rows * Traits::kDim; i += Traits::kThreads) {
+        const int row = i / Traits::kDim, column = i % Traits::kDim;
+        const bool inside = first <= row && row < count && column < problem_.dim;
+        to[row * Traits::kPitch + column] = inside ? token(row)[column] : Element(0.0f);
       }
     }
-    cp_async_commit();
   }
 
   __device__ __forceinline__ void store_outputs(int piece, int stage) const {
@@ -201,20 +203,21 @@ class ForwardScan {
     __syncthreads();  // nobody reads it any more
   }
 
-  __device__ __forceinline__ void load_initial() {
+  __device__ __forceinline__ void load_initial() { load_state(problem_.weights, problem_.momentum); }
+  __device__ __forceinline__ void load_state(const MatrixView* weights, const MatrixView* speeds) {
     if constexpr (Traits::kMomentum) {
       const ParkedState<Traits> parked = momentum();
-      load_matrix<false>(problem_.momentum[0], [&](const StagedMatrix<Traits, false>& staged) {
+      load_matrix<false>(speeds[0], [&](const StagedMatrix<Traits, false>& staged) {
         each_in(state_, [&](int i, int j, float(&x)[4]) { staged.get(i, j, x), parked.in(i, j) = four(x); });
       });
-      load_matrix<true>(problem_.momentum[1], [&](const StagedMatrix<Traits, true>& staged) {
+      load_matrix<true>(speeds[1], [&](const StagedMatrix<Traits, true>& staged) {
         each_out(state_, [&](int i, int j, float(&x)[4]) { staged.get(i, j, x), parked.out(i, j) = four(x); });
       });
     }
-    load_matrix<false>(problem_.weights[0], [&](const StagedMatrix<Traits, false>& staged) {
+    load_matrix<false>(weights[0], [&](const StagedMatrix<Traits, false>& staged) {
       each_in(state_, [&](int i, int j, float(&x)[4]) { staged.get(i, j, x); });
     });
-    load_matrix<true>(problem_.weights[1], [&](const StagedMatrix<Traits, true>& staged) {
+    load_matrix<true>(weights[1], [&](const StagedMatrix<Traits, true>& staged) {
       each_out(state_, [&](int i, int j, float(&x)[4]) { staged.get(i, j, x); });
     });
   }

@@ -32,6 +32,13 @@ __device__ __forceinline__ T& block_shared() {
   return object;
 }
 
+// x. The compiler cannot tell: what follows from the result is computed where it is used, instead of once in front of a loop
+// to be held in registers.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 __device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }

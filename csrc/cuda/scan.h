@@ -28,6 +28,13 @@ int64_t forward_workspace(const ScanProblem& problem);
 Status scan_forward(const ScanProblem& problem, const ForwardResult& result, const Device& device, void* workspace,
                     void* stream);
 
+// The same for the backward: whether it is computed, the bytes it works in, and its start. Results are gradients, those of
+// weights and momentum of each sequence; what a table leaves out of every sequence or chunk is not written.
+Status supports_backward(const ScanProblem& problem, const BackwardResult& result, const Device& device);
+int64_t backward_workspace(const ScanProblem& problem, const BackwardResult& result, const Device& device);
+Status scan_backward(const ScanProblem& problem, const BackwardResult& result, const Device& device, void* workspace,
+                     void* stream);
+
 // The current device.
 Status current_device(Device* device);
 

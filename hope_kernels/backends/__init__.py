@@ -7,22 +7,28 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
-from hope_kernels.backends.interface import Backend, BackendStatus
+from hope_kernels.backends import choice
+from hope_kernels.backends.interface import Backend, BackendStatus, ScanRequest
 
-if TYPE_CHECKING:
-    from hope_kernels.memory.spec import MemorySpec
+__all__ = [
+    "BackendStatus",
+    "available_backends",
+    "check_name",
+    "implementation",
+    "refusal",
+    "runs_together",
+    "select",
+]
 
-__all__ = ["BackendStatus", "available_backends", "check_name", "implementation", "runs_together", "select"]
-
-_COMPILED = ("cpu", "triton")
-_MISSING = {"cuda": "this version of hope_kernels has no scan in CUDA"}
+_COMPILED = ("cpu", "triton", "cuda")
 _REFERENCE = BackendStatus("reference", True, "eager PyTorch, chunk by chunk")
-# Fastest first, per device type: what `backend=None` tries in turn.
-_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+# What `backend=None` tries in turn, fastest first, where no table says so.
+_PREFERENCE = {"cpu": ("cpu", "reference")}
+_ANY_LENGTH = 2**31 - 1
 
 
 @cache
@@ -36,14 +42,12 @@ def implementation(name: str) -> Backend:
 def _status(name: str) -> BackendStatus:
     if name == "reference":
         return _REFERENCE
-    if name in _MISSING:
-        return BackendStatus(name, False, _MISSING[name])
     return implementation(name).status()
 
 
 def available_backends() -> dict[str, BackendStatus]:
     """Status of every backend by name; ``bool(status)`` says whether it can run, ``status.reason`` why (not)."""
-    return {name: _status(name) for name in ("reference", *_COMPILED, *_MISSING)}
+    return {name: _status(name) for name in ("reference", *_COMPILED)}
 
 
 def check_name(backend: str | None) -> None:
@@ -54,7 +58,7 @@ def check_name(backend: str | None) -> None:
     """
     if backend is None:
         return
-    known = ("reference", *_COMPILED, *_MISSING)
+    known = ("reference", *_COMPILED)
     base, colon, option = backend.partition(":") if isinstance(backend, str) else (backend, "", "")
     if base not in known:
         raise ValueError(f"backend is {backend!r}; want None or one of {', '.join(map(repr, known))}")
@@ -65,45 +69,53 @@ def check_name(backend: str | None) -> None:
         module.with_option(option)
 
 
-def _refusal(name: str, spec: MemorySpec, dtype: torch.dtype, device: torch.device) -> str | None:
+def refusal(name: str, request: ScanRequest) -> str | None:
+    """None when that backend can run such calls here, else the reason it cannot."""
     status = _status(name)
     if not status:
         return status.reason
-    return None if name == "reference" else implementation(name).refuses(spec, dtype, device)
+    return None if name == "reference" else implementation(name).refuses(request)
 
 
-def select(backend: str | None, spec: MemorySpec, dtype: torch.dtype, device: torch.device) -> str:
-    """Name of the backend that runs this call.
+def select(backend: str | None, request: ScanRequest) -> str:
+    """Name of the backend that runs such calls.
 
     Args:
-        backend: a name, obeyed or refused, or None for the fastest that can run here.
+        backend: a name, obeyed or refused, or None for the fastest that can run them here.
 
     Raises:
         ValueError: the name is unknown.
         RuntimeError: the backend asked for cannot run this here; the message says why.
     """
     if torch.compiler.is_compiling():
-        return _select_in_trace(backend, spec.key, dtype, device)
-    return _select(backend, spec, dtype, device)
+        return _select_in_trace(backend, *request)
+    return _select(backend, request)
 
 
-def _select(backend: str | None, spec: MemorySpec, dtype: torch.dtype, device: torch.device) -> str:
+def _select(backend: str | None, request: ScanRequest) -> str:
     if backend is None:
-        candidates = _PREFERENCE.get(device.type, ("reference",))
-        return next(name for name in candidates if _refusal(name, spec, dtype, device) is None)
+        if request.chunk_size is None:  # only one that takes whatever it will be
+            request = request._replace(chunk_size=_ANY_LENGTH)
+        return next(name for name in _candidates(request) if refusal(name, request) is None)
     check_name(backend)
-    reason = _refusal(backend, spec, dtype, device)
+    if request.chunk_size is None:  # what is too long for it the backend refuses when it runs
+        request = request._replace(chunk_size=1)
+    reason = refusal(backend, request)
     if reason is not None:
         raise RuntimeError(f"backend={backend!r} cannot run this: {reason}")
     return backend
 
 
-def _select_in_trace(backend: str | None, key: str, dtype: torch.dtype, device: torch.device) -> str:
-    """The choice as a constant of a trace, whose arguments must be constants too: strings are to every PyTorch, a
-    :class:`MemorySpec` is not."""
-    from hope_kernels.memory.spec import MemorySpec
+def _candidates(request: ScanRequest) -> tuple[str, ...]:
+    """What ``backend=None`` tries in turn."""
+    if request.device.type == "cuda" and request.dtype != torch.float64:
+        return *choice.engines_for(request), "reference"
+    return _PREFERENCE.get(request.device.type, ("reference",))
 
-    return _select(backend, MemorySpec.from_key(key), dtype, device)
+
+def _select_in_trace(backend: str | None, *request: Any) -> str:
+    """The choice as a constant of a trace, whose arguments must be constants too: plain values are to every PyTorch."""
+    return _select(backend, ScanRequest(*request))
 
 
 def runs_together(name: str) -> bool:

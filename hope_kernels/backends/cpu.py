@@ -1,9 +1,8 @@
 """The compiled CPU engine: describes a problem to ``hope_kernels._core`` and allocates its results.
 
-The engine reads tokens and weights where they lie, through element strides; copied first are only token tensors
-whose last dimension is not contiguous, and coefficients and checkpoints that are not. It works in the state dtype
-(float64 for float64 tokens, else float32), converts bfloat16 and float16 tokens as it loads and stores them, and runs
-on as many threads as ``torch.get_num_threads()`` says. Results do not depend on that number, bit for bit.
+It works in the state dtype (float64 for float64 tokens, else float32), converts bfloat16 and float16 tokens as it loads
+and stores them, and runs on as many threads as ``torch.get_num_threads()`` says. Results do not depend on that number,
+bit for bit.
 """
 
 from __future__ import annotations
@@ -15,22 +14,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hope_kernels.backends.interface import BackendStatus, ScanGradients, ScanProblem, build_info
+from hope_kernels.backends.core_problem import DTYPES, CoreProblem, checkpoint_shapes, last_chunk, readable
+from hope_kernels.backends.interface import BackendStatus, ScanGradients, ScanProblem, ScanRequest, build_info
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hope_kernels.memory.spec import MemorySpec
     from hope_kernels.optim.problem import UpdateProblem
-
-_FORMS = {"linear": 0, "mlp": 1, "glu": 2}
-_ACTIVATIONS = {"gelu_tanh": 0, "gelu": 1, "silu": 2, "relu2": 3}
-_OBJECTIVES = {"l2": 0, "dot": 1, "error": 2, "self": 3}
-_RULES = {"gd": 0, "dgd": 1}
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-
-_TokenTuple = tuple[int, int, int, int]
-_MatrixTuple = tuple[int, int, int, int, int, int]
 
 
 def _missing_reason() -> str:
@@ -61,139 +51,33 @@ def status() -> BackendStatus:
     return _load()[1]
 
 
-def refuses(spec: MemorySpec, dtype: torch.dtype, device: torch.device) -> str | None:
-    """None when this engine can run tokens of ``dtype`` on ``device``, else the reason it cannot."""
+def refuses(request: ScanRequest) -> str | None:
+    """None when this engine can run such calls, else the reason it cannot."""
     state = status()
     if not state:
         return state.reason
-    if device.type != "cpu":
-        return f"it needs CPU tensors, got {device}"
-    if dtype not in _DTYPES:
-        return f"it takes float32, float64, bfloat16 or float16 tokens, got {dtype}"
+    if request.device.type != "cpu":
+        return f"it needs CPU tensors, got {request.device}"
+    if request.dtype not in DTYPES:
+        return f"it takes float32, float64, bfloat16 or float16 tokens, got {request.dtype}"
     return None
-
-
-def _readable(x: Tensor | None) -> Tensor | None:
-    """``x`` with a contiguous last dimension."""
-    return x if x is None or x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
-
-
-def _tokens(x: Tensor | None) -> _TokenTuple | None:
-    if x is None:
-        return None
-    row, token, head, _ = x.stride()
-    return x.data_ptr(), row, token, head
-
-
-def _matrix(x: Tensor | None) -> _MatrixTuple | None:
-    if x is None:
-        return None
-    strides = x.stride() if x.dim() == 4 else (0, *x.stride())
-    return x.data_ptr(), _DTYPES[x.dtype], *strides
-
-
-def _pointer(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
-
-
-class _Description:
-    """A problem as the tuples the core takes. Keeps alive every tensor whose address is in them."""
-
-    def __init__(self, problem: ScanProblem) -> None:
-        spec, tokens = problem.spec, problem.tokens
-        self.problem = problem
-        self.device, self.dtype = tokens.device, tokens.dtype
-        self.batch, self.length, self.heads, self.dim = tokens.shape
-        self.sequence_count = problem.sequence_count
-        self.shapes = [tuple(w.shape[-2:]) for w in problem.weights]
-        self.read = [_readable(x) for x in problem.token_tensors]
-        self.given = tuple(None if x is None else x.contiguous() for x in problem.coefficients)
-        self.sequences = None if problem.sequences is None else problem.sequences.contiguous()
-        self.vocabulary = (
-            _FORMS[spec.form],
-            _ACTIVATIONS[spec.activation],
-            _OBJECTIVES[spec.objective],
-            _RULES[spec.rule],
-            int(spec.residual),
-            _DTYPES[tokens.dtype],
-        )
-        self.sizes = (
-            self.batch,
-            self.length,
-            self.heads,
-            self.dim,
-            self.shapes[0][1],
-            self.sequence_count,
-            problem.pending_k.shape[1] if problem.pending_k is not None else 0,
-            problem.chunk_size,
-            problem.chunks,
-            problem.first_chunk,
-            problem.bptt_chunks,
-            problem.checkpoint_interval,
-        )
-        self.tokens = tuple(_tokens(x) for x in self.read)
-        self.coefficients = tuple(_pointer(x) for x in self.given)
-        self.states = (
-            tuple(_matrix(w) for w in problem.weights),
-            tuple(_matrix(m) for m in problem.momentum),
-            _pointer(self.sequences),
-        )
-
-    @property
-    def arguments(self) -> tuple[tuple, ...]:
-        return self.vocabulary, self.sizes, self.tokens, self.coefficients, self.states
-
-    def empty(self, shapes: list[tuple[int, ...]]) -> list[Tensor]:
-        """Uninitialised results in the state dtype."""
-        return [torch.empty(shape, dtype=self.problem.state_dtype) for shape in shapes]
-
-    def empty_states(self) -> list[Tensor]:
-        """One uninitialised ``[S, N, in, out]`` per weight."""
-        return self.empty([(self.sequence_count, self.heads, *shape) for shape in self.shapes])
-
-    def saved_arguments(self, saved: list[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, int] | None]:
-        """Weight checkpoints, momentum checkpoints and the last segment with the bytes of each task."""
-        count = len(self.shapes)
-        checkpoints, segment = saved[: 2 * count if self.problem.has_momentum else count], None
-        if len(saved) > len(checkpoints):
-            last = saved[-1]
-            segment = last.data_ptr(), last.shape[2] * last.element_size()
-        return _pointers(checkpoints[:count]), _pointers(checkpoints[count:]), segment
-
-    def like_tokens(self, x: Tensor | None) -> Tensor | None:
-        """A contiguous result in the shape of ``x``; zero where a table may leave tokens out."""
-        if x is None:
-            return None
-        make = torch.empty if self.problem.sequences is None else torch.zeros
-        return make(x.shape, dtype=x.dtype)
-
-
-def _pointers(tensors: list[Tensor]) -> tuple[int, ...]:
-    return tuple(t.data_ptr() for t in tensors)
 
 
 def saved_shapes(problem: ScanProblem) -> list[tuple[int, ...]]:
     """Shapes of what the forward saves: checkpoints, then memory for the last segment where that is kept.
 
-    Checkpoints are one ``[rows, N, in, out]`` per weight, then per momentum. Without ``sequences``, ``rows`` counts
-    those of every sequence that lie before or at its last token, in order; with them row
-    ``chunk_row_s // K + j - 1`` belongs to chunk ``jK`` of sequence ``s``.
+    Checkpoints are those of :func:`~hope_kernels.backends.core_problem.checkpoint_shapes`.
 
     The last segment is every chunk from the last checkpoint on: the forward leaves their states and intermediates,
     ``[S, N, elements]``, where they are few (``K <= 2``, at most four chunks, as large memories have them).
     """
-    heads, dim = problem.tokens.shape[2:]
-    interval, size = problem.checkpoint_interval, problem.chunk_size
-    uniform = problem.sequences is None
-    matrices = [w.shape[-2:] for w in problem.weights] * (2 if problem.has_momentum else 1)
-    pending = problem.pending_k.shape[1] if problem.pending_k is not None else 0
-    last_chunk = (pending + problem.tokens.shape[1] - 1) // size
-    rows = last_chunk // interval * problem.sequence_count if uniform else problem.chunks // interval
-    shapes = [(rows, heads, *matrix) for matrix in matrices]
-    if uniform and interval <= 2 and size <= 2 * dim:
-        last_state = last_chunk if problem.q is not None else problem.chunks - 1
-        elements = sum(_padded(*matrix, problem) for matrix in [*matrices, *_intermediates(problem)])
-        shapes.append((problem.sequence_count, heads, last_state % interval * elements))
+    interval, size, dim = problem.checkpoint_interval, problem.chunk_size, problem.tokens.shape[3]
+    shapes = checkpoint_shapes(problem)
+    if problem.sequences is None and interval <= 2 and size <= 2 * dim:
+        last_state = last_chunk(problem) if problem.q is not None else problem.chunks - 1
+        matrices = [shape[2:] for shape in shapes] + _intermediates(problem)
+        elements = sum(_padded(*matrix, problem) for matrix in matrices)
+        shapes.append((problem.sequence_count, problem.tokens.shape[2], last_state % interval * elements))
     return shapes
 
 
@@ -225,28 +109,11 @@ def scan_forward(problem: ScanProblem, *, save: bool) -> tuple[Tensor, list[Tens
     core, state = _load()
     if core is None:
         raise RuntimeError(f"backend 'cpu' is not available: {state.reason}")
-    d = _Description(problem)
-    output = d.like_tokens(problem.q)
-    weights: list[Tensor] = []
-    momentum: list[Tensor] = []
-    saved: list[Tensor] = []
-    if problem.k is not None:
-        weights = d.empty_states()
-        momentum = d.empty_states() if problem.has_momentum else []
-        saved = d.empty(saved_shapes(problem)) if save else []
-    if d.sequence_count == 0:  # empty tensors have no address, and there is nothing to do
-        return output if output is not None else torch.empty(0, dtype=d.dtype), weights, momentum, saved
-    core.scan_forward(
-        *d.arguments,
-        (
-            _tokens(output),
-            _pointers(weights),
-            _pointers(momentum),
-            *d.saved_arguments(saved),
-        ),
-        torch.get_num_threads(),
-    )
-    return output if output is not None else torch.empty(0, dtype=d.dtype), weights, momentum, saved
+    described = CoreProblem(problem)
+    results, arguments = described.forward_results(saved_shapes(problem) if save else [])
+    if described.sequence_count:  # empty tensors have no address, and there is nothing to do
+        core.scan_forward(*described.arguments, arguments, torch.get_num_threads())
+    return results
 
 
 def scan_backward(
@@ -265,34 +132,14 @@ def scan_backward(
     core, state = _load()
     if core is None:
         raise RuntimeError(f"backend 'cpu' is not available: {state.reason}")
-    d = _Description(problem)
+    described = CoreProblem(problem)
     saved = [x.contiguous() for x in saved]
-    grad_output = _readable(grad_output)
-    # The rows of a table's coefficients that no sequence uses keep gradient 0.
-    make = torch.empty_like if problem.sequences is None else torch.zeros_like
-    tokens = [d.like_tokens(x) for x in problem.token_tensors]
-    coefficients = [None if x is None else make(x) for x in d.given]
-    weights = d.empty_states()
-    momentum = d.empty_states() if problem.momentum else []
-    if d.sequence_count == 0:
-        return ScanGradients(*tokens, *coefficients, weights, momentum)
-    core.scan_backward(
-        *d.arguments,
-        (
-            *d.saved_arguments(saved),
-            _tokens(grad_output),
-            tuple(_matrix(g) for g in grad_weights),
-            tuple(_matrix(g) for g in grad_momentum),
-        ),
-        (
-            *(_tokens(x) for x in tokens),
-            *(_pointer(x) for x in coefficients),
-            _pointers(weights),
-            _pointers(momentum),
-        ),
-        torch.get_num_threads(),
-    )
-    return ScanGradients(*tokens, *coefficients, weights, momentum)
+    grad_output = readable(grad_output)
+    results, arguments = described.gradients()
+    if described.sequence_count:
+        upstream = described.upstream(saved, grad_output, grad_weights, grad_momentum)
+        core.scan_backward(*described.arguments, upstream, arguments, torch.get_num_threads())
+    return results
 
 
 def refuses_level_update(device: torch.device) -> str | None:

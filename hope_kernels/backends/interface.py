@@ -1,6 +1,6 @@
 """What a compiled backend is given and what it gives back: the operator-level problem.
 
-A backend is a module with ``status()``, ``refuses(spec, dtype, device)``, ``saved_shapes``, ``scan_forward`` and
+A backend is a module with ``status()``, ``refuses(request)``, ``saved_shapes``, ``scan_forward`` and
 ``scan_backward``. It sees neither validation nor autograd nor the state object: those are shared.
 
 Letters: B batch rows, S sequences, T tokens per row, P pending tokens per sequence (capacity), N heads, D
@@ -53,6 +53,45 @@ def build_info() -> dict[str, str | None]:
         return json.loads(resources.files("hope_kernels").joinpath("_build_info.json").read_text())
     except (OSError, ValueError):
         return {}
+
+
+class ScanRequest(NamedTuple):
+    """What a backend is chosen by: a call without its tensors and without its lengths.
+
+    How many rows and tokens there are is not here, nor whether some are pending: every split of a stream into calls is
+    to get the same backend, one that takes a scan takes its pending tokens. All fields are plain values, which a trace
+    of ``torch.compile`` has as constants.
+
+    Attributes:
+        operation: ``"scan"`` (reads, writes and pending tokens), ``"read"`` or ``"write"`` (one chunk).
+        key: of the spec, see :attr:`spec`.
+        dtype, device: of the tokens.
+        heads, dim, hidden: N, D and H.
+        chunk_size: C; of a write the number of its tokens, of a read 1. None only while a trace does not know it:
+            backends are never asked that.
+        retention, momentum: whether the call has that gate.
+        table: whether sequences are described by a table (packed or padded rows).
+        gradients: whether the backward will be needed.
+    """
+
+    operation: str
+    key: str
+    dtype: torch.dtype
+    device: torch.device
+    heads: int
+    dim: int
+    hidden: int
+    chunk_size: int | None
+    retention: bool
+    momentum: bool
+    table: bool
+    gradients: bool
+
+    @property
+    def spec(self) -> MemorySpec:
+        from hope_kernels.memory.spec import MemorySpec
+
+        return MemorySpec.from_key(self.key)
 
 
 @dataclass(slots=True)
@@ -197,8 +236,9 @@ class Backend(Protocol):
 
     def status(self) -> BackendStatus: ...
 
-    def refuses(self, spec: MemorySpec, dtype: torch.dtype, device: torch.device) -> str | None:
-        """None when the backend can run this, else the reason it cannot."""
+    def refuses(self, request: ScanRequest) -> str | None:
+        """None when the backend can run such calls, backward included where ``gradients`` says so, else why not."""
+        ...
 
     def saved_shapes(self, problem: ScanProblem) -> list[tuple[int, ...]]:
         """Shapes, in the state dtype, of what ``scan_forward`` saves for ``scan_backward``; what is in them is the

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from torch import Tensor
 from hope_kernels.bench.gpu import capture
 from hope_kernels.bench.implementations import AGREEMENT, difference
 from hope_kernels.bench.timing import Timer
+
+if TYPE_CHECKING:
+    from hope_kernels import CMS
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,22 @@ class DecodeRow:
     difference: float
 
 
+def _system(shape: DecodeShape, backend: str, dtype: torch.dtype, device: torch.device | str) -> CMS:
+    from hope_kernels import CMS, CMSLevel
+
+    levels = [CMSLevel(size, expansion=shape.hidden // shape.dim) for size in shape.chunk_sizes]
+    return CMS(shape.heads * shape.dim, levels, heads=shape.heads, backend=backend).to(device=device, dtype=dtype)
+
+
+def refusal(shape: DecodeShape, backend: str, dtype: torch.dtype, device: torch.device | str) -> str | None:
+    """Why a backend does not step through the system, or None."""
+    try:
+        _system(shape, backend, dtype, device).make_buffer(1)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
 class Decoder:
     """A CMS with its buffer and the tokens of one period, served by one backend.
 
@@ -93,13 +113,9 @@ class Decoder:
         device: torch.device | str,
         expected: Tensor | None = None,
     ) -> None:
-        from hope_kernels import CMS, CMSLevel
-
         torch.manual_seed(0)  # the same parameters and tokens whatever the backend
-        levels = [CMSLevel(size, expansion=shape.hidden // shape.dim) for size in shape.chunk_sizes]
-        width = shape.heads * shape.dim
-        self.cms = CMS(width, levels, heads=shape.heads, backend=backend).to(device=device, dtype=dtype)
-        self.tokens = torch.randn(shape.period, batch, width).to(device=device, dtype=dtype)
+        self.cms = _system(shape, backend, dtype, device)
+        self.tokens = torch.randn(shape.period, batch, self.cms.dim).to(device=device, dtype=dtype)
         self.buffer = self.cms.make_buffer(batch)
         self.outputs = torch.stack([self.step(t) for t in range(shape.period)])
         want = self.outputs if expected is None else expected

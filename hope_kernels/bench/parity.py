@@ -25,7 +25,6 @@ from torch import Tensor
 
 from hope_kernels.bench.implementations import Results
 from hope_kernels.bench.parity_cases import Case, Trial, make_trial, named_results
-from hope_kernels.bench.problems import Problem
 
 DTYPES = {
     "float64": torch.float64,
@@ -143,7 +142,7 @@ def _check_trial(
         if backend == "reference" and reference_errors is not None:
             report.rows.append(_judge(trial, backend, name, reference_errors, None))
             continue
-        reason = _refusal(backend, trial.problem, DTYPES[dtype], device)
+        reason = _refusal(backend, trial, DTYPES[dtype], device)
         if reason is not None:
             report.refused.setdefault(backend, {})[f"{trial.name} {name}"] = reason
             continue
@@ -249,10 +248,8 @@ def _judge(
     )
 
 
-def _refusal(backend: str, problem: Problem, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why a backend cannot run this problem in this dtype on this device, None if it can."""
-    from hope_kernels.backends import implementation
+def _refusal(backend: str, trial: Trial, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why a backend cannot run this trial in this dtype on this device, None if it can."""
+    from hope_kernels.backends import refusal
 
-    if backend == "reference":
-        return None
-    return implementation(backend).refuses(problem.spec, dtype, device)
+    return refusal(backend, trial.problem.request(dtype, device, table=trial.layout in ("packed", "valid")))

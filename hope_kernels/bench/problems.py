@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hope_kernels.backends.interface import state_dtype
+from hope_kernels.backends.interface import ScanRequest, state_dtype
 from hope_kernels.bench.shapes import Shape
 from hope_kernels.memory.spec import MemorySpec
 
@@ -69,6 +69,31 @@ class Problem:
         return replace(
             self.map(lambda tensor: tensor.to(state)),
             **{name: getattr(self, name).to(dtype) for name in ("q", "k", "v", "d_output")},
+        )
+
+    def request(
+        self,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        *,
+        table: bool = False,
+        gradients: bool = True,
+    ) -> ScanRequest:
+        """What a backend is asked to run this, with tokens of ``dtype`` on ``device`` (None: as they are)."""
+        _, _, heads, dim = self.q.shape
+        return ScanRequest(
+            operation="scan",
+            key=self.spec.key,
+            dtype=dtype or self.q.dtype,
+            device=device or self.q.device,
+            heads=heads,
+            dim=dim,
+            hidden=self.weights[0].shape[-1],
+            chunk_size=self.chunk_size,
+            retention=self.retention is not None,
+            momentum=self.momentum is not None,
+            table=table,
+            gradients=gradients,
         )
 
     def requires_grad(self) -> Problem:

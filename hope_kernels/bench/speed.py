@@ -25,7 +25,7 @@ from hope_kernels.bench.implementations import (
 from hope_kernels.bench.machine import fma_peak
 from hope_kernels.bench.peak_memory import measure_peak_memory
 from hope_kernels.bench.problems import Problem, shape_problem
-from hope_kernels.bench.shapes import MODES, Shape, rebuilt_products_per_token
+from hope_kernels.bench.shapes import MODES, SHAPES, Shape, rebuilt_products_per_token
 from hope_kernels.bench.timing import time_side_by_side
 
 Notify = Callable[[str], None]
@@ -102,7 +102,8 @@ def implementations_here(backends: Iterable[str] | None = None, *, compiled: boo
     """The reference, the reference through ``torch.compile`` if asked for, and the backends named.
 
     Args:
-        backends: names; None takes every one that is available here, but for interpreted ones.
+        backends: names; None takes every one that is available here and takes float32 tokens on the CPU, but for
+            interpreted ones.
         compiled: whether to add the compiled reference.
 
     Raises:
@@ -110,9 +111,11 @@ def implementations_here(backends: Iterable[str] | None = None, *, compiled: boo
         RuntimeError: a named backend does not run here; the message says why.
     """
     from hope_kernels import available_backends
+    from hope_kernels.backends import refusal
 
     known = available_backends()
-    usual = [name for name, status in known.items() if status and not status.interpreted]
+    plain = shape_problem(SHAPES["S16"].scaled(batch=1, tokens=1, heads=1)).request()
+    usual = [name for name, status in known.items() if not status.interpreted and refusal(name, plain) is None]
     wanted = usual if backends is None else list(backends)
     for name in wanted:
         if name not in known:

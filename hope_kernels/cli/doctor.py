@@ -20,8 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 import hope_kernels
-from hope_kernels.backends import available_backends
-from hope_kernels.backends.cuda import level_update_status
+from hope_kernels.backends import available_backends, choice, cuda
+from hope_kernels.backends.tables import ANY
 from hope_kernels.bench.machine import processor_name
 
 # What setup.py wrote when it built the core, or could not.
@@ -70,7 +70,9 @@ def collect() -> dict[str, Any]:
         ``tools``: by name ``version``, ``path`` (None where missing), ``needed_for`` and ``how`` to get it;
         ``core``: ``built``, and either ``file``, ``isa``, ``isas``, ``cuda`` (its kernels, or why there are none)
         or ``reason`` and ``how``; ``build`` is what setup.py wrote down, None where it never ran;
-        ``backends``: by name ``available`` and ``reason``.
+        ``backends``: by name ``available`` and ``reason``;
+        ``engines``: which of them ``backend=None`` means on a GPU: for each entry of the table ``device``, ``calls``,
+        ``engine``, ``because`` and the ``file`` it stands in, the first that hold first.
     """
     return {
         "machine": _machine(),
@@ -80,7 +82,26 @@ def collect() -> dict[str, Any]:
         "backends": {
             name: {"available": bool(status), "reason": status.reason} for name, status in available_backends().items()
         },
+        "engines": _engines(),
     }
+
+
+def _engines() -> list[dict[str, str]]:
+    user = choice.user_file()
+    files = [*([user] if user.exists() else []), choice.SHIPPED]
+    entries = [(entry, file) for file in files for entry in choice.load(file)]
+    entries.sort(key=lambda found: (found[0].device == ANY, found[0].device.startswith("sm_")))  # stable
+    return [
+        {
+            "device": entry.device,
+            "calls": ", ".join(f"{name} {'/'.join(map(str, values))}" for name, values in entry.classes.items())
+            or "all",
+            "engine": entry.engine,
+            "because": entry.because(),
+            "file": str(file),
+        }
+        for entry, file in entries
+    ]
 
 
 def _machine() -> dict[str, Any]:
@@ -196,8 +217,14 @@ def _core() -> dict[str, Any]:
         reason = _why_no_core(build, error)
         return {"built": False, "reason": reason, "how": REBUILD, "build": build}
     isas = list(core.isas())
-    cuda = level_update_status().reason
-    return {"built": True, "file": core.__file__, "isa": core.isa(), "isas": isas, "cuda": cuda, "build": build}
+    return {
+        "built": True,
+        "file": core.__file__,
+        "isa": core.isa(),
+        "isas": isas,
+        "cuda": cuda.built().reason,
+        "build": build,
+    }
 
 
 def _why_no_core(build: dict[str, Any] | None, error: ImportError) -> str:
@@ -215,6 +242,7 @@ def render(report: dict[str, Any], console: Console) -> None:
     for table in (_machine_table(report["machine"]), _versions_table(report), _core_table(report["core"])):
         console.print(table)
     console.print(_backends_table(report["backends"]))
+    console.print(_engines_table(report["engines"]))
     for line in _advice(report):
         console.print(line)
 
@@ -290,6 +318,12 @@ def _backends_table(backends: dict[str, Any]) -> Table:
         for name, status in backends.items()
     ]
     return _rows(_table("Backends", "backend", "here", "because"), rows)
+
+
+def _engines_table(engines: list[dict[str, str]]) -> Table:
+    columns = ("device", "calls", "engine", "because")
+    rows = [tuple(entry[column] for column in columns) for entry in engines]
+    return _rows(_table("On a GPU, where no backend is named", *columns), rows)
 
 
 def _advice(report: dict[str, Any]) -> list[Text]:

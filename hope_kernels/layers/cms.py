@@ -178,7 +178,7 @@ class CMS(nn.Module):
         return self._join(outputs).view_as(x)
 
     def _run(self, x: Tensor, states: Sequence) -> tuple[Tensor, tuple]:
-        if self.variant == "independent" and self._share_a_launch(x):
+        if self.variant == "independent":
             return self._run_together(x, states)
         outputs: list[Tensor] = []
         after = []
@@ -187,16 +187,6 @@ class CMS(nn.Module):
             outputs.append(output)
             after.append(state)
         return self._join(outputs), tuple(after)
-
-    def _share_a_launch(self, x: Tensor) -> bool:
-        """Whether one backend runs all memories and can take several scans at once."""
-        dtype = self._token_dtype()
-        names = [
-            backends.select(level.backend, level.spec, dtype, x.device)
-            for level in self.levels
-            if isinstance(level, MemoryLevel)
-        ]
-        return len(names) > 1 and all(name == names[0] for name in names) and backends.runs_together(names[0])
 
     def _run_together(self, x: Tensor, states: Sequence) -> tuple[Tensor, tuple]:
         """Levels that all read ``x``: the scans of their memories are handed over at once."""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hope_kernels import backends
+from hope_kernels.backends.interface import ScanRequest
 from hope_kernels.layers.cms_state import LevelBuffer
 from hope_kernels.layers.primitives import (
     GateProjection,
@@ -293,8 +294,27 @@ class MemoryLevel(nn.Module):
     def make_buffer(self, state: MemoryState, dtype: torch.dtype) -> LevelBuffer:
         """A copy of ``state`` that :meth:`step` updates in place, for tokens of ``dtype``."""
         # Asked here, a backend that cannot run the level says so before any buffer exists to be left half updated.
-        backends.select(self.backend, self.spec, dtype, self.target.weight.device)
+        for operation in ("read", "write"):
+            backends.select(self.backend, self._step_request(operation, dtype))
         return LevelBuffer(state, dtype, retention=self.level.retention, momentum=self.level.momentum)
+
+    def _step_request(self, operation: str, dtype: torch.dtype) -> ScanRequest:
+        """What :meth:`step` asks of a backend."""
+        writes = operation == "write"
+        return ScanRequest(
+            operation=operation,
+            key=self.spec.key,
+            dtype=dtype,
+            device=self.target.weight.device,
+            heads=self.heads,
+            dim=self.head_dim,
+            hidden=self.weights[0].shape[-1],
+            chunk_size=self.chunk_size if writes else 1,
+            retention=writes and self.level.retention,
+            momentum=writes and self.level.momentum,
+            table=False,
+            gradients=False,
+        )
 
     def step(self, x: Tensor, buffer: LevelBuffer) -> Tensor:
         """One token per sequence, ``x [B, 1, dim]``: read, keep the token, write when it completes a chunk."""

@@ -7,21 +7,22 @@ form, and hands one operator-level problem to the reference or to a compiled bac
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from operator import index
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hope_kernels import backends
-from hope_kernels.backends.interface import ScanProblem
+from hope_kernels.backends.interface import ScanProblem, ScanRequest
 from hope_kernels.memory import joint_ops, ops, reference
 from hope_kernels.memory import validation as check
 from hope_kernels.memory.coefficients import Coefficients, chunk_coefficients
 from hope_kernels.memory.layout import TableLayout, UniformLayout, make_layout
 from hope_kernels.memory.spec import MemorySpec
-from hope_kernels.memory.state import MemoryState, Weights
+from hope_kernels.memory.state import PENDING, MemoryState, Weights
 
 Memory = Sequence[Tensor] | MemoryState
 
@@ -114,7 +115,7 @@ def scan_together(calls: Sequence[dict[str, Any]]) -> list[MemoryOutput]:
     """
     scans = [_prepare(**call) for call in calls]
     name = scans[0].backend if scans else "reference"
-    if all(scan.backend == name for scan in scans) and backends.runs_together(name):
+    if len(scans) > 1 and all(scan.backend == name for scan in scans) and backends.runs_together(name):
         results = joint_ops.scans([scan.problem for scan in scans], name)
     else:
         results = [_run(scan.problem, scan.backend) for scan in scans]
@@ -162,9 +163,19 @@ def _prepare(
         check.check_valid(valid, q)
     state = _state_of(memory, spec, chunk_size, q, rows)
     check.check_stream_gates(state, retention, momentum)
-    name = backends.select(backend, spec, q.dtype, q.device)
-
     layout = make_layout(q, state, chunk_size, cu_seqlens, valid)
+    request = _request(
+        "scan",
+        spec,
+        q,
+        state.stored_weights,
+        chunk_size=chunk_size,
+        retention=retention is not None,
+        momentum=momentum is not None,
+        table=layout.sequences is not None,
+        given=(q, k, v, lr, retention, momentum, *_tensors_of(state)),
+    )
+    name = backends.select(backend, request)
     writes = layout.chunks > 0
     coefficients = _coefficients(layout, state, spec, lr, retention, momentum) if writes else Coefficients()
     problem = ScanProblem(
@@ -222,7 +233,7 @@ def memory_read(q: Tensor, memory: Memory, *, spec: MemorySpec, backend: str | N
     else:
         weights = check.check_weights("memory", memory, spec)
         check.check_memory_fits(weights, None, spec, q, q.shape[0])
-    name = backends.select(backend, spec, q.dtype, q.device)
+    name = backends.select(backend, _request("read", spec, q, weights, chunk_size=1, given=(q, *weights)))
     problem = _whole_call(q.shape[1], weights, (), spec, q=q)
     return _run(problem, name)[0]
 
@@ -257,7 +268,18 @@ def memory_write(
         raise ValueError(
             f"memory: got a state with pending tokens ({state!r}); memory_write wants one at the end of a chunk"
         )
-    name = backends.select(backend, spec, k.dtype, k.device)
+    request = _request(
+        "write",
+        spec,
+        k,
+        state.stored_weights,
+        # In a trace the length may be a symbol, which is not to become a constant.
+        chunk_size=None if torch.compiler.is_compiling() else max(length, 1),
+        retention=retention is not None,
+        momentum=momentum is not None,
+        given=(k, v, lr, retention, momentum, *_tensors_of(state)),
+    )
+    name = backends.select(backend, request)
     if length == 0:
         return replace(state, batch_size=rows)
     layout = UniformLayout(rows, length, length, 0, 0, 0)
@@ -300,6 +322,42 @@ def _state_of(
     weights = check.check_weights("memory", memory, spec)
     check.check_memory_fits(weights, None, spec, tokens, rows)
     return MemoryState(spec, chunk_size or initial_chunk_size or 1, weights, None, rows)
+
+
+def _tensors_of(state: MemoryState) -> list[Tensor | None]:
+    """Those of a state that a result may depend on."""
+    pending = (getattr(state, name) for name in PENDING)
+    return [*state.stored_weights, *(state.stored_momentum or ()), *pending]
+
+
+def _request(
+    operation: str,
+    spec: MemorySpec,
+    tokens: Tensor,
+    weights: Weights,
+    *,
+    chunk_size: int | None,
+    given: Iterable[Tensor | None],
+    retention: bool = False,
+    momentum: bool = False,
+    table: bool = False,
+) -> ScanRequest:
+    """What the backend of a call is chosen by; ``given`` are all tensors of the call."""
+    return ScanRequest(
+        operation=operation,
+        key=spec.key,
+        dtype=tokens.dtype,
+        device=tokens.device,
+        # Where these are symbols of a trace, index() makes constants of them; int() would not.
+        heads=index(tokens.shape[2]),
+        dim=index(tokens.shape[3]),
+        hidden=index(weights[0].shape[-1]),
+        chunk_size=None if chunk_size is None else index(chunk_size),
+        retention=retention,
+        momentum=momentum,
+        table=table,
+        gradients=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given),
+    )
 
 
 def _coefficients(

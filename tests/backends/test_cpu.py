@@ -30,6 +30,7 @@ from tests.cases import (
     evaluate_oracle,
     evaluate_package,
     make_problem,
+    make_request,
     package_results,
 )
 
@@ -516,7 +517,7 @@ def test_a_core_that_is_missing_is_reported_with_the_way_to_get_it(monkeypatch):
         status = cpu.status()
         assert not status
         assert "core" in status.reason and "compiler" in status.reason
-        assert cpu.refuses(SPECS[0], torch.float32, torch.device("cpu")) == status.reason
+        assert cpu.refuses(make_request()) == status.reason
         with pytest.raises(RuntimeError, match="not available"):
             cpu.scan_forward(operator_problem(SPECS[0]), save=False)
     finally:
@@ -526,8 +527,8 @@ def test_a_core_that_is_missing_is_reported_with_the_way_to_get_it(monkeypatch):
 
 
 def test_other_dtypes_and_devices_are_refused_with_the_reason():
-    assert "int32" in cpu.refuses(SPECS[0], torch.int32, torch.device("cpu"))
-    assert "meta" in cpu.refuses(SPECS[0], torch.float32, torch.device("meta"))
+    assert "int32" in cpu.refuses(make_request(dtype=torch.int32))
+    assert "meta" in cpu.refuses(make_request(device=torch.device("meta")))
 
 
 def test_an_inconsistent_problem_is_refused_before_anything_is_computed():

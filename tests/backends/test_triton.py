@@ -26,6 +26,7 @@ from tests.cases import (
     evaluate_oracle,
     evaluate_package,
     make_problem,
+    make_request,
     package_results,
 )
 
@@ -390,7 +391,6 @@ def test_a_triton_that_is_too_old_is_not_available_and_no_kernel_of_it_is_import
 
 
 def test_automatic_choice_on_a_cpu_never_takes_the_interpreter():
-    problem = problem_for(MemorySpec(), chunk_size=4).to(torch.device("cpu"))
     from hope_kernels.backends import select
 
-    assert select(None, problem.spec, torch.float32, torch.device("cpu")) != "triton"
+    assert select(None, make_request()) != "triton"

@@ -45,7 +45,7 @@ def no_core(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_the_report_is_json_and_names_the_versions_in_use() -> None:
     report = json.loads(json.dumps(doctor.collect()))
-    assert set(report) == {"machine", "versions", "tools", "core", "backends"}
+    assert set(report) == {"machine", "versions", "tools", "core", "backends", "engines"}
     assert report["versions"]["python"] == platform.python_version()
     assert report["versions"]["torch"] == torch.__version__
     assert report["versions"]["hope_kernels"] == hope_kernels.__version__
@@ -64,13 +64,28 @@ def test_every_backend_is_reported_with_its_own_reason() -> None:
         assert status.reason in text
 
 
+def test_which_engine_runs_on_a_gpu_is_shown_with_its_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    measured = {"device": "NVIDIA H200", "torch": "2.13", "date": "2026-01-01", "ms": {"cuda": 1.0, "triton": 2.0}}
+    entry = {"device": "NVIDIA H200", "form": ["mlp", "glu"], "engine": "cuda", "measured": measured, "reason": ""}
+    (tmp_path / "engines.json").write_text(json.dumps({"format": 1, "entries": [entry]}))
+    monkeypatch.setenv("HOPE_KERNELS_ENGINES", str(tmp_path / "engines.json"))
+    report = doctor.collect()
+    assert report["engines"][0]["file"] == str(tmp_path / "engines.json")
+    assert report["engines"][-1]["device"] == "any"
+    text = rendered(report, width=400)
+    assert "form mlp/glu" in text
+    assert "measured on NVIDIA H200, 2026-01-01: cuda 1 ms, triton 2 ms" in text
+    for shown in report["engines"]:
+        assert shown["because"] in text
+
+
 def test_a_core_in_place_is_described_by_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     core = types.ModuleType("hope_kernels._core")
     core.__file__ = "/somewhere/_core.so"
     core.isa, core.isas = lambda: "avx9", lambda: ["portable", "avx9"]
     monkeypatch.setitem(sys.modules, "hope_kernels._core", core)
     write_build_info(monkeypatch, tmp_path)
-    monkeypatch.setattr("hope_kernels.backends.cuda.build_info", lambda: {"cuda_reason": "nvcc was not found"})
+    monkeypatch.setattr("hope_kernels.backends.cuda.runtime.build_info", lambda: {"cuda_reason": "nvcc was not found"})
     report = doctor.collect()
     assert report["core"]["built"] is True
     assert "without CUDA kernels: nvcc was not found" in report["core"]["cuda"]

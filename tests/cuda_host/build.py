@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -60,7 +61,7 @@ def thread_sanitizer_unavailable() -> str | None:
     return None if found.returncode == 0 else f"g++ has no ThreadSanitizer here: {found.stderr.strip()[-200:]}"
 
 
-def _compile(output: Path, source: Path, flags: list[str]) -> None:
+def _compile(output: Path, source: Path, flags: Sequence[str]) -> None:
     includes = ["-I", str(HERE / "include"), "-I", str(ROOT / "csrc"), "-isystem", str(toolkit() / "include")]
     warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     command = ["g++", "-x", "c++", "-std=c++17", "-fPIC", *warnings, *flags, *includes]
@@ -68,12 +69,18 @@ def _compile(output: Path, source: Path, flags: list[str]) -> None:
 
 
 @cache
-def _layer(flags: tuple[str, ...]) -> Path:
-    """The host layer's own object file, compiled once for each set of flags."""
+def _folder() -> Path:
     folder = tempfile.mkdtemp(prefix="cuda_host")
     atexit.register(shutil.rmtree, folder)
-    _compile(Path(folder) / "layer.o", LAYER, list(flags))
-    return Path(folder) / "layer.o"
+    return Path(folder)
+
+
+@cache
+def _object(source: Path, flags: tuple[str, ...]) -> Path:
+    """An object file, compiled once for each set of flags: most kernels take long, and several tests use them."""
+    output = _folder() / f"{source.name}.{zlib.crc32(repr((source, flags)).encode())}.o"
+    _compile(output, source, flags)
+    return output
 
 
 def _run(command: list[str]) -> None:
@@ -82,16 +89,24 @@ def _run(command: list[str]) -> None:
 
 
 def build(output: Path, sources: list[Path], *, thread_sanitizer: bool = False, options: Sequence[str] = ()) -> Path:
-    """A shared library (`output` ends in .so) or a program of these sources, CUDA and C++, with the host layer."""
+    """A shared library (`output` ends in .so) or a program of these sources, CUDA and C++, with the host layer.
+
+    ``options`` are for the C++ sources alone.
+    """
     # -O1 keeps the sanitizer's reports readable and compiles in half the time of -O2.
     # An access that is not aligned to its type is a fault on a GPU. Here the sanitizer finds it, and ends the program.
     sanitizers = ["-g", "-fsanitize=thread", "-fsanitize=alignment", "-fno-sanitize-recover=alignment"]
-    flags = ["-O1", *(sanitizers if thread_sanitizer else []), *options]
+    flags = ("-O1", *(sanitizers if thread_sanitizer else ()))
     objects = [output.with_name(f"{output.name}.{source.name}.o") for source in sources]
+
+    def compiled(source: Path, own: Path) -> Path:
+        if source.suffix == ".cu" or source == LAYER:
+            return _object(source, flags)
+        _compile(own, source, [*flags, *options])
+        return own
+
     with ThreadPoolExecutor(max_workers=2) as pool:
-        layer = pool.submit(_layer, tuple(flags))
-        list(pool.map(_compile, objects, sources, [flags] * len(sources)))
-        objects.append(layer.result())
+        objects = list(pool.map(compiled, [*sources, LAYER], [*objects, LAYER]))
     kind = ["-shared"] if output.suffix == ".so" else []
     _run(["g++", *flags[1:], *kind, *map(str, objects), "-pthread", "-o", str(output)])
     return output

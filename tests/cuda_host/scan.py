@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hope_kernels.backends.interface import ScanProblem
+from hope_kernels.backends.interface import ScanGradients, ScanProblem
 from tests.cuda_host import build
 
-SOURCES = [build.ROOT / "csrc/cuda/scan_forward.cu", build.HERE / "scan_driver.cpp"]
+_KERNELS = build.ROOT / "csrc/cuda"
+SOURCES = [_KERNELS / "scan_forward.cu", _KERNELS / "scan_backward.cu", build.HERE / "scan_driver.cpp"]
 SHARED_MEMORY = {80: 166_912, 90: 232_448}  # bytes a block may have
 
 _MAX_WEIGHTS = 3
@@ -69,6 +70,21 @@ class _ForwardResult(ctypes.Structure):
     ]
 
 
+class _BackwardResult(ctypes.Structure):
+    _fields_ = [
+        ("checkpoints", ctypes.c_void_p * (2 * _MAX_WEIGHTS)),
+        ("segment", ctypes.c_void_p),
+        ("segment_bytes", ctypes.c_int64),
+        ("grad_output", _TokenView),
+        ("grad_weights", _MatrixView * _MAX_WEIGHTS),
+        ("grad_momentum", _MatrixView * _MAX_WEIGHTS),
+        *((name, _TokenView) for name in _TOKENS),
+        *((name, ctypes.c_void_p) for name in _COEFFICIENTS),
+        ("weights", ctypes.c_void_p * _MAX_WEIGHTS),
+        ("momentum", ctypes.c_void_p * _MAX_WEIGHTS),
+    ]
+
+
 class _Device(ctypes.Structure):
     _fields_ = [("architecture", ctypes.c_int32), ("shared_memory", ctypes.c_int64)]
 
@@ -80,9 +96,11 @@ class Refused(RuntimeError):
 def load(folder: Path) -> ctypes.CDLL:
     """Compiles the kernels for the CPU into ``folder``."""
     library = ctypes.CDLL(str(build.build(folder / "scan.so", SOURCES)))
-    library.problem_bytes.restype = library.forward_result_bytes.restype = ctypes.c_size_t
-    assert library.problem_bytes() == ctypes.sizeof(_Problem)
-    assert library.forward_result_bytes() == ctypes.sizeof(_ForwardResult)
+    sizes = {"problem": _Problem, "forward_result": _ForwardResult, "backward_result": _BackwardResult}
+    for name, structure in sizes.items():
+        size = getattr(library, f"{name}_bytes")
+        size.restype = ctypes.c_size_t
+        assert size() == ctypes.sizeof(structure)
     return library
 
 
@@ -102,6 +120,39 @@ def _pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
+def _pending_capacity(problem: ScanProblem) -> int:
+    return 0 if problem.pending_k is None else problem.pending_k.shape[1]
+
+
+def _describe(problem: ScanProblem, coefficients: list[Tensor | None]) -> _Problem:
+    p, spec, tokens = _Problem(), problem.spec, problem.tokens
+    p.form, p.activation = _FORMS[spec.form], _ACTIVATIONS[spec.activation]
+    p.objective, p.rule = _OBJECTIVES[spec.objective], _RULES[spec.rule]
+    p.residual, p.dtype = int(spec.residual), _DTYPES[tokens.dtype]
+    p.batch, p.tokens, p.heads, p.dim = tokens.shape
+    p.hidden = problem.weights[0].shape[-1]
+    p.sequence_count, p.pending_capacity = problem.sequence_count, _pending_capacity(problem)
+    p.chunk_size, p.chunks, p.first_chunk = problem.chunk_size, problem.chunks, problem.first_chunk
+    p.bptt_chunks, p.checkpoint_interval, p.threads = problem.bptt_chunks, problem.checkpoint_interval, 1
+    for name in _TOKENS:
+        setattr(p, name, _token_view(getattr(problem, name)))
+    for name, tensor in zip(_COEFFICIENTS, coefficients, strict=True):
+        setattr(p, name, _pointer(tensor))
+    for views, tensors in ((p.weights, problem.weights), (p.momentum, problem.momentum)):
+        for i, tensor in enumerate(tensors):
+            views[i] = _matrix_view(tensor)
+    p.sequences = _pointer(problem.sequences)
+    return p
+
+
+def _call(function, *structures: ctypes.Structure, architecture: int, shared_memory: int) -> None:
+    device = _Device(architecture, shared_memory or SHARED_MEMORY[architecture])
+    message = ctypes.create_string_buffer(256)
+    arguments = (*map(ctypes.byref, (*structures, device)), message, ctypes.c_size_t(256))
+    if function(*arguments) != 0:
+        raise Refused(message.value.decode())
+
+
 def scan_forward(
     library: ctypes.CDLL, problem: ScanProblem, *, save: bool = False, architecture: int = 90, shared_memory: int = 0
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
@@ -112,10 +163,10 @@ def scan_forward(
     Raises:
         Refused: the engine does not compute this.
     """
-    spec, tokens = problem.spec, problem.tokens
-    batch, length, heads, dim = tokens.shape
+    tokens = problem.tokens
+    length, heads = tokens.shape[1:3]
     shapes = [tuple(w.shape[-2:]) for w in problem.weights]
-    pending = 0 if problem.pending_k is None else problem.pending_k.shape[1]
+    pending = _pending_capacity(problem)
     coefficients = [None if c is None else c.contiguous() for c in problem.coefficients]
     count = problem.sequence_count
     if problem.sequences is None:
@@ -142,22 +193,7 @@ def scan_forward(
     if count == 0:  # empty tensors have no address, and there is nothing to do
         return found
 
-    p, r = _Problem(), _ForwardResult()
-    p.form, p.activation = _FORMS[spec.form], _ACTIVATIONS[spec.activation]
-    p.objective, p.rule = _OBJECTIVES[spec.objective], _RULES[spec.rule]
-    p.residual, p.dtype = int(spec.residual), _DTYPES[tokens.dtype]
-    p.batch, p.tokens, p.heads, p.dim, p.hidden = batch, length, heads, dim, shapes[0][1]
-    p.sequence_count, p.pending_capacity = count, pending
-    p.chunk_size, p.chunks, p.first_chunk = problem.chunk_size, problem.chunks, problem.first_chunk
-    p.checkpoint_interval, p.threads = problem.checkpoint_interval, 1
-    for name in _TOKENS:
-        setattr(p, name, _token_view(getattr(problem, name)))
-    for name, tensor in zip(_COEFFICIENTS, coefficients, strict=True):
-        setattr(p, name, _pointer(tensor))
-    for views, tensors in ((p.weights, problem.weights), (p.momentum, problem.momentum)):
-        for i, tensor in enumerate(tensors):
-            views[i] = _matrix_view(tensor)
-    p.sequences = _pointer(problem.sequences)
+    p, r = _describe(problem, coefficients), _ForwardResult()
     r.output = _token_view(output)
     for pointers, tensors in ((r.weights, weights), (r.momentum, momentum)):
         for i, tensor in enumerate(tensors):
@@ -165,9 +201,59 @@ def scan_forward(
     for first, tensors in zip((0, _MAX_WEIGHTS), saved, strict=True):
         for i, tensor in enumerate(tensors):
             r.checkpoints[first + i] = tensor.data_ptr()
-    device = _Device(architecture, shared_memory or SHARED_MEMORY[architecture])
-    message = ctypes.create_string_buffer(256)
-    arguments = ctypes.byref(p), ctypes.byref(r), ctypes.byref(device), message, ctypes.c_size_t(256)
-    if library.scan_forward(*arguments) != 0:
-        raise Refused(message.value.decode())
+    _call(library.scan_forward, p, r, architecture=architecture, shared_memory=shared_memory)
+    return found
+
+
+def scan_backward(
+    library: ctypes.CDLL,
+    problem: ScanProblem,
+    saved: list[Tensor],
+    grad_output: Tensor | None,
+    grad_weights: list[Tensor | None],
+    grad_momentum: list[Tensor | None],
+    *,
+    unwanted: tuple[str, ...] = (),
+    architecture: int = 90,
+    shared_memory: int = 0,
+) -> ScanGradients:
+    """As ``Backend.scan_backward`` says, by the CUDA kernels; results start as NaN, or as 0 where there is a table.
+
+    ``unwanted``: fields of ``ScanGradients`` that are not asked for; they keep what they start as.
+
+    Raises:
+        Refused: the engine does not compute this.
+    """
+    coefficients = [None if c is None else c.contiguous() for c in problem.coefficients]
+    start = torch.nan if problem.sequences is None else 0.0
+    shapes = [tuple(w.shape[-2:]) for w in problem.weights]
+    states = [(problem.sequence_count, problem.tokens.shape[2], *shape) for shape in shapes]
+
+    def empty(tensors) -> list[Tensor | None]:
+        return [None if x is None else torch.full(x.shape, start, dtype=x.dtype) for x in tensors]
+
+    weights = [torch.full(state, torch.nan) for state in states]
+    momentum = [torch.full(state, torch.nan) for state in states] if problem.momentum else []
+    found = ScanGradients(*empty(problem.token_tensors), *empty(coefficients), weights, momentum)
+    if problem.sequence_count == 0:
+        return found
+
+    r = _BackwardResult()
+    for first, tensors in ((0, saved[:2]), (_MAX_WEIGHTS, saved[2:])):
+        for i, tensor in enumerate(tensors):
+            r.checkpoints[first + i] = _pointer(tensor)
+    r.grad_output = _token_view(grad_output)
+    for views, tensors in ((r.grad_weights, grad_weights), (r.grad_momentum, grad_momentum)):
+        for i, tensor in enumerate(tensors):
+            if tensor is not None:
+                views[i] = _matrix_view(tensor)
+    for name in (name for name in _TOKENS if name not in unwanted):
+        setattr(r, name, _token_view(getattr(found, name)))
+    for name in (name for name in _COEFFICIENTS if name not in unwanted):
+        setattr(r, name, _pointer(getattr(found, name)))
+    for name in (name for name in ("weights", "momentum") if name not in unwanted):
+        for i, tensor in enumerate(getattr(found, name)):
+            getattr(r, name)[i] = tensor.data_ptr()
+    p = _describe(problem, coefficients)
+    _call(library.scan_backward, p, r, architecture=architecture, shared_memory=shared_memory)
     return found

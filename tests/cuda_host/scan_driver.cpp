@@ -47,6 +47,7 @@ extern "C" {
 
 size_t problem_bytes() { return sizeof(ScanProblem); }
 size_t forward_result_bytes() { return sizeof(ForwardResult); }
+size_t backward_result_bytes() { return sizeof(BackwardResult); }
 
 int supports_forward(const ScanProblem* problem, const ForwardResult* result, const cuda::Device* device, char* message,
                      size_t size) {
@@ -59,14 +60,22 @@ int scan_forward(const ScanProblem* problem, const ForwardResult* result, const 
   return report(cuda::scan_forward(*problem, *result, *device, workspace.data(), nullptr), message, size);
 }
 
+int scan_backward(const ScanProblem* problem, const BackwardResult* result, const cuda::Device* device, char* message,
+                  size_t size) {
+  const Status status = cuda::supports_backward(*problem, *result, *device);
+  if (status.code != StatusCode::ok) return report(status, message, size);
+  std::vector<float> workspace(cuda::backward_workspace(*problem, *result, *device) / sizeof(float), NAN);
+  return report(cuda::scan_backward(*problem, *result, *device, workspace.data(), nullptr), message, size);
+}
+
 // One head of one sequence: `chunks` chunks of 20 tokens, three of them pending, and two tokens behind. Words of the name:
 // "small" for a memory of 32 x 128 instead of 64 x 256, "single" for shared memory that has room for one stage, "momentum",
-// "self", "write" for no queries.
+// "self", "write" for no queries, "short" for chunks of one slice, "backward" for that.
 int run_case(const char* name) {
   const std::string words = name;
   const auto has = [&](const char* word) { return words.find(word) != std::string::npos; };
   const bool momentum = has("momentum");
-  const int64_t D = has("small") ? 32 : 64, H = 4 * D, C = 20, chunks = 2, pending = 3, T = chunks * C - pending + 2;
+  const int64_t D = has("small") ? 32 : 64, H = 4 * D, C = has("short") ? 12 : 20, chunks = 2, pending = 3, T = chunks * C - pending + 2;
   Numbers numbers;
   auto q = numbers.tokens(T * D), k = numbers.tokens(T * D), v = numbers.tokens(T * D), y = numbers.tokens(T * D);
   auto old_k = numbers.tokens(pending * D), old_v = numbers.tokens(pending * D);
@@ -84,7 +93,7 @@ int run_case(const char* name) {
   p.dtype = DType::bfloat16;
   p.batch = p.heads = p.sequence_count = 1;
   p.tokens = T, p.dim = D, p.hidden = H;
-  p.pending_capacity = pending, p.chunk_size = C, p.chunks = chunks, p.checkpoint_interval = 1;
+  p.pending_capacity = pending, p.chunk_size = C, p.chunks = chunks, p.checkpoint_interval = has("backward") ? 2 : 1;
   const auto view = [&](std::vector<__nv_bfloat16>& x) { return TokenView{x.data(), int64_t(x.size()), D, D}; };
   p.q = has("write") ? TokenView{} : view(q);
   p.k = view(k), p.v = view(v), p.pending_k = view(old_k), p.pending_v = view(old_v);
@@ -103,8 +112,33 @@ int run_case(const char* name) {
     if (momentum) r.momentum[i] = states[2 + i].data(), r.checkpoints[kMaxWeights + i] = checkpoints[2 + i].data();
   }
   const int64_t room = !has("single") ? 232448 : D == 64 ? 120000 : 58000;
+  const cuda::Device device{90, room};
+  if (has("backward")) {
+    // All gradients, over the results of a forward; the checkpoints are zeros.
+    auto dq = y, dk = k, dv = v, old_dk = old_k, old_dv = old_v;
+    std::vector<float> gates[2], factors[3];
+    for (auto& gate : gates) gate.assign(chunks * C, 0.0f);
+    for (auto& factor : factors) factor.assign(chunks, 0.0f);
+    BackwardResult b{};
+    b.grad_output = view(y);
+    b.q = view(dq), b.k = view(dk), b.v = view(dv), b.pending_k = view(old_dk), b.pending_v = view(old_dv);
+    b.step = gates[0].data(), b.decay = factors[0].data();
+    if (momentum) {
+      b.momentum_step = gates[1].data();
+      b.momentum_carry = factors[1].data(), b.momentum_decay = factors[2].data();
+    }
+    for (int i = 0; i < 2; ++i) {
+      b.checkpoints[i] = checkpoints[i].data(), b.checkpoints[kMaxWeights + i] = checkpoints[2 + i].data();
+      b.grad_weights[i] = p.weights[i];
+      b.weights[i] = states[i].data();
+    }
+    std::vector<float> workspace(cuda::backward_workspace(p, b, device) / sizeof(float), NAN);
+    const Status status = cuda::scan_backward(p, b, device, workspace.data(), nullptr);
+    if (status.code != StatusCode::ok) return std::fprintf(stderr, "%s\n", status.message), 1;
+    return 0;
+  }
   std::vector<float> workspace(cuda::forward_workspace(p) / sizeof(float), NAN);
-  const Status status = cuda::scan_forward(p, r, cuda::Device{90, room}, workspace.data(), nullptr);
+  const Status status = cuda::scan_forward(p, r, device, workspace.data(), nullptr);
   if (status.code != StatusCode::ok) return std::fprintf(stderr, "%s\n", status.message), 1;
   return 0;
 }

@@ -7,21 +7,20 @@ The kernels that test the host layer are among them: what is tested there is CUD
 
 from __future__ import annotations
 
-import re
-import shutil
+import json
 import subprocess
+import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
+from hope_kernels.bench.cuda_resources import Kernel, compile_source, nvcc, read_report
 from tests.cuda_host import build
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("nvcc") is None, reason="nvcc is not here; the CUDA sources are not compiled"
-)
+pytestmark = pytest.mark.skipif(nvcc() is None, reason="nvcc is not here; the CUDA sources are not compiled")
 
-KERNELS = build.ROOT / "csrc/cuda"
+CSRC = build.ROOT / "csrc"
+KERNELS = CSRC / "cuda"
 # Registers of a thread. With 80, three blocks of 256 threads share a multiprocessor's 65536.
 REGISTERS = {KERNELS / "level_update.cu": 80, build.HERE / "layer.cu": 255}
 # Those that take long to compile are left to the slow tier.
@@ -31,50 +30,61 @@ SOURCES = [
 ]
 
 
-class Kernel(NamedTuple):
-    name: str
-    stack: int
-    spill_stores: int
-    spill_loads: int
-    registers: int
-
-
-def compiled(source: Path, architecture: int, folder: Path) -> list[Kernel]:
-    """The kernels of a source, as `-Xptxas -v` reports them."""
-    options = ["-std=c++17", f"-I{build.ROOT / 'csrc'}", f"-arch=sm_{architecture}", "-Xptxas", "-v"]
-    command = ["nvcc", *options, "-c", str(source), "-o", str(folder / "kernels.o")]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    report = re.compile(
-        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
-        r".*?Used (\d+) registers",
-        re.S,
-    )
-    return [Kernel(found[0], *map(int, found[1:])) for found in report.findall(result.stderr)]
+# A kernel that is allowed too few registers.
+SPILLING = (
+    "__global__ void __launch_bounds__(1024, 2) spilling(float* x) {\n"
+    "  float kept[64];\n"
+    "  for (int i = 0; i < 64; ++i) kept[i] = x[i * 1024 + threadIdx.x];\n"
+    "  for (int round = 0; round < 100; ++round)\n"
+    "#pragma unroll\n"
+    "    for (int i = 0; i < 64; ++i) kept[i] = kept[i] * kept[(i + 1) % 64] + x[round];\n"
+    "  for (int i = 0; i < 64; ++i) x[i * 1024 + threadIdx.x] = kept[i];\n"
+    "}\n"
+)
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_a_source_compiles_alone_and_nothing_spills(source: Path, architecture: int, tmp_path: Path) -> None:
-    kernels = compiled(source, architecture, tmp_path)
+    kernels = compile_source(source, tmp_path, CSRC, [architecture], ptx=False).kernels
     assert kernels
     for kernel in kernels:
-        assert (kernel.stack, kernel.spill_stores, kernel.spill_loads) == (0, 0, 0), kernel
-        assert kernel.registers <= REGISTERS.get(source, 255), kernel
+        assert kernel.failures == [], kernel
+        assert kernel.architecture == architecture
+        assert 0 < kernel.registers <= REGISTERS.get(source, 255), kernel
 
 
 def test_a_spill_is_reported(tmp_path: Path) -> None:
     """The gate can close: a kernel that is allowed too few registers."""
     source = tmp_path / "spilling.cu"
-    source.write_text(
-        "__global__ void __launch_bounds__(1024, 2) spilling(float* x) {\n"
-        "  float kept[64];\n"
-        "  for (int i = 0; i < 64; ++i) kept[i] = x[i * 1024 + threadIdx.x];\n"
-        "  for (int round = 0; round < 100; ++round)\n"
-        "#pragma unroll\n"
-        "    for (int i = 0; i < 64; ++i) kept[i] = kept[i] * kept[(i + 1) % 64] + x[round];\n"
-        "  for (int i = 0; i < 64; ++i) x[i * 1024 + threadIdx.x] = kept[i];\n"
-        "}\n"
+    source.write_text(SPILLING)
+    (kernel,) = compile_source(source, tmp_path, CSRC, [90], ptx=False).kernels
+    assert kernel.spill_store_bytes > 0 and kernel.failures[0].startswith("spills: ")
+    assert kernel.name == "spilling"
+
+
+def test_the_report_of_a_spill_fails_and_is_written_for_programs_and_people(tmp_path: Path) -> None:
+    source, broken = tmp_path / "spilling.cu", tmp_path / "broken.cu"
+    source.write_text(SPILLING)
+    broken.write_text("this is no source")
+    report = tmp_path / "report.json"
+    command = [sys.executable, str(build.ROOT / "benchmarks/cuda_resources.py"), "--json", str(report), "--source"]
+    found = subprocess.run([*command, str(source), str(broken)], capture_output=True, text=True, check=False)
+    assert found.returncode == 1, found.stderr
+    content = json.loads(report.read_text())
+    assert content["passed"] is False and content["broken"][0].startswith("broken.cu: ")
+    assert {row["architecture"] for row in content["rows"]} == {80, 90}
+    assert all(row["failures"] for row in content["rows"])
+    text = report.with_suffix(".md").read_text()
+    assert "| spilling.cu | spilling | sm_90 |" in text and "FAILS" in text and "* broken.cu" in text
+
+
+def test_kernels_are_named_as_they_are_written() -> None:
+    said = (
+        "ptxas info    : Compiling entry function '_ZN4hope4cuda1fILNS_5DTypeE2EEEvi' for 'sm_90'\n"
+        "ptxas info    : Function properties for x\n"
+        "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+        "ptxas info    : Used 30 registers, used 1 barriers, 128 bytes smem, 400 bytes cmem[0]\n"
     )
-    (kernel,) = compiled(source, 90, tmp_path)
-    assert kernel.spill_stores > 0
+    (kernel,) = read_report("f.cu", said)
+    assert kernel == Kernel("f.cu", "f<bfloat16>", 90, 30, 0, 0, 0, 128)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -27,11 +26,6 @@ needs_thread_sanitizer = pytest.mark.skipif(
 )
 HALVES = [torch.bfloat16, torch.float16]
 KERNEL = build.ROOT / "csrc/cuda/forward_scan.h"
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return scan.load(tmp_path_factory.mktemp("scan"))
 
 
 @dataclass
@@ -55,7 +49,7 @@ def host(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Host:
     found = Host(library)
     module = SimpleNamespace(
         status=lambda: BackendStatus("cpu", True, "the CUDA kernels"),
-        refuses=lambda spec, dtype, device: None,
+        refuses=lambda request: None,
         scan_forward=found.scan_forward,
     )
     before = backends.implementation
@@ -412,12 +406,6 @@ def test_the_largest_chunk_is_the_documented_one(host, dim, hidden, architecture
 # ---- barriers --------------------------------------------------------------------------------------------------------
 
 CASES = ["small", "small single", "small momentum", "small self", "small write"]
-
-
-@pytest.fixture(scope="session")
-def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    sources = [*scan.SOURCES, build.HERE / "case_main.cpp"]
-    return build.build(tmp_path_factory.mktemp("sanitized") / "scan", sources, thread_sanitizer=True)
 
 
 @needs_thread_sanitizer

@@ -2,41 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
 
-from hope_kernels.backends import cuda, implementation
-from tests.cuda_host import build
-
-
-@pytest.fixture(scope="session")
-def cuda_module(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """The CUDA engine's part of the compiled core, its kernel running on the CPU."""
-    if (reason := build.unavailable()) is not None:
-        pytest.skip(reason)
-    pytest.importorskip("pybind11")
-    sources = [build.HERE / "level_update_module.cpp", build.ROOT / "csrc/cuda/level_update.cu"]
-    return build.python_module(tmp_path_factory.mktemp("module"), "level_update_on_host", sources)
-
-
-@pytest.fixture(scope="session")
-def cuda_host(cuda_module: ModuleType) -> ctypes.CDLL:
-    """What that module says about its launches."""
-    return ctypes.CDLL(cuda_module.__file__)
+from hope_kernels.backends import implementation
+from tests.cuda_host import backend as backend_on_host
 
 
 @pytest.fixture(scope="package")
 def cuda_on_host(cuda_module: ModuleType) -> Iterator[None]:
     """Makes the `cuda` backend take CPU tensors, in all tests of this folder."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(cuda, "_core", lambda: cuda_module)
-    patch.setattr(cuda, "_device_refused", lambda core, device: None)
-    patch.setattr(cuda, "_stream", lambda device: 0)
-    yield
-    patch.undo()
+    with backend_on_host.on_host(cuda_module):
+        yield
 
 
 @pytest.fixture(scope="package", params=["reference", "cpu", "cuda"])

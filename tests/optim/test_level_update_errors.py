@@ -136,22 +136,21 @@ def test_a_refused_call_writes_nothing() -> None:
 
 @pytest.fixture
 def cuda() -> ModuleType:
-    """The `cuda` backend as it is, whatever other tests have put in its place."""
+    """The runtime of the `cuda` backend as it is, whatever other tests have put in its place."""
     (folder,) = hope_kernels.backends.__path__
-    specification = importlib.util.spec_from_file_location("cuda_as_it_is", f"{folder}/cuda.py")
+    specification = importlib.util.spec_from_file_location("runtime_as_it_is", f"{folder}/cuda/runtime.py")
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
 
 
 def test_the_cuda_engine_says_what_it_was_built_for_or_why_it_is_not_there(cuda: ModuleType) -> None:
-    status = cuda.level_update_status()
-    refusal = cuda.refuses_level_update(torch.device("cpu"))
+    status = cuda.built()
     if status:
         assert "sm_" in status.reason
-        assert refusal == "it needs CUDA tensors, got cpu"
+        assert cuda.device_refused(cuda.load(), torch.device("cpu")) == "it needs CUDA tensors, got cpu"
     else:
-        assert refusal == status.reason
+        assert cuda.load() == status.reason
         assert "nvcc" in status.reason or "does not load" in status.reason
 
 
@@ -161,9 +160,10 @@ def test_the_cuda_engine_says_what_it_was_built_for_or_why_it_is_not_there(cuda:
 def test_an_architecture_that_was_not_built_is_named(
     cuda: ModuleType, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], runs: bool
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    reason = cuda._device_refused(SimpleNamespace(cuda_architectures="80 90"), torch.device("cuda", 0))
+    reason = cuda.device_refused(SimpleNamespace(cuda_architectures="80 90"), torch.device("cuda", 0))
     if runs:
         assert reason is None
     else:
@@ -174,14 +174,16 @@ def test_a_build_without_nvcc_is_told_from_one_that_does_not_load(
     cuda: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda, "import_module", lambda name: SimpleNamespace())
-    assert "built without CUDA kernels" in cuda.refuses_level_update(torch.device("cuda"))
+    assert "built without CUDA kernels" in cuda.load()
+    with pytest.raises(RuntimeError, match="not available: the compiled core was built without"):
+        cuda.loaded()
     monkeypatch.setattr(cuda, "import_module", lambda name: importlib.import_module("no_such_core"))
-    assert "does not load: No module named 'no_such_core'" in cuda.level_update_status().reason
+    assert "does not load: No module named 'no_such_core'" in cuda.built().reason
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_without_a_gpu_a_cuda_call_is_an_error_and_no_crash(cuda: ModuleType) -> None:
-    core = cuda._core()
+    core = cuda.load()
     if isinstance(core, str):
         pytest.skip(core)
     table = (0, True, False, *[0.0] * 10)

@@ -18,14 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hope_kernels.backends.interface import BackendStatus, ScanGradients, ScanProblem
+from hope_kernels.backends.interface import BackendStatus, ScanGradients, ScanProblem, ScanRequest
 
 if TYPE_CHECKING:
     from types import ModuleType
 
     from torch import Tensor
-
-    from hope_kernels.memory.spec import MemorySpec
 
 __all__ = [
     "Engine",
@@ -77,11 +75,12 @@ def status() -> BackendStatus:
     return BackendStatus("triton", True, f"Triton {triton.__version__} on {torch.cuda.get_device_name()}")
 
 
-def refuses(spec: MemorySpec, dtype: torch.dtype, device: torch.device) -> str | None:
-    """None when this engine can run tokens of ``dtype`` on ``device``, else the reason it cannot."""
+def refuses(request: ScanRequest) -> str | None:
+    """None when this engine can run such calls, else the reason it cannot."""
     state = status()
     if not state:
         return state.reason
+    dtype, device = request.dtype, request.device
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it takes float32, bfloat16 or float16 tokens, got {dtype}"
     if interpreted():
@@ -108,8 +107,8 @@ class Engine:
         return status()
 
     @staticmethod
-    def refuses(spec: MemorySpec, dtype: torch.dtype, device: torch.device) -> str | None:
-        return refuses(spec, dtype, device)
+    def refuses(request: ScanRequest) -> str | None:
+        return refuses(request)
 
     def _module(self, problem: ScanProblem, direction: str) -> ModuleType:
         """The plan that runs the ``"forward"`` or the ``"backward"``; a backward takes the checkpoints of either."""

@@ -9,8 +9,6 @@ Without Triton this module imports.
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,12 +21,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hope_kernels.backends import tables
 from hope_kernels.backends.interface import ScanProblem
+from hope_kernels.backends.tables import ANY, Device, demand, padded
 
 SHIPPED = Path(__file__).with_name("configurations.json")
 USER_FILE_VARIABLE = "HOPE_KERNELS_TRITON_CONFIGURATIONS"
-FORMAT = 1
-ANY = "any"
 
 _TILE = ("rows", "columns", "inner")
 # The block sizes that each kernel wants, beside num_warps and num_stages.
@@ -62,13 +60,6 @@ class ShapeClass(NamedTuple):
     operand_bits: int
     block_chunk: int
     block_dim: int
-
-
-class Device(NamedTuple):
-    """``name`` as the driver gives it (``"NVIDIA H200"``), ``architecture`` as the compiler does (``"sm_90"``)."""
-
-    name: str
-    architecture: str
 
 
 @dataclass(frozen=True)
@@ -126,9 +117,8 @@ class Entry:
 
     def overlaps(self, other: Entry) -> bool:
         """Whether some shape class of one kernel and device is of both."""
-        return (self.kernel, self.device) == (other.kernel, other.device) and all(
-            set(values) & set(other.classes.get(name, values)) for name, values in self.classes.items()
-        )
+        same = (self.kernel, self.device) == (other.kernel, other.device)
+        return same and tables.overlap(self.classes, other.classes)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -162,9 +152,9 @@ def choose(kernel: str, shape: ShapeClass, device: Device) -> Configuration | No
 
 @lru_cache(maxsize=1024)
 def _choose(kernel: str, shape: ShapeClass, device: Device, user: Path) -> Configuration | None:
-    tables = [*([load(user)] if user.exists() else []), load(SHIPPED)]
-    for wanted in (device.name, device.architecture, ANY):
-        for table in tables:
+    known = [*([load(user)] if user.exists() else []), load(SHIPPED)]
+    for wanted in device.closest_first:
+        for table in known:
             for entry in table:
                 if entry.kernel == kernel and entry.device == wanted and entry.holds_for(shape):
                     return entry.configuration
@@ -183,24 +173,11 @@ def shape_class(problem: ScanProblem) -> ShapeClass:
     )
 
 
-def padded(size: int) -> int:
-    """The least power of two that is at least ``size`` and 16, the least a tensor core takes."""
-    return max(16, 1 << (size - 1).bit_length())
-
-
 def device_of(tensor: torch.Tensor) -> Device:
     """The device a launch on this tensor runs on; off a GPU (interpreter, compiling only) the assumed one."""
     if tensor.device.type != "cuda":
         return _assumed.device
-    return _device(tensor.device)
-
-
-@lru_cache(maxsize=64)
-def _device(device: torch.device) -> Device:
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip is not None:
-        return Device(properties.name, properties.gcnArchName.split(":")[0])
-    return Device(properties.name, f"sm_{properties.major}{properties.minor}")
+    return tables.gpu(tensor.device)
 
 
 @dataclass
@@ -234,11 +211,7 @@ def assume(configurations: Mapping[str, Configuration] | None = None, device: De
 
 def user_file() -> Path:
     """``$HOPE_KERNELS_TRITON_CONFIGURATIONS``, by default in the user's cache folder. It need not exist."""
-    named = os.environ.get(USER_FILE_VARIABLE)
-    if named:
-        return Path(named)
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "hope_kernels" / "triton_configurations.json"
+    return tables.user_file(USER_FILE_VARIABLE, "triton_configurations.json")
 
 
 @lru_cache(maxsize=16)
@@ -249,13 +222,7 @@ def load(path: Path) -> tuple[Entry, ...]:
         ValueError: the file is not such a table; the message names file, entry and field.
         OSError: it cannot be read.
     """
-    try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("entries"), list):
-        raise ValueError(f'{path}: want an object with "format": {FORMAT} and a list "entries"')
-    entries = tuple(_entry(f"{path}: entry {i}", item) for i, item in enumerate(content["entries"]))
+    entries = tables.read(path, _entry)
     for i, entry in enumerate(entries):
         for j, other in enumerate(entries[:i]):
             if entry.overlaps(other):
@@ -263,68 +230,40 @@ def load(path: Path) -> tuple[Entry, ...]:
     return entries
 
 
-_CLASS_VALUES: dict[str, Callable[[Any], bool]] = {
-    "form": lambda value: value in ("linear", "mlp", "glu"),
-    "rule": lambda value: value in ("gd", "dgd"),
-    "operand_bits": lambda value: value in (16, 32),
-    "block_chunk": lambda value: _power_of_two(value, 16, 1 << 20),
-    "block_dim": lambda value: _power_of_two(value, 16, 1 << 20),
-}
-
-
-def _power_of_two(value: Any, least: int, most: int) -> bool:
-    return type(value) is int and least <= value <= most and value & (value - 1) == 0
-
-
 def _entry(where: str, item: Any) -> Entry:
-    def demand(good: bool, message: str) -> None:
-        if not good:
-            raise ValueError(f"{where}: {message}")
-
-    demand(isinstance(item, dict), f"is {item!r}; want an object")
+    demand(isinstance(item, dict), where, f"is {item!r}; want an object")
     kernel = item.get("kernel")
-    demand(kernel in KERNELS, f"kernel is {kernel!r}; want one of {', '.join(map(repr, KERNELS))}")
+    demand(kernel in KERNELS, where, f"kernel is {kernel!r}; want one of {', '.join(map(repr, KERNELS))}")
     where = f"{where} ({kernel}, {item.get('device')!r})"
     needed = {"kernel", "device", *KERNELS[kernel], "num_warps", "measured", "reason"}
-    demand(needed <= item.keys(), f"lacks {', '.join(sorted(needed - item.keys()))}")
-    unknown = item.keys() - needed - {"num_stages", *_CLASS_VALUES}
-    demand(not unknown, f"has unknown fields {', '.join(sorted(unknown))}")
-    demand(isinstance(item["device"], str) and item["device"] != "", "device is no name")
-    classes = {name: item[name] for name in _CLASS_VALUES if name in item}
-    for name, values in classes.items():
-        demand(isinstance(values, list) and bool(values), f"{name} is {values!r}; want a list of values")
-        for value in values:
-            demand(_CLASS_VALUES[name](value), f"{name} has {value!r}")
+    demand(needed <= item.keys(), where, f"lacks {', '.join(sorted(needed - item.keys()))}")
+    unknown = item.keys() - needed - {"num_stages", *ShapeClass._fields}
+    demand(not unknown, where, f"has unknown fields {', '.join(sorted(unknown))}")
+    demand(isinstance(item["device"], str) and item["device"] != "", where, "device is no name")
+    classes = tables.classes_of(where, item, ShapeClass._fields)
     for name in KERNELS[kernel]:
-        demand(_power_of_two(item[name], 16, 512), f"{name} is {item[name]!r}; want a power of two in 16..512")
+        good = tables.power_of_two(item[name], 16, 512)
+        demand(good, where, f"{name} is {item[name]!r}; want a power of two in 16..512")
     warps, stages = item["num_warps"], item.get("num_stages")
-    demand(_power_of_two(warps, 1, 32), f"num_warps is {warps!r}; want a power of two in 1..32")
-    demand(stages is None or (type(stages) is int and 1 <= stages <= 8), f"num_stages is {stages!r}; want 1..8")
-    measured, reason = item["measured"], item["reason"]
-    demand(
-        measured is None or (isinstance(measured, dict) and {"device", "torch", "triton", "date"} <= measured.keys()),
-        f"measured is {measured!r}; want null or an object with device, torch, triton and date",
-    )
-    demand(isinstance(reason, str) and (measured is not None or reason != ""), "lacks a reason: it was not measured")
+    demand(tables.power_of_two(warps, 1, 32), where, f"num_warps is {warps!r}; want a power of two in 1..32")
+    good = stages is None or (type(stages) is int and 1 <= stages <= 8)
+    demand(good, where, f"num_stages is {stages!r}; want 1..8")
+    tables.check_origin(where, item, ("torch", "triton"))
     return Entry(
         kernel=kernel,
         device=item["device"],
-        classes={name: tuple(values) for name, values in classes.items()},
+        classes=classes,
         configuration=Configuration.of(
             num_warps=warps, num_stages=stages, **{name: item[name] for name in KERNELS[kernel]}
         ),
-        measured=measured,
-        reason=reason,
+        measured=item["measured"],
+        reason=item["reason"],
     )
 
 
 def write(path: Path, entries: Iterable[Entry]) -> None:
     """A table of these entries, one a line, replacing the file at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join("    " + json.dumps(entry.as_dict()) for entry in entries)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(f'{{\n  "format": {FORMAT},\n  "entries": [\n{lines}\n  ]\n}}\n')
-    temporary.replace(path)
+    tables.write(path, (entry.as_dict() for entry in entries))
     load.cache_clear()
     _choose.cache_clear()
 
@@ -388,7 +327,7 @@ def tune(
             times.append(start.elapsed_time(end) / 1e3)
     outcome |= {candidate: statistics.median(times) for candidate, times in samples.items()}
     best = min(samples, key=lambda candidate: outcome[candidate])
-    device = _device(torch.device("cuda", torch.cuda.current_device()))
+    device = tables.gpu(torch.device("cuda", torch.cuda.current_device()))
     entry = Entry(
         kernel=kernel,
         device=device.name,

@@ -25,6 +25,8 @@ T& block_shared() {
   return *reinterpret_cast<T*>(cuda_host::static_shared(StaticShared<T>::offset));
 }
 
+inline int opaque(int x) { return x; }
+
 namespace host {
 
 constexpr unsigned kWholeWarp = 0xffffffffu;

@@ -1,0 +1,112 @@
+// Where the backward scan keeps things: its shared memory, its workspace in global memory, and what its kernel is told.
+#pragma once
+
+#include "forward_scan.h"
+
+namespace hope::cuda {
+
+// Tensors of tokens in shared memory. Results take the place of what is not needed any more.
+enum BackwardTensor : int {
+  kChunkKeys = 0,
+  kDelta = 1,     // values, then the errors of the keys, then the gradient of the keys
+  kDDelta = 2,    // the gradient of the errors
+  kTargets = 3,   // `self`: the values, then their gradient; otherwise kDelta
+  kRead = 4,      // queries, then their gradient
+  kUpstream = 5,  // the gradient of the output
+  kBackwardTensors = 6
+};
+
+// Parts of what a thread keeps of a slice of keys: the errors of the hidden units, the adjoint of the errors before they are
+// multiplied by the slope, the adjoint of the pre-activations, and with momentum the hidden values.
+enum KeptPart : int { kErrors = 0, kDPassed = 1, kDInputs = 2, kHiddenValues = 3 };
+template <class Traits>
+constexpr int kKeptParts = Traits::kMomentum ? 4 : 3;
+
+// Shared memory of one block while chunks are walked back: where its parts start, in bytes.
+struct BackwardLayout {
+  int weights = 0;                                   // 16-bit W_in^T and W_out of the chunk, rows of kPitch
+  int partial = 0, partial_bytes = 0, partials = 0;  // one or two sets of partial sums
+  int rows = 0;                                      // gradients of step and momentum step, each warp's part: [2][warp][row]
+  int steps = 0;                                     // weights of tokens in the write: [2][row]
+  int scalars = 0;                                   // of decay, carry and the momentum's decay: [3][warp]
+  int tensors[kBackwardTensors] = {};
+  int kept = -1;  // what threads keep of the chunk's keys; negative: in the workspace
+  int bytes = 0;
+};
+
+// What the threads of a block keep of a chunk.
+template <class Traits>
+int64_t kept_bytes(int rows) {
+  return int64_t(rows) / kSlice * kKeptParts<Traits> * Traits::kUnitTiles * 8 * Traits::kThreads;
+}
+
+template <class Traits>
+BackwardLayout backward_layout(int rows, bool writes, bool reads, bool self, int partials, bool kept_shared) {
+  BackwardLayout layout;
+  layout.weights = 0;
+  layout.partial = 2 * Traits::kHidden * Traits::kPitch * 2;
+  layout.partials = partials;
+  layout.partial_bytes = Traits::kWarps * Traits::kDimTiles * kWarp * 16;
+  layout.rows = layout.partial + partials * layout.partial_bytes;
+  const int gates = writes ? (Traits::kMomentum ? 2 : 1) * rows * 4 : 0;
+  layout.steps = layout.rows + Traits::kWarps * gates;
+  layout.scalars = layout.steps + gates;
+  int end = layout.scalars + (writes ? 3 * Traits::kWarps * 4 : 0);
+  end = (end + 15) / 16 * 16;
+  const bool present[kBackwardTensors] = {writes, writes, writes, writes && self, reads, reads};
+  for (int t = 0; t < kBackwardTensors; ++t) {
+    layout.tensors[t] = present[t] ? end : 0;
+    if (present[t]) end += rows * Traits::kPitch * 2;
+  }
+  if (!present[kTargets]) layout.tensors[kTargets] = layout.tensors[kDelta];
+  if (writes && kept_shared) {
+    layout.kept = end;
+    end += int(kept_bytes<Traits>(rows));
+  }
+  layout.bytes = end;
+  return layout;
+}
+
+// Memory for 16-bit numbers of a state in the order of the registers, rounded: {x[0], x[1]} and {x[2], x[3]} of each tile.
+// A thread sees only its own numbers.
+template <class Traits>
+class PackedState {
+ public:
+  static constexpr int64_t kBytes = ParkedState<Traits>::kBytes / 2;
+
+  // `which`: of the states that lie one behind the other.
+  __device__ __forceinline__ PackedState(void* workspace, int64_t which)
+      : own_(static_cast<uint2*>(workspace) + which * ParkedState<Traits>::kTiles * Traits::kThreads + threadIdx.x) {}
+
+  __device__ __forceinline__ uint2& in(int i, int j) const { return own_[(i * Traits::kDimTiles + j) * Traits::kThreads]; }
+  __device__ __forceinline__ uint2& out(int i, int j) const {
+    return own_[(ParkedState<Traits>::kInTiles + i * Traits::kUnitTiles + j) * Traits::kThreads];
+  }
+
+ private:
+  uint2* own_;
+};
+
+// Parts of the workspace, each for all tasks; null where not needed.
+struct BackwardWorkspace {
+  void* adjoint = nullptr;           // ParkedState: while states are rebuilt
+  void* slots = nullptr;             // 16-bit W_in^T and W_out [kHidden, kDim] at the start of each chunk of a segment
+  void* remainders = nullptr;        // PackedState: what rounding took from each slot, for the gradient of the decay
+  void* kept = nullptr;              // what threads keep of a chunk's keys
+  void* momentum = nullptr;          // ParkedState: while states are rebuilt
+  void* momentum_slots = nullptr;    // ParkedState: at the start of each chunk of a segment
+  void* momentum_adjoint = nullptr;  // ParkedState
+  void* momentum_operand = nullptr;  // PackedState: the adjoint as products take it
+};
+
+struct BackwardParams {
+  ForwardParams rebuild;  // of the same problem without queries
+  ScanProblem problem;    // without queries where their outputs have no gradient
+  BackwardResult result;
+  BackwardLayout layout;
+  BackwardWorkspace workspace;
+  int slots;           // states a task has room for
+  int64_t kept_bytes;  // of one task
+};
+
+}  // namespace hope::cuda

@@ -1,0 +1,430 @@
+"""The CUDA engine's backward scan, run on the CPU: gradients against float64, exact equalities, refusals, barriers.
+
+The kernels stand in for the CPU engine, so that the public functions and their autograd prepare every problem and sum
+every gradient as they would for a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from hope_kernels import MemorySpec, backends, memory_read, memory_scan, memory_write
+from hope_kernels.backends.interface import BackendStatus, ScanGradients, ScanProblem
+from tests.cases import Evaluation, Problem, assert_within_budget, evaluate, evaluate_package, make_problem
+from tests.cuda_host import build, scan
+from tests.golden_cases import GOLDEN, load_golden
+
+pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=str(build.unavailable()))
+needs_thread_sanitizer = pytest.mark.skipif(
+    build.thread_sanitizer_unavailable() is not None, reason=str(build.thread_sanitizer_unavailable())
+)
+HALVES = [torch.bfloat16, torch.float16]
+KERNEL = build.ROOT / "csrc/cuda/backward_scan.h"
+
+
+@dataclass
+class Host:
+    """The kernels in the place of backend "cpu", on a device that can be changed; keeps the last backward."""
+
+    library: ctypes.CDLL
+    architecture: int = 90
+    shared_memory: int = 0
+    arguments: tuple = ()
+    gradients: list[ScanGradients] = field(default_factory=list)
+
+    @property
+    def device(self) -> dict[str, int]:
+        return {"architecture": self.architecture, "shared_memory": self.shared_memory}
+
+    def scan_forward(self, problem: ScanProblem, *, save: bool) -> tuple[Tensor, list, list, list]:
+        return scan.scan_forward(self.library, problem, save=save)
+
+    def scan_backward(self, *arguments) -> ScanGradients:
+        self.arguments = arguments
+        self.gradients.append(scan.scan_backward(self.library, *arguments, **self.device))
+        return self.gradients[-1]
+
+    def again(self, **options) -> ScanGradients:
+        return scan.scan_backward(self.library, *self.arguments, **(self.device | options))
+
+
+@pytest.fixture
+def host(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Host:
+    found = Host(library)
+    module = SimpleNamespace(
+        status=lambda: BackendStatus("cpu", True, "the CUDA kernels"),
+        refuses=lambda request: None,
+        scan_forward=found.scan_forward,
+        scan_backward=found.scan_backward,
+    )
+    before = backends.implementation
+    monkeypatch.setattr(backends, "implementation", lambda name: module if name == "cpu" else before(name))
+    return found
+
+
+def exact(problem: Problem) -> Problem:
+    return problem.map(lambda _, t: t.double())
+
+
+def assert_close_to_truth(problem: Problem, dtype: torch.dtype, **options) -> None:
+    """Values and gradients within twice the eager reference's error and one rounding, both against float64."""
+    problem = problem.cast(dtype)
+    parts = [(problem, "cpu"), (problem, "reference"), (exact(problem), "reference")]
+    assert_within_budget(*(evaluate_package(part, name, **options) for part, name in parts), dtype)
+
+
+def flat(gradients: ScanGradients) -> dict[str, Tensor]:
+    named = {name: x for name, x in gradients._asdict().items() if isinstance(x, Tensor)}
+    for name in ("weights", "momentum"):
+        named |= {f"{name}{i}": x for i, x in enumerate(getattr(gradients, name))}
+    return named
+
+
+def assert_identical(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert sorted(found) == sorted(expected)
+    changed = [name for name, want in expected.items() if not torch.equal(found[name], want)]
+    assert not changed, f"not identical: {', '.join(changed)}"
+
+
+def with_mild_retention(problem: Problem) -> Problem:
+    """Retention in [0.96, 1] in place of [0.6, 1]: a chunk leaves something of the weights, so that a gradient is made
+    by many tokens, and its error is no matter of how one number happens to be rounded."""
+    return problem.map(lambda name, t: 1 - 0.1 * (1 - t) if name == "retention" else t)
+
+
+def small(spec: MemorySpec, **options) -> Problem:
+    """Two chunks, the first of them rebuilt, and tokens behind them; a width that is padded."""
+    sizes = {"heads": 1, "dim": 32, "hidden": 128, "chunk_size": 20, "tokens": 46, "retention": True, "max_lr": 0.1}
+    return with_mild_retention(make_problem(spec, **(sizes | options)))
+
+
+# ---- values ----------------------------------------------------------------------------------------------------------
+
+SIZES = [
+    # dim, hidden, chunk_size, tokens
+    (64, 256, 16, 53),
+    (64, 256, 40, 85),
+    (64, 256, 64, 133),  # what threads keep of a chunk is in the workspace
+    (32, 128, 16, 83),  # five chunks, two checkpoints
+    (64, 128, 40, 85),
+    (5, 6, 4, 11),
+    (17, 129, 7, 24),
+    (33, 20, 1, 5),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("momentum", [False, True], ids=["plain", "momentum"])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_any_size_that_fits_stays_within_twice_the_eager_error(host, sizes, momentum, dtype):
+    dim, hidden, chunk_size, tokens = sizes
+    sizes = {"dim": dim, "hidden": hidden, "chunk_size": chunk_size, "tokens": tokens}
+    sizes |= {"batch": 1, "heads": 1 if dim * hidden > 4096 else 2}
+    problem = make_problem(
+        MemorySpec("mlp"), retention=True, momentum=momentum, initial_momentum=momentum, max_lr=0.1, **sizes
+    )
+    if momentum and hidden > 128:
+        with pytest.raises(scan.Refused, match="no registers for momentum at this size"):
+            evaluate_package(problem.cast(dtype), "cpu")
+    else:
+        assert_close_to_truth(with_mild_retention(problem), dtype)
+
+
+ALL_SPECS = [
+    MemorySpec("mlp", activation, residual=activation in ("gelu_tanh", "relu2"), objective=objective)
+    for objective in ("l2", "dot", "error", "self")
+    for activation in ("gelu_tanh", "gelu", "silu", "relu2")
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda spec: f"{spec.objective}-{spec.activation}")
+def test_every_objective_and_activation(host, spec, dtype):
+    for momentum in (False, True):
+        assert_close_to_truth(small(spec, batch=1, momentum=momentum), dtype)
+
+
+@pytest.mark.parametrize(
+    ("spec", "momentum", "dtype"),
+    [
+        (MemorySpec("mlp"), False, torch.float16),
+        (MemorySpec("mlp", "silu", residual=False, objective="self"), True, torch.bfloat16),
+        (MemorySpec("mlp", "gelu", objective="dot"), True, torch.float16),
+        (MemorySpec("mlp", "relu2", objective="error"), False, torch.bfloat16),
+    ],
+    ids=["l2", "self", "dot", "error"],
+)
+def test_an_objective_with_some_activation(host, spec, momentum, dtype):
+    assert_close_to_truth(small(spec, batch=1, momentum=momentum, initial_momentum=momentum), dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("name", [name for name in GOLDEN if name.startswith("mlp") and "dgd" not in name])
+def test_golden_cases(host, name, dtype):
+    """The truth is the stored one: tokens and weights are rounded to `dtype` first for the eager path as for this one,
+    so what rounding the inputs does to the gradients is in the budget."""
+    case = load_golden(name)
+    problem = case.problem.cast(dtype)
+
+    def run(backend: str) -> Evaluation:
+        def compute(part: Problem) -> dict[str, Tensor]:
+            output, state = memory_scan(
+                *(part[name] for name in ("q", "k", "v", "lr")),
+                part.memory(),
+                spec=part.spec,
+                chunk_size=part.chunk_size,
+                retention=part.get("retention"),
+                momentum=part.get("momentum"),
+                backend=backend,
+            )
+            return {"output": output} | {f"weight{i}": w for i, w in enumerate(state.weights)}
+
+        found = evaluate(problem, compute, case.cotangents)
+        return Evaluation(*({key: part[key] for key in want} for part, want in zip(found, case.expected, strict=True)))
+
+    assert_within_budget(run("cpu"), run("reference"), case.expected, dtype)
+
+
+# ---- ways to call ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bptt_chunks", [1, 2])
+def test_gradients_stop_where_the_state_is_detached(host, bptt_chunks):
+    problem = small(MemorySpec("mlp"), batch=1, tokens=86, momentum=True)
+    assert_close_to_truth(problem, torch.bfloat16, bptt_chunks=bptt_chunks)
+
+
+def test_gradients_flow_through_carried_states_and_pending_tokens(host):
+    problem = small(MemorySpec("mlp"), batch=2, momentum=True)
+    assert_close_to_truth(problem, torch.bfloat16, lengths=[3, 7, 1, 35])
+
+
+def test_tokens_of_any_stride_and_alignment(host):
+    problem = small(MemorySpec("mlp"), batch=2).cast(torch.bfloat16)
+
+    def spread(name: str, t: Tensor) -> Tensor:
+        if name not in ("q", "k", "v"):
+            return t
+        wide = torch.full((*t.shape[:3], 3 * t.shape[3]), torch.nan, dtype=t.dtype)
+        return wide[..., 3 : 3 + t.shape[3]].copy_(t)
+
+    evaluate_package(problem, "cpu")
+    (expected,) = map(flat, host.gradients)
+    problem, saved, grad_output, *rest = host.arguments
+    for name in ("q", "k", "v"):
+        setattr(problem, name, spread(name, getattr(problem, name)))
+    host.arguments = problem, saved, spread("q", grad_output), *rest
+    assert_identical(flat(host.again()), expected)
+
+
+@pytest.mark.parametrize("kind", ["packed", "padded"])
+def test_packed_and_padded_sequences_are_what_they_are_alone(host, kind):
+    problem = small(MemorySpec("mlp"), batch=4, momentum=True, shared=False).cast(torch.bfloat16)
+    rows = [(0, 46), (3, 22), (40, 46), (7, 7)]
+    names = [name for name in problem.tensors if not name.startswith("weight")]
+
+    def loss(output: Tensor, state) -> Tensor:
+        return output.float().square().sum() + sum(w.square().sum() for w in (*state.weights, *(state.momentum or ())))
+
+    def gradients(tensors: dict[str, Tensor], weights, **options) -> dict[str, Tensor]:
+        leaves = {name: t.detach().clone().requires_grad_() for name, t in tensors.items()}
+        weights = [w.detach().clone().requires_grad_() for w in weights]
+        output, state = memory_scan(
+            *(leaves[name] for name in ("q", "k", "v", "lr")),
+            weights,
+            spec=problem.spec,
+            chunk_size=problem.chunk_size,
+            retention=leaves["retention"],
+            momentum=leaves["momentum"],
+            backend="cpu",
+            **options,
+        )
+        found = torch.autograd.grad(loss(output, state), [*leaves.values(), *weights], materialize_grads=True)
+        return dict(zip([*leaves, "weight0", "weight1"], found, strict=True))
+
+    tensors = {name: problem[name] for name in names}
+    if kind == "padded":
+        found = gradients(tensors, problem.weights, valid=torch.tensor(rows, dtype=torch.int32))
+    else:
+        tensors = {
+            name: torch.cat([t[b : b + 1, s:e] for b, (s, e) in enumerate(rows)], 1) for name, t in tensors.items()
+        }
+        ends = torch.tensor([0, *(end - start for start, end in rows)]).cumsum(0)
+        found = gradients(tensors, problem.weights, cu_seqlens=ends)
+    first = 0
+    for b, (start, end) in enumerate(rows):
+        if start == end:
+            continue
+        part = {name: problem[name][b : b + 1, start:end] for name in names}
+        alone = gradients(part, [w[b : b + 1] for w in problem.weights])
+        for name in names:
+            if kind == "padded":
+                outside = torch.cat([found[name][b, :start], found[name][b, end:]])
+                assert torch.equal(outside, torch.zeros_like(outside)), name
+            here = found[name][b, start:end] if kind == "padded" else found[name][0, first : first + end - start]
+            assert torch.equal(here, alone[name][0]), f"{name} of sequence {b}"
+        for name in ("weight0", "weight1"):
+            assert torch.equal(found[name][b], alone[name][0]), f"{name} of sequence {b}"
+        first += end - start
+
+
+def test_reads_alone_and_writes_alone(host):
+    problem = small(MemorySpec("mlp"), batch=1, tokens=150).cast(torch.bfloat16)
+
+    def read(part: Problem, backend: str) -> Evaluation:
+        return evaluate(part, lambda p: {"output": memory_read(p["q"], p.weights, spec=p.spec, backend=backend)})
+
+    def write(part: Problem, backend: str) -> Evaluation:
+        def compute(p: Problem) -> dict[str, Tensor]:
+            gates = {"retention": p["retention"]}
+            state = memory_write(p["k"], p["v"], p["lr"], p.weights, spec=p.spec, backend=backend, **gates)
+            return {f"weight{i}": w for i, w in enumerate(state.weights)}
+
+        return evaluate(part.span(0, 20), compute)
+
+    for run in (read, write):
+        assert_within_budget(
+            run(problem, "cpu"), run(problem, "reference"), run(exact(problem), "reference"), torch.bfloat16
+        )
+
+
+# ---- exact equalities ------------------------------------------------------------------------------------------------
+
+
+def test_what_is_absent_counts_as_zero_and_what_is_unwanted_changes_nothing(host):
+    problem = small(MemorySpec("mlp"), batch=1, momentum=True, initial_momentum=True, tokens=86).cast(torch.bfloat16)
+    evaluate_package(problem, "cpu", lengths=[3, 83])
+    assert len(host.gradients) == 2
+    host.gradients.clear()
+    evaluate_package(problem, "cpu")
+    problem, saved, *upstream = host.arguments
+    expected = flat(host.gradients[0])
+    assert_identical(flat(host.again()), expected)
+    for unwanted in ("q", "k", "v", "step", "decay", "momentum_carry", "weights", "momentum"):
+        found = flat(host.again(unwanted=(unwanted,)))
+        names = {f"{unwanted}{i}" for i in range(2)} if unwanted in ("weights", "momentum") else {unwanted}
+        for name, x in found.items():
+            assert x.isnan().all() if name in names else torch.equal(x, expected[name]), (unwanted, name)
+    output, weights, momentum = upstream
+    for absent in range(3):
+        without = [[None] * len(g) if isinstance(g, list) else None for g in upstream]
+        zeros = [
+            [torch.zeros_like(x) for x in weights] if absent == 1 else weights,
+            [torch.zeros_like(x) for x in momentum] if absent == 2 else momentum,
+        ]
+        host.arguments = problem, saved, torch.zeros_like(output) if absent == 0 else output, *zeros
+        expected_without = flat(host.again())
+        given = [output, weights, momentum]
+        given[absent] = without[absent]
+        host.arguments = problem, saved, *given
+        assert_identical(flat(host.again()), expected_without)
+
+
+def test_two_runs_stages_and_places_give_the_same_bits(host):
+    """The device decides how many sets of partial sums there are and where threads keep what."""
+    problem = small(MemorySpec("mlp", objective="self"), batch=2, momentum=True).cast(torch.float16)
+    evaluate_package(problem, "cpu")
+    expected = flat(host.gradients[0])
+    for device in ({}, {"architecture": 80}, {"shared_memory": 90_000}, {"shared_memory": 64_000}):
+        assert_identical(flat(host.again(**device)), expected)
+
+
+def test_a_row_does_not_depend_on_its_neighbours_even_if_they_are_nan(host):
+    problem = small(MemorySpec("mlp"), batch=2, shared=False).cast(torch.bfloat16)
+    whole = evaluate_package(problem, "cpu")
+    problem["k"][1, 5] = torch.nan
+    spoiled = evaluate_package(problem, "cpu")
+    assert not torch.isfinite(spoiled.gradients["k"][1]).all()
+    for name, gradient in whole.gradients.items():
+        assert torch.equal(spoiled.gradients[name][0], gradient[0]), name
+
+
+def test_a_table_with_wild_values_reaches_nothing_outside_the_tensors(host, library):
+    """Every tensor lies between NaN: a number read from outside spoils a result."""
+    problem = small(MemorySpec("mlp"), batch=2).cast(torch.bfloat16)
+    with torch.enable_grad():
+        leaves = problem.map(lambda _, t: t.requires_grad_())
+        gates = {"retention": leaves["retention"], "valid": torch.tensor([[0, 46], [3, 40]], dtype=torch.int32)}
+        options = {"spec": problem.spec, "chunk_size": 20, "backend": "cpu"}
+        output, _ = memory_scan(*(leaves[n] for n in ("q", "k", "v", "lr")), leaves.weights, **gates, **options)
+        output.float().sum().backward()
+    problem, saved, *upstream = host.arguments
+    for name in ("q", "k", "v", "step", "decay"):
+        x = getattr(problem, name)
+        setattr(problem, name, torch.full((3, *x.shape), torch.nan, dtype=x.dtype)[1].copy_(x))
+    wild = [-(10**12), -1, 0, 1, 7, 10**12]
+    random = torch.Generator().manual_seed(0)
+    for _ in range(6):
+        picked = torch.randint(len(wild), problem.sequences.shape, generator=random)
+        problem.sequences = torch.tensor(wild)[picked]
+        # The forward had another table: what it did not save is not its checkpoint.
+        saved = [torch.zeros_like(x) for x in saved]
+        for x in flat(scan.scan_backward(library, problem, saved, *upstream)).values():
+            assert torch.isfinite(x).all()
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_covered_is_refused_with_the_reason(host):
+    problem = small(MemorySpec("mlp"), batch=1, tokens=66).cast(torch.bfloat16)
+    evaluate_package(problem, "cpu")
+    for device, reason in [
+        ({"architecture": 75, "shared_memory": 60_000}, "sm_80 or newer"),
+        ({"shared_memory": 40_000}, "chunk_size is too large"),
+    ]:
+        with pytest.raises(scan.Refused, match=reason):
+            host.again(**device)
+    problem, saved, *upstream = host.arguments
+    host.arguments = problem, [], *upstream
+    with pytest.raises(scan.Refused, match="needs the forward's checkpoints"):
+        host.again()
+    host.arguments = problem, saved, upstream[0], [x.double() for x in upstream[1]], upstream[2]
+    with pytest.raises(scan.Refused, match="gradients of the state in float32"):
+        host.again()
+
+
+# ---- barriers --------------------------------------------------------------------------------------------------------
+
+CASES = ["small short backward", "small single backward", "small self backward", "small momentum backward"]
+
+
+def written_barriers() -> list[str]:
+    lines = enumerate(KERNEL.read_text().splitlines(), 1)
+    return [f"{KERNEL.name}:{number}" for number, line in lines if re.search(r"\b__syncthreads\(", line)]
+
+
+@pytest.mark.slow
+@needs_thread_sanitizer
+@pytest.mark.parametrize("case", [*CASES, "backward"])
+def test_no_thread_sees_what_no_barrier_has_ordered(sanitized, case):
+    assert build.races(sanitized, case) == []
+
+
+@needs_thread_sanitizer
+def test_the_smallest_case_is_free_of_races_and_the_last_barrier_is_missed(sanitized):
+    assert build.races(sanitized, CASES[0]) == []
+    assert build.races(sanitized, CASES[0], without=written_barriers()[-1])
+
+
+@pytest.mark.slow
+@needs_thread_sanitizer
+def test_without_any_one_of_its_barriers_the_kernel_races(sanitized, tmp_path):
+    passed = {case: build.barriers(sanitized, tmp_path / "barriers", case) for case in CASES}
+    written = written_barriers()
+    reached = {barrier for barriers in passed.values() for barrier in barriers}
+    assert set(written) <= reached
+    for barrier in written:
+        cases = [case for case, barriers in passed.items() if barrier in barriers]
+        assert any(build.races(sanitized, case, without=barrier) for case in cases), (
+            f"taking out {barrier} goes unnoticed"
+        )
