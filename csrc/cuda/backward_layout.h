@@ -17,10 +17,8 @@ enum BackwardTensor : int {
 };
 
 // Parts of what a thread keeps of a slice of keys: the errors of the hidden units, the adjoint of the errors before they are
-// multiplied by the slope, the adjoint of the pre-activations, and with momentum the hidden values.
-enum KeptPart : int { kErrors = 0, kDPassed = 1, kDInputs = 2, kHiddenValues = 3 };
-template <class Traits>
-constexpr int kKeptParts = Traits::kMomentum ? 4 : 3;
+// multiplied by the slope, and the adjoint of the pre-activations.
+enum KeptPart : int { kErrors = 0, kDPassed = 1, kDInputs = 2, kKeptParts = 3 };
 
 // Shared memory of one block while chunks are walked back: where its parts start, in bytes.
 struct BackwardLayout {
@@ -37,7 +35,7 @@ struct BackwardLayout {
 // What the threads of a block keep of a chunk.
 template <class Traits>
 int64_t kept_bytes(int rows) {
-  return int64_t(rows) / kSlice * kKeptParts<Traits> * Traits::kUnitTiles * 8 * Traits::kThreads;
+  return int64_t(rows) / kSlice * kKeptParts * Traits::kUnitTiles * 8 * Traits::kThreads;
 }
 
 template <class Traits>

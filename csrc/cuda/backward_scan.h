@@ -164,7 +164,7 @@ class BackwardScan : private ForwardScan<Traits> {
     char* memory = here_.layout.kept >= 0
                        ? shared_ + here_.layout.kept
                        : static_cast<char*>(here_.workspace.kept);
-    return reinterpret_cast<uint4*>(memory) + (slice * kKeptParts<Traits> + part) * kCount + threadIdx.x;
+    return reinterpret_cast<uint4*>(memory) + (slice * kKeptParts + part) * kCount + threadIdx.x;
   }
   __device__ __forceinline__ void keep(int slice, KeptPart part, int i, const PackedUnits& x) const {
     kept(slice, part)[i * Traits::kThreads] = uint4{x[2 * i][0], x[2 * i][1], x[2 * i + 1][0], x[2 * i + 1][1]};
@@ -525,25 +525,7 @@ class BackwardScan : private ForwardScan<Traits> {
     __device__ __forceinline__ uint2 out(int i, int j) const { return both(state.out[i][j]); }
   };
 
-  // x = X A_in (kOut false) or X A_out^T of one slice and tile n of group i.
-  template <bool kOut, class Tiles>
-  __device__ __forceinline__ void by_adjoint(float (&x)[4], const Element* rows, int slice, int i, int n,
-                                             const Tiles& tiles) const {
-    x[0] = x[1] = x[2] = x[3] = 0.0f;
-#pragma unroll
-    for (int k = 0; k < Traits::kDimTiles / 2; ++k) {
-      uint32_t a[4];
-      ldmatrix(a, tile(rows, slice, 16 * k));
-      if constexpr (kOut) {
-        const uint2 both = tiles.out(k, 2 * i + n);
-        Numbers::mma(x, a, {movmatrix(both.x), movmatrix(both.y)});
-      } else {
-        const uint2 low = tiles.in(i, 2 * k), high = tiles.in(i, 2 * k + 1);
-        Numbers::mma(x, a, {n ? low.y : low.x, n ? high.y : high.x});
-      }
-    }
-  }
-  // The same for both tiles.
+  // x = X A_in (kOut false) or X A_out^T.
   template <bool kOut, class Tiles>
   __device__ __forceinline__ void by_adjoint(Group& x, const Element* rows, int slice, int i, const Tiles& tiles) const {
     clear(x);
@@ -749,14 +731,8 @@ class BackwardScan : private ForwardScan<Traits> {
       };
       const ParkedState<Traits> adjoint = momentum_adjoint(), slot = momentum_slot(which);
       const PackedState<Traits> operand = momentum_operand();
-      each_in(state_, [&](int i, int j, float(&x)[4]) {
-        step(x, adjoint.in(i, j), operand.in(i, j), slot.in(i, j));
-        if (j % 2) __syncwarp();  // registers do not suffice to load more tiles in advance
-      });
-      each_out(state_, [&](int i, int j, float(&x)[4]) {
-        step(x, adjoint.out(i, j), operand.out(i, j), slot.out(i, j));
-        if (j % 2) __syncwarp();
-      });
+      each_in(state_, [&](int i, int j, float(&x)[4]) { step(x, adjoint.in(i, j), operand.in(i, j), slot.in(i, j)); });
+      each_out(state_, [&](int i, int j, float(&x)[4]) { step(x, adjoint.out(i, j), operand.out(i, j), slot.out(i, j)); });
     }
 #pragma unroll
     for (int i = 0; i < 3; ++i) {
@@ -807,10 +783,12 @@ class BackwardScan : private ForwardScan<Traits> {
     const PackedState<Traits> speed = momentum_operand();
 #pragma unroll 1
     for (int s = 0; s < slices(); ++s) {
-      float of_step[2], d_step[2] = {0.0f, 0.0f}, d_momentum_step[2] = {0.0f, 0.0f};
+      float of_step[2], of_momentum[2], d_step[2] = {0.0f, 0.0f}, d_momentum_step[2] = {0.0f, 0.0f};
 #pragma unroll
-      for (int r = 0; r < 2; ++r) of_step[r] = steps(0)[s * kSlice + lane.group + 8 * r];
-      const float* of_momentum = steps(1) + s * kSlice + lane.group;
+      for (int r = 0; r < 2; ++r) {
+        of_step[r] = steps(0)[s * kSlice + lane.group + 8 * r];
+        if constexpr (Traits::kMomentum) of_momentum[r] = steps(1)[s * kSlice + lane.group + 8 * r];
+      }
       PackedUnits errors, d_passed, d_inputs, hidden;
 #pragma unroll
       for (int i = 0; i < kGroups; ++i) {
@@ -830,18 +808,12 @@ class BackwardScan : private ForwardScan<Traits> {
           x[n][e] *= of_step[r];
         });
         if constexpr (Traits::kMomentum) {
-          // One tile at a time: registers do not suffice for more.
-#pragma unroll
-          for (int n = 0; n < 2; ++n) {
-            float y[4];
-            by_adjoint<false>(y, keys, s, i, n, speed);
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              d_momentum_step[e / 2] = fmaf(y[e], error[n][e], d_momentum_step[e / 2]);
-              x[n][e] = fmaf(of_momentum[e / 2 * 8], y[e], x[n][e]);
-            }
-            __syncwarp();
-          }
+          Group y;
+          by_adjoint<false>(y, keys, s, i, speed);
+          each_unit([&](int n, int e, int r) {
+            d_momentum_step[r] = fmaf(y[n][e], error[n][e], d_momentum_step[r]);
+            x[n][e] = fmaf(of_momentum[r], y[n][e], x[n][e]);
+          });
         }
         each_unit([&](int n, int e, int) { curve[n][e] *= x[n][e], x[n][e] *= slope[n][e]; });
         pack(d_passed, i, x);
@@ -851,20 +823,13 @@ class BackwardScan : private ForwardScan<Traits> {
           x[n][e] *= of_step[r];
         });
         if constexpr (Traits::kMomentum) {
-          // One tile at a time: registers do not suffice for more.
-#pragma unroll
-          for (int n = 0; n < 2; ++n) {
-            float y[4];
-            by_adjoint<true>(y, delta, s, i, n, speed);
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              d_momentum_step[e / 2] = fmaf(y[e], h[n][e], d_momentum_step[e / 2]);
-              x[n][e] = fmaf(of_momentum[e / 2 * 8], y[e], x[n][e]);
-            }
-            __syncwarp();
-          }
+          Group y;
+          by_adjoint<true>(y, delta, s, i, speed);
+          each_unit([&](int n, int e, int r) {
+            d_momentum_step[r] = fmaf(h[n][e], y[n][e], d_momentum_step[r]);
+            x[n][e] = fmaf(of_momentum[r], y[n][e], x[n][e]);
+          });
           pack(hidden, i, h);
-          keep(s, kHiddenValues, i, hidden);
         } else {
           pack(hidden, i, h, of_step[0], of_step[1]);
         }
@@ -878,10 +843,6 @@ class BackwardScan : private ForwardScan<Traits> {
       PackedUnits hidden_momentum;
       if constexpr (Traits::kMomentum) {
         sum_rows(1, s, d_momentum_step);
-        // Registers do not suffice to hold these while they are computed beside G's products.
-        __syncwarp();
-        recall(s, kDPassed, d_passed);
-        recall(s, kHiddenValues, hidden);
         copy(hidden_momentum, hidden);
         weigh(hidden_momentum, 1, s);
         weigh(hidden, 0, s);
