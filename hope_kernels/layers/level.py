@@ -292,9 +292,15 @@ class MemoryLevel(nn.Module):
 
     def make_buffer(self, state: MemoryState, dtype: torch.dtype) -> LevelBuffer:
         """A copy of ``state`` that :meth:`step` updates in place, for tokens of ``dtype``."""
-        # Asked here, a backend that cannot run the level says so before any buffer exists to be left half updated.
-        backends.select(self.backend, self.spec, dtype, self.target.weight.device)
         return LevelBuffer(state, dtype, retention=self.level.retention, momentum=self.level.momentum)
+
+    def check_backend(self, dtype: torch.dtype) -> None:
+        """That the backend asked for runs this level on tokens of ``dtype``.
+
+        Raises:
+            RuntimeError: it does not; the message says why.
+        """
+        backends.select(self.backend, self.spec, dtype, self.target.weight.device)
 
     def step(self, x: Tensor, buffer: LevelBuffer) -> Tensor:
         """One token per sequence, ``x [B, 1, dim]``: read, keep the token, write when it completes a chunk."""

@@ -108,6 +108,15 @@ def python_module(folder: Path, name: str, sources: list[Path]) -> ModuleType:
     return module
 
 
+@cache
+def cuda_module() -> ModuleType:
+    """The CUDA engine's part of the compiled core, its kernels running on the CPU; built once."""
+    folder = tempfile.mkdtemp(prefix="cuda_host")
+    atexit.register(shutil.rmtree, folder)
+    sources = [HERE / "level_update_module.cpp", *(ROOT / f"csrc/cuda/{name}.cu" for name in ("level_update", "step"))]
+    return python_module(Path(folder), "level_update_on_host", sources)
+
+
 def run(program: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs a program; a kernel that hangs says so after some seconds."""
     variables = os.environ | {"TSAN_OPTIONS": TSAN_OPTIONS} | environment

@@ -13,13 +13,12 @@ from tests.cuda_host import build
 
 
 @pytest.fixture(scope="session")
-def cuda_module(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+def cuda_module() -> ModuleType:
     """The CUDA engine's part of the compiled core, its kernel running on the CPU."""
     if (reason := build.unavailable()) is not None:
         pytest.skip(reason)
     pytest.importorskip("pybind11")
-    sources = [build.HERE / "level_update_module.cpp", build.ROOT / "csrc/cuda/level_update.cu"]
-    return build.python_module(tmp_path_factory.mktemp("module"), "level_update_on_host", sources)
+    return build.cuda_module()
 
 
 @pytest.fixture(scope="session")

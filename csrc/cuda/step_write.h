@@ -1,0 +1,291 @@
+// Writing a memory when its chunk is complete: W <- decay W + carry S - U' diag(step) E, S <- mdecay S - U' diag(mstep) E.
+//
+// A block takes one piece of one pair: 32 hidden units, the columns of W_in and the rows of W_out that belong to them, which
+// nobody else reads or writes. The piece is read once into shared memory and written once: 512 D bytes for an mlp, twice
+// that with momentum. Tokens pass through shared memory 32 at a time, the last ones first, because the weight of a token is a
+// product over those behind it. Hidden values and their errors are computed anew (4 D H products of a token and pair); what
+// they need of other pieces is f(k), which was kept when the token was read. 8 D H FLOPs in all: at C = 64 arithmetic decides.
+// For D > 64 the features go in two halves, and the tokens pass twice: the sums of a half stay in registers.
+#pragma once
+
+#include "cuda/step_common.h"
+#include "cuda/step_read.h"
+
+namespace hope::cuda::stepping {
+
+constexpr int kTile = 32;         // tokens in shared memory at a time: one for each lane
+constexpr int kHalfFeatures = 64; // features that are summed up at a time
+
+struct WriteShared {
+  float step[kTile], momentum_step[kTile];
+  float decay, carry, momentum_decay;
+  float unused;
+};
+
+// Dynamic shared memory behind WriteShared, in floats: k, delta [kTile, pitch]; weights [kUnits, pitch], W_in transposed;
+// hidden values and errors [kTile, kUnits]. A row is 4 floats longer than D: lanes that read 16 bytes of 8 rows meet no bank twice.
+struct WritePlan {
+  int pitch, weights, errors;
+  __host__ __device__ WritePlan(int64_t dim, Form form)
+      : pitch(int(dim) + 4), weights(form == Form::linear ? 0 : last_weight(form) + 1), errors(last_weight(form)) {}
+  __host__ __device__ int64_t bytes() const {
+    return int64_t(sizeof(WriteShared)) +
+           int64_t(sizeof(float)) * ((2 * kTile + weights * kUnits) * pitch + (1 + errors) * kTile * kUnits);
+  }
+  __device__ float* floats() const { return reinterpret_cast<float*>(dynamic_shared<unsigned char>() + sizeof(WriteShared)); }
+  __device__ float* keys() const { return floats(); }
+  __device__ float* deltas() const { return keys() + kTile * pitch; }
+  __device__ float* weight(int i) const { return deltas() + kTile * pitch + i * kUnits * pitch; }
+  __device__ float* hidden() const { return weight(weights); }
+  __device__ float* error(int i) const { return hidden() + (1 + i) * kTile * kUnits; }  // of W_in or W_gate, of W_up
+};
+static_assert(sizeof(WriteShared) % 16 == 0, "what lies behind it is read 16 bytes at a time");
+
+// How far the weights of tokens are known: products over the tokens behind, and beta a of the first of them.
+struct Behind {
+  float retained = 1, momentum = 1, linked = 0;
+};
+
+// The weight of each token of a tile in the write (hope_kernels/memory/coefficients.py), by one warp, a token a lane. Leaves
+// in shared memory the factors of the whole chunk as far as it is known: right after the first tile.
+__device__ __forceinline__ void weigh_tokens(const StepProblem& p, const StepLevel& level, WriteShared& shared, int64_t b, int64_t n,
+                             int64_t t0, int count, Behind& behind) {
+  const int lane = lane_id();
+  const bool token = lane < count;
+  const int64_t at = kept_at(p, level, b, t0 + (token ? lane : 0), n);
+  const float lr = token ? level.lr[at] : 0.0f;
+  float retained = token && level.retention ? level.retention[at] : 1.0f;  // becomes the product from this token on
+  for (int reach = 1; reach < 32; reach *= 2) {
+    const float next = __shfl_down_sync(kAllLanes, retained, unsigned(reach));
+    if (lane + reach < 32) retained *= next;
+  }
+  float after = __shfl_down_sync(kAllLanes, retained, 1u);
+  after = (lane < 31 ? after : 1.0f) * behind.retained;
+  float weight = after, momentum_step = 0;
+  if (level.momentum_gate) {
+    const float beta = token ? level.momentum_gate[at] : 1.0f;
+    // a_t = A_t + beta_{t+1} a_{t+1}; of the last token here, beta a of the next is known.
+    float factor = __shfl_down_sync(kAllLanes, beta, 1u);
+    if (lane + 1 == count) weight += behind.linked;
+    if (lane + 1 >= count) factor = 0;
+    float product = beta;
+    for (int reach = 1; reach < 32; reach *= 2) {
+      const float next_weight = __shfl_down_sync(kAllLanes, weight, unsigned(reach));
+      const float next_factor = __shfl_down_sync(kAllLanes, factor, unsigned(reach));
+      const float next_product = __shfl_down_sync(kAllLanes, product, unsigned(reach));
+      if (lane + reach < count) weight = fmaf(factor, next_weight, weight), factor *= next_factor;
+      if (lane + reach < 32) product *= next_product;
+    }
+    float momentum_after = __shfl_down_sync(kAllLanes, product, 1u);
+    momentum_after = (lane < 31 ? momentum_after : 1.0f) * behind.momentum;
+    momentum_step = lr * momentum_after;
+    behind.linked = __shfl_sync(kAllLanes, beta * weight, 0);
+    behind.momentum *= __shfl_sync(kAllLanes, product, 0);
+  }
+  behind.retained *= __shfl_sync(kAllLanes, retained, 0);
+  shared.step[lane] = lr * weight;
+  shared.momentum_step[lane] = momentum_step;
+  if (lane == 0) {
+    shared.decay = behind.retained;
+    shared.carry = behind.linked;
+    shared.momentum_decay = behind.momentum;
+  }
+}
+
+// Keys and f(k) - v of the tokens t0 .. t0 + count - 1, zeros behind them.
+template <class T>
+__device__ void load_tokens(const Arguments& a, const StepLevel& level, const float* sums, const WritePlan& plan, int64_t pair,
+                            int64_t t0, int count) {
+  const StepProblem& p = a.p;
+  const int64_t b = pair / p.heads, n = pair % p.heads;
+  const int dim = int(p.dim), pieces = sums_kept(p, level);
+#pragma unroll 1
+  for (int e = int(threadIdx.x); e < kTile * dim; e += kThreads) {
+    const int t = e / dim, d = e % dim;
+    float key = 0, delta = 0;
+    if (t < count) {
+      const int64_t at = kept_at(p, level, b, t0 + t, n) * dim + d;
+      key = to_float(static_cast<const T*>(level.k)[at]);
+      // The prediction of the present token is not among those kept where it is split: nobody has added it up yet.
+      const bool present = p.split && t0 + t + 1 == level.chunk_size;
+      const float prediction = present ? add_pieces(sums + pair * pieces * dim + d, pieces, dim) : level.predictions[at];
+      delta = prediction - to_float(static_cast<const T*>(level.v)[at]);
+    }
+    plan.keys()[t * plan.pitch + d] = key;
+    plan.deltas()[t * plan.pitch + d] = delta;
+  }
+}
+
+// The piece's weights as they were when the chunk began: [unit][feature] of each.
+__device__ void load_weights(const Arguments& a, const StepLevel& level, const WritePlan& plan, int64_t pair, int unit0,
+                             int units) {
+  const StepProblem& p = a.p;
+  const int dim = int(p.dim), last = last_weight(level.form);
+  for (int i = 0; i < last; ++i) {
+    const float* from = level.weights[i] + before_units(p, level, pair, unit0);
+#pragma unroll 2
+    for (int e = int(threadIdx.x); e < dim * (kUnits / 4); e += kThreads) {
+      const int d = e / (kUnits / 4), u = 4 * (e % (kUnits / 4));
+      const Four w = u < units ? load_four(from + d * level.hidden + u) : Four{};
+      for (int j = 0; j < 4; ++j) plan.weight(i)[(u + j) * plan.pitch + d] = w.x[j];
+    }
+  }
+  const float* from = level.weights[last] + behind_units(p, level, pair, unit0);
+#pragma unroll 2
+  for (int e = 4 * int(threadIdx.x); e < kUnits * dim; e += 4 * kThreads) {
+    const int u = e / dim, d = e % dim;
+    store_four(plan.weight(last) + u * plan.pitch + d, u < units ? load_four(from + e) : Four{});
+  }
+}
+
+// Hidden values of the tile's tokens and the errors in front of them: a lane has a unit, a warp every eighth token.
+__device__ void hidden_and_errors(const Arguments& a, const StepLevel& level, const WritePlan& plan, int unit0, int count) {
+  const int dim = int(a.p.dim), unit = lane_id();
+  if (level.form == Form::linear) {  // the units are features of the key
+#pragma unroll 1
+    for (int t = warp_id(); t < count; t += kWarps)
+      plan.hidden()[t * kUnits + unit] = unit0 + unit < dim ? plan.keys()[t * plan.pitch + unit0 + unit] : 0.0f;
+    return;
+  }
+  constexpr int kTokens = kTile / kWarps;
+  const bool glu = level.form == Form::glu;
+  const float* in = plan.weight(0) + unit * plan.pitch;
+  const float* up = plan.weight(1) + unit * plan.pitch;
+  const float* out = plan.weight(glu ? 2 : 1) + unit * plan.pitch;
+  float z[kTokens] = {}, zu[kTokens] = {}, error[kTokens] = {};
+#pragma unroll 1
+  for (int d = 0; d < dim; d += 4) {
+    const Four w = load_four(in + d), wo = load_four(out + d);
+    Four wu{};
+    if (glu) wu = load_four(up + d);
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      const int at = (warp_id() + i * kWarps) * plan.pitch + d;
+      const Four key = load_four(plan.keys() + at);
+      z[i] = dot(key, w, z[i]);
+      if (glu) zu[i] = dot(key, wu, zu[i]);
+      error[i] = dot(load_four(plan.deltas() + at), wo, error[i]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kTokens; ++i) {
+    const int at = (warp_id() + i * kWarps) * kUnits + unit;
+    float slope;
+    const float value = activated(level.activation, z[i], slope);
+    plan.hidden()[at] = glu ? value * zu[i] : value;
+    plan.error(0)[at] = error[i] * slope * (glu ? zu[i] : 1.0f);
+    if (glu) plan.error(1)[at] = error[i] * value;
+  }
+}
+
+// sum[u][d] += weight u_t x_t over units 2, features 4: one thread's share of U' diag(weight) E, of either weight.
+__device__ __forceinline__ void add_outer(float (&sum)[2][4], float weight, const float* units, const Four& features) {
+  for (int u = 0; u < 2; ++u) {
+    const float left = weight * units[u];
+    for (int d = 0; d < 4; ++d) sum[u][d] = fmaf(left, features.x[d], sum[u][d]);
+  }
+}
+
+struct Factors {
+  float decay, carry, momentum_decay;
+};
+
+// One number of a weight and of its momentum.
+__device__ __forceinline__ float written_number(float old, float* momentum, const Factors& f, float sum, float momentum_sum) {
+  float x = f.decay * old;
+  if (momentum) {
+    x = fmaf(f.carry, *momentum, x);
+    *momentum = fmaf(f.momentum_decay, *momentum, -momentum_sum);
+  }
+  return x - sum;
+}
+
+// Back to the initial weights and zero momentum.
+template <class T>
+__device__ void start_again(const Arguments& a, const StepLevel& level, int64_t pair, int unit0, int units) {
+  const StepProblem& p = a.p;
+  const int dim = int(p.dim), last = last_weight(level.form);
+  const int64_t head = pair % p.heads;
+  const auto copy = [&](int i, int64_t from, int64_t to) {
+    level.weights[i][to] = to_float(static_cast<const T*>(level.initial[i])[from]);
+    if (level.momentum[i]) level.momentum[i][to] = 0;
+  };
+  for (int i = 0; i < last; ++i)
+#pragma unroll 1
+    for (int e = int(threadIdx.x); e < dim * units; e += kThreads) {
+      const int64_t at = e / units * level.hidden + e % units;
+      copy(i, before_units(p, level, head, unit0) + at, before_units(p, level, pair, unit0) + at);
+    }
+#pragma unroll 1
+  for (int e = int(threadIdx.x); e < dim * units; e += kThreads)
+    copy(last, behind_units(p, level, head, unit0) + e, behind_units(p, level, pair, unit0) + e);
+}
+
+// Writes a piece whose chunk is complete.
+template <class T>
+__device__ void write_piece(const Arguments& a, const StepLevel& level, const float* sums, int64_t pair, int piece) {
+  const StepProblem& p = a.p;
+  const int64_t b = pair / p.heads, n = pair % p.heads;
+  const int dim = int(p.dim), unit0 = piece * kUnits, units = units_of(p, level, piece), last = last_weight(level.form);
+  if (starts_again(level, b)) return start_again<T>(a, level, pair, unit0, units);
+  const WritePlan plan(p.dim, level.form);
+  WriteShared& shared = *dynamic_shared<WriteShared>();
+  __syncthreads();  // shared memory is another item's until here
+  if (level.form != Form::linear) load_weights(a, level, plan, pair, unit0, units);
+  // This thread's share: units 2 pair_of_units .. + 1, features d .. d + 3.
+  const int pair_of_units = 2 * (int(threadIdx.x) % (kUnits / 2));
+#pragma unroll 1
+  for (int first = 0; first < dim; first += kHalfFeatures) {
+    const int d = first + 4 * (int(threadIdx.x) / (kUnits / 2));
+    const bool mine = d < dim && pair_of_units < units;
+    float in[2][4] = {}, up[2][4] = {}, out[2][4] = {}, in_speed[2][4] = {}, up_speed[2][4] = {}, out_speed[2][4] = {};
+    Behind behind;
+    for (int64_t t0 = (level.chunk_size - 1) / kTile * kTile; t0 >= 0; t0 -= kTile) {
+      const int count = int(min(int64_t(kTile), level.chunk_size - t0));
+      __syncthreads();  // the tile before has been added
+      load_tokens<T>(a, level, sums, plan, pair, t0, count);
+      if (warp_id() == 0) weigh_tokens(p, level, shared, b, n, t0, count, behind);
+      __syncthreads();
+      hidden_and_errors(a, level, plan, unit0, count);
+      __syncthreads();
+      if (!mine) continue;
+#pragma unroll 1
+      for (int t = 0; t < count; ++t) {
+        const int at = t * kUnits + pair_of_units;
+        const Four key = load_four(plan.keys() + t * plan.pitch + d), delta = load_four(plan.deltas() + t * plan.pitch + d);
+        const float step = shared.step[t], speed = shared.momentum_step[t];
+        add_outer(out, step, plan.hidden() + at, delta);
+        if (last > 0) add_outer(in, step, plan.error(0) + at, key);
+        if (last > 1) add_outer(up, step, plan.error(1) + at, key);
+        if (!level.momentum_gate) continue;
+        add_outer(out_speed, speed, plan.hidden() + at, delta);
+        if (last > 0) add_outer(in_speed, speed, plan.error(0) + at, key);
+        if (last > 1) add_outer(up_speed, speed, plan.error(1) + at, key);
+      }
+    }
+    if (!mine) continue;
+    const Factors factors{shared.decay, shared.carry, shared.momentum_decay};
+    const bool momentum = level.momentum_gate != nullptr;
+    const auto write_in = [&](int i, const float (&sum)[2][4], const float (&speed)[2][4]) {
+      const int64_t at = before_units(p, level, pair, unit0) + pair_of_units;
+      for (int j = 0; j < 4; ++j)
+        for (int u = 0; u < 2; ++u) {
+          const int64_t to = at + (d + j) * level.hidden + u;
+          const float old = plan.weight(i)[(pair_of_units + u) * plan.pitch + d + j];
+          level.weights[i][to] =
+              written_number(old, momentum ? level.momentum[i] + to : nullptr, factors, sum[u][j], speed[u][j]);
+        }
+    };
+    if (last > 0) write_in(0, in, in_speed);
+    if (last > 1) write_in(1, up, up_speed);
+    for (int u = 0; u < 2; ++u) {
+      const int64_t at = behind_units(p, level, pair, unit0 + pair_of_units + u) + d;
+      Four x = load_four(level.weights[last] + at);
+      for (int j = 0; j < 4; ++j)
+        x.x[j] = written_number(x.x[j], momentum ? level.momentum[last] + at + j : nullptr, factors, out[u][j], out_speed[u][j]);
+      store_four(level.weights[last] + at, x);
+    }
+  }
+}
+
+}  // namespace hope::cuda::stepping
