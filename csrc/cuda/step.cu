@@ -44,15 +44,8 @@ __device__ void look_at_the_stack(const StepProblem& p) {
     if (written(shared.levels[l]))
       for (int b = lane_id(); b < p.batch; b += 32) due |= is_due(shared.levels[l], b);
     due = __any_sync(kAllLanes, due);
-    if (lane_id() == 0) shared.due[l] = due;
+    if (lane_id() == 0) shared.due[l] = due;  // looked at after the grid's first barrier
   }
-  __syncthreads();
-}
-
-// Calls body(item) for this block's share of `items`.
-template <class Body>
-__device__ __forceinline__ void each(Deal& deal, int64_t items, const Body& body) {
-  for (int64_t item = deal.first(items); item < items; item += gridDim.x) body(item);
 }
 
 template <class T, int kBatch>
@@ -86,7 +79,13 @@ __device__ void second_phase(const Arguments& a, const StepLevel& level, const I
     each(deal, p.batch * p.heads, [&](int64_t pair) {
       if (!is_due(level, pair / p.heads)) return;
       read_whole(a, level, in, sums, output, pair);
-      for (int piece = 0; piece < piece_count(p, level); ++piece) write_piece<T>(a, level, sums, pair, piece);
+      if (level.chunk_size == 1) {
+        __syncthreads();  // the prediction is another warp's
+        for (int piece = warp_id(); piece < piece_count(p, level); piece += kWarps)
+          write_token<T>(a, level, sums, pair, piece);
+      } else {
+        for (int piece = 0; piece < piece_count(p, level); ++piece) write_piece<T>(a, level, sums, pair, piece);
+      }
     });
   }
 }
@@ -96,6 +95,12 @@ template <class T>
 __device__ void finish_split(const Arguments& a, const StepLevel& level, const float* sums, Deal& deal) {
   const StepProblem& p = a.p;
   const int pieces = piece_count(p, level);
+  if (level.chunk_size == 1) {
+    __syncthreads();  // shared memory is another item's until here
+    return each_warp(deal, p.batch * p.heads * pieces, [&](int64_t item) {
+      write_token<T>(a, level, sums, item / pieces, int(item % pieces));
+    });
+  }
   each(deal, p.batch * p.heads * pieces, [&](int64_t item) {
     const int64_t pair = item / pieces;
     if (is_due(level, pair / p.heads)) write_piece<T>(a, level, sums, pair, int(item % pieces));

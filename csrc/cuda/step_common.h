@@ -190,4 +190,16 @@ struct Deal {
   }
 };
 
+// Calls body(item) for this block's share of `items`.
+template <class Body>
+__device__ __forceinline__ void each(Deal& deal, int64_t items, const Body& body) {
+  for (int64_t item = deal.first(items); item < items; item += gridDim.x) body(item);
+}
+// The same for this warp's share.
+template <class Body>
+__device__ __forceinline__ void each_warp(Deal& deal, int64_t items, const Body& body) {
+  const int64_t blocks = gridDim.x;
+  for (int64_t item = deal.first(min(items, blocks)) + blocks * warp_id(); item < items; item += blocks * kWarps) body(item);
+}
+
 }  // namespace hope::cuda::stepping

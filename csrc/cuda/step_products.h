@@ -10,9 +10,9 @@
 namespace hope::cuda::stepping {
 
 struct ProductShared {
+  float scale[8];  // of 8 sequences
   float staged[kStaged];
   float partial[kWarps][128];  // of 8 sequences and 16 columns
-  float scale[8];
 };
 
 __device__ __forceinline__ float stable_sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
@@ -149,8 +149,7 @@ __device__ float columns(const StepProblem& p, ProductShared& shared, const T* w
   float total = 0;
   if (int(threadIdx.x) < 16 * kBatch)
     for (int w = 0; w < kWarps; ++w) total += shared.partial[w][threadIdx.x];
-  __syncthreads();  // before the next product writes
-  return total;
+  return total;  // the next product meets the block before it writes
 }
 
 __device__ __forceinline__ int64_t column_tiles(int64_t out) { return (out + 15) / 16; }
@@ -169,7 +168,7 @@ struct Normed {
 template <class T, int kBatch>
 __device__ void root_mean_squares(const StepProblem& p, ProductShared& shared, const Input<T>& in, int64_t b0) {
   static_assert(kBatch <= kWarps, "a warp for each sequence");
-  __syncthreads();  // the item before has read its own
+  __syncthreads();  // shared memory is another item's until here
   const int64_t b = b0 + warp_id(), width = width_of(p);
   if (warp_id() < kBatch && b < p.batch) {
     float sum = 0;

@@ -8,9 +8,10 @@
 
 namespace hope::cuda::stepping {
 
-// What a warp keeps of the pair of sequence and head it reads.
+// What a warp keeps of the pair of sequence and head it reads or writes.
 struct WarpShared {
   float key[kMaxStepDim], hidden[kUnits];
+  float delta[kMaxStepDim], error[kUnits];  // written memories: f(key) - v, and its gradient at the hidden units
 };
 struct ReadShared {
   WarpShared warp[kWarps];
@@ -64,7 +65,7 @@ __device__ __forceinline__ int units_of(const StepProblem& p, const StepLevel& l
 }
 
 // What a piece adds to f(key) - key: features 4 (lane % key_lanes) .. of it in y, in the lanes below key_lanes. The key is
-// in the warp's shared memory.
+// in the warp's shared memory. The lanes must meet before the next piece.
 __device__ void read_piece(const Arguments& a, const StepLevel& level, int64_t pair, int piece, WarpShared& warp,
                            Four& y) {
   const StepProblem& p = a.p;
@@ -98,7 +99,6 @@ __device__ void read_piece(const Arguments& a, const StepLevel& level, int64_t p
   }
   for (int lanes = a.key_lanes; lanes < 32; lanes *= 2)
     for (float& one : y.x) one += __shfl_xor_sync(kAllLanes, one, lanes);
-  __syncwarp();  // before the next piece writes `hidden`
 }
 
 // Keeps the key, D features, each by the lane (or thread) that calls.
@@ -114,10 +114,8 @@ __device__ void read_split(const Arguments& a, const StepLevel& level, const Inp
   const StepProblem& p = a.p;
   WarpShared& warp = dynamic_shared<ReadShared>()->warp[warp_id()];
   const int pieces = piece_count(p, level), dim = int(p.dim);
-  const int64_t items = p.batch * p.heads * pieces;
-  __syncthreads();  // shared memory is another phase's until here
-  for (int64_t item = deal.first(min(items, int64_t(gridDim.x))) + int64_t(gridDim.x) * warp_id(); item < items;
-       item += int64_t(gridDim.x) * kWarps) {
+  __syncthreads();  // shared memory is another item's until here
+  each_warp(deal, p.batch * p.heads * pieces, [&](int64_t item) {
     const int64_t pair = item / pieces;
     const int piece = int(item % pieces);
     make_key(p, in, pair, warp.key);
@@ -131,7 +129,7 @@ __device__ void read_split(const Arguments& a, const StepLevel& level, const Inp
     }
     if (piece == 0)
       for (int i = lane_id(); i < dim; i += 32) keep_key<T>(p, level, pair, i, warp.key[i]);
-  }
+  });
 }
 
 // A level that is not split: a block reads a pair. Output, key and prediction are kept.

@@ -92,13 +92,22 @@ __device__ __forceinline__ void weigh_tokens(const StepProblem& p, const StepLev
   }
 }
 
+// f(k) of feature d of a token, whose numbers are kept at `at`. That of the present token is not among those kept where it is
+// split: nobody has added it up yet.
+__device__ __forceinline__ float prediction_of(const Arguments& a, const StepLevel& level, const float* sums, int64_t pair,
+                                               int64_t token, int d, int64_t at) {
+  if (!a.p.split || token + 1 < level.chunk_size) return level.predictions[at];
+  const int pieces = sums_kept(a.p, level);
+  return add_pieces(sums + pair * pieces * a.p.dim + d, pieces, a.p.dim);
+}
+
 // Keys and f(k) - v of the tokens t0 .. t0 + count - 1, zeros behind them.
 template <class T>
 __device__ void load_tokens(const Arguments& a, const StepLevel& level, const float* sums, const WritePlan& plan, int64_t pair,
                             int64_t t0, int count) {
   const StepProblem& p = a.p;
   const int64_t b = pair / p.heads, n = pair % p.heads;
-  const int dim = int(p.dim), pieces = sums_kept(p, level);
+  const int dim = int(p.dim);
 #pragma unroll 1
   for (int e = int(threadIdx.x); e < kTile * dim; e += kThreads) {
     const int t = e / dim, d = e % dim;
@@ -106,10 +115,7 @@ __device__ void load_tokens(const Arguments& a, const StepLevel& level, const fl
     if (t < count) {
       const int64_t at = kept_at(p, level, b, t0 + t, n) * dim + d;
       key = to_float(static_cast<const T*>(level.k)[at]);
-      // The prediction of the present token is not among those kept where it is split: nobody has added it up yet.
-      const bool present = p.split && t0 + t + 1 == level.chunk_size;
-      const float prediction = present ? add_pieces(sums + pair * pieces * dim + d, pieces, dim) : level.predictions[at];
-      delta = prediction - to_float(static_cast<const T*>(level.v)[at]);
+      delta = prediction_of(a, level, sums, pair, t0 + t, d, at) - to_float(static_cast<const T*>(level.v)[at]);
     }
     plan.keys()[t * plan.pitch + d] = key;
     plan.deltas()[t * plan.pitch + d] = delta;
@@ -200,9 +206,10 @@ __device__ __forceinline__ float written_number(float old, float* momentum, cons
   return x - sum;
 }
 
-// Back to the initial weights and zero momentum.
+// Back to the initial weights and zero momentum, by thread `index` of `threads`.
 template <class T>
-__device__ void start_again(const Arguments& a, const StepLevel& level, int64_t pair, int unit0, int units) {
+__device__ void start_again(const Arguments& a, const StepLevel& level, int64_t pair, int unit0, int units, int index,
+                            int threads) {
   const StepProblem& p = a.p;
   const int dim = int(p.dim), last = last_weight(level.form);
   const int64_t head = pair % p.heads;
@@ -212,13 +219,90 @@ __device__ void start_again(const Arguments& a, const StepLevel& level, int64_t 
   };
   for (int i = 0; i < last; ++i)
 #pragma unroll 1
-    for (int e = int(threadIdx.x); e < dim * units; e += kThreads) {
+    for (int e = index; e < dim * units; e += threads) {
       const int64_t at = e / units * level.hidden + e % units;
       copy(i, before_units(p, level, head, unit0) + at, before_units(p, level, pair, unit0) + at);
     }
 #pragma unroll 1
-  for (int e = int(threadIdx.x); e < dim * units; e += kThreads)
+  for (int e = index; e < dim * units; e += threads)
     copy(last, behind_units(p, level, head, unit0) + e, behind_units(p, level, pair, unit0) + e);
+}
+
+// Writes a piece with the present token alone, where each token is written, by one warp: W_out is read and written in one pass,
+// W_in in two, the second of which finds it in L1 or L2.
+template <class T>
+__device__ void write_token(const Arguments& a, const StepLevel& level, const float* sums, int64_t pair, int piece) {
+  const StepProblem& p = a.p;
+  const int64_t b = pair / p.heads, n = pair % p.heads, kept = kept_at(p, level, b, 0, n);
+  const int lane = lane_id(), dim = int(p.dim), unit0 = piece * kUnits, units = units_of(p, level, piece);
+  const int last = last_weight(level.form);
+  if (starts_again(level, b)) return start_again<T>(a, level, pair, unit0, units, lane, 32);
+  WarpShared& warp = dynamic_shared<ReadShared>()->warp[warp_id()];
+  __syncwarp();  // the piece before has been written
+  for (int d = lane; d < dim; d += 32) {
+    const int64_t at = kept * dim + d;
+    warp.key[d] = to_float(static_cast<const T*>(level.k)[at]);
+    warp.delta[d] = prediction_of(a, level, sums, pair, 0, d, at) - to_float(static_cast<const T*>(level.v)[at]);
+  }
+  __syncwarp();
+  const float step = level.lr[kept];
+  const float beta = level.momentum_gate ? level.momentum_gate[kept] : 0.0f;
+  const Factors factors{level.retention ? level.retention[kept] : 1.0f, beta, beta};
+  const bool momentum = level.momentum_gate != nullptr;
+  const auto change = [&](int i, int64_t at, const Four& old, float left, const float* right) {
+    Four x;
+    for (int j = 0; j < 4; ++j) {
+      const float sum = step * left * right[j];
+      x.x[j] = written_number(old.x[j], momentum ? level.momentum[i] + at + j : nullptr, factors, sum, sum);
+    }
+    store_four(level.weights[i] + at, x);
+  };
+
+  // Units 4 (lane % 8) .. + 3: hidden values, and the factors of their errors in front of W_in (W_gate) and W_up.
+  const int unit = 4 * (lane % 8);
+  const int64_t before = before_units(p, level, pair, unit0);
+  float slope[4] = {}, up_slope[4] = {};
+  if (level.form == Form::linear) {
+    if (lane < units) warp.hidden[lane] = warp.key[unit0 + lane];
+  } else {
+    float z[4], up[4];
+    project_units(z, level.weights[0] + before, level.hidden, dim, units, warp.key);
+    for (int j = 0; j < 4; ++j) z[j] = activated(level.activation, z[j], slope[j]);
+    if (level.form == Form::glu) {
+      project_units(up, level.weights[1] + before, level.hidden, dim, units, warp.key);
+      for (int j = 0; j < 4; ++j) up_slope[j] = z[j], slope[j] *= up[j], z[j] *= up[j];
+    }
+    if (lane < 8)
+      for (int j = 0; j < 4; ++j) warp.hidden[unit + j] = z[j];
+  }
+  __syncwarp();
+
+  const int d = 4 * (lane % a.key_lanes), rows = 32 / a.key_lanes;
+  const int64_t behind = behind_units(p, level, pair, unit0);
+#pragma unroll 2
+  for (int first = 0; first < units; first += rows) {
+    const int u = first + lane / a.key_lanes;
+    const bool mine = d < dim && u < units;
+    Four w{};
+    if (mine) w = load_four(level.weights[last] + behind + u * dim + d);
+    float error = mine ? dot(w, load_four(warp.delta + d), 0.0f) : 0.0f;
+    for (int lanes = 1; lanes < a.key_lanes; lanes *= 2) error += __shfl_xor_sync(kAllLanes, error, lanes);
+    if (!mine) continue;
+    if (d == 0) warp.error[u] = error;
+    change(last, behind + u * dim + d, w, warp.hidden[u], warp.delta + d);
+  }
+  __syncwarp();
+  if (level.form == Form::linear || unit >= units) return;
+  for (int j = 0; j < 4; ++j) {
+    const float error = warp.error[unit + j];
+    slope[j] *= error, up_slope[j] *= error;
+  }
+#pragma unroll 4
+  for (int row = lane / 8; row < dim; row += 4) {
+    const int64_t at = before + row * level.hidden + unit;
+    change(0, at, load_four(level.weights[0] + at), warp.key[row], slope);
+    if (level.form == Form::glu) change(1, at, load_four(level.weights[1] + at), warp.key[row], up_slope);
+  }
 }
 
 // Writes a piece whose chunk is complete.
@@ -227,7 +311,7 @@ __device__ void write_piece(const Arguments& a, const StepLevel& level, const fl
   const StepProblem& p = a.p;
   const int64_t b = pair / p.heads, n = pair % p.heads;
   const int dim = int(p.dim), unit0 = piece * kUnits, units = units_of(p, level, piece), last = last_weight(level.form);
-  if (starts_again(level, b)) return start_again<T>(a, level, pair, unit0, units);
+  if (starts_again(level, b)) return start_again<T>(a, level, pair, unit0, units, int(threadIdx.x), kThreads);
   const WritePlan plan(p.dim, level.form);
   WriteShared& shared = *dynamic_shared<WriteShared>();
   __syncthreads();  // shared memory is another item's until here
