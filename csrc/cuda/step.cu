@@ -137,8 +137,11 @@ __device__ void join(const Arguments& a, Deal& deal) {
     } else {
       const T* mix = static_cast<const T*>(p.mix);
       float largest = to_float(mix[0]), total = 0;
+#pragma unroll 1
       for (int64_t l = 1; l < p.level_count; ++l) largest = max(largest, to_float(mix[l]));
+#pragma unroll 1
       for (int64_t l = 0; l < p.level_count; ++l) total += expf(to_float(mix[l]) - largest);
+#pragma unroll 1
       for (int64_t l = 0; l < p.level_count; ++l)
         y = fmaf(expf(to_float(mix[l]) - largest) / total, read(p, output_of<T>(a, l), b, column), y);
     }
@@ -153,25 +156,30 @@ __global__ void __launch_bounds__(kThreads, 1) step_kernel(const __grid_constant
   const StepLevel* const levels = block_shared<Stack>().levels;
   const int64_t together = p.independent ? p.level_count : 1;
   Input<T> in{static_cast<const T*>(p.x), p.x_row, nullptr, 0};
+#pragma unroll 1
   for (int64_t first = 0; first < p.level_count; first += together) {
     const bool last = first + together == p.level_count;
     // A chain's last level hands its output over itself, unless it is split.
     T* const output = last && !p.independent ? static_cast<T*>(p.output) : nullptr;
     Deal deal;
+#pragma unroll 1
     for (int64_t l = first; l < first + together; ++l)
       first_phase<T, kBatch>(a, levels[l], in, a.sums[l], output, deal);
     if (p.split && first > 0) finish_split<T>(a, levels[first - 1], a.sums[first - 1], deal);
     cg::this_grid().sync();
 
     bool second = false;
+#pragma unroll 1
     for (int64_t l = first; l < first + together; ++l)
       second |= !written(levels[l]) || (!p.split && block_shared<Stack>().due[l]);
     deal = {};
     if (second)
-      for (int64_t l = first; l < first + together; ++l)
+#pragma unroll 1
+    for (int64_t l = first; l < first + together; ++l)
         second_phase<T, kBatch>(a, levels[l], in, a.sums[l], output, deal);
     if (last && p.split) {
-      for (int64_t l = first; l < first + together; ++l)
+#pragma unroll 1
+    for (int64_t l = first; l < first + together; ++l)
         if (written(levels[l])) finish_split<T>(a, levels[l], a.sums[l], deal);
       if (!p.independent && written(levels[first])) join<T>(a, deal);
     }

@@ -35,10 +35,6 @@ struct Arguments {
 // ------------------------------------------------------------------------------------------------------------- numbers
 
 template <class T>
-struct alignas(16) Eight {
-  T x[8];
-};
-template <class T>
 struct alignas(4 * sizeof(T)) Quad {
   T x[4];
 };
@@ -60,10 +56,6 @@ __device__ __forceinline__ float rounded(float x) {
   return to_float(narrow<T>(x));
 }
 
-template <class T>
-__device__ __forceinline__ Eight<T> load_eight(const T* from) {
-  return *reinterpret_cast<const Eight<T>*>(from);
-}
 __device__ __forceinline__ Four load_four(const float* from) { return *reinterpret_cast<const Four*>(from); }
 __device__ __forceinline__ void store_four(float* to, const Four& x) { *reinterpret_cast<Four*>(to) = x; }
 __device__ __forceinline__ float dot(const Four& a, const Four& b, float sum) {

@@ -41,7 +41,7 @@ __device__ __forceinline__ int64_t projection_blocks(const Arguments& a) {
 template <class T, int kBatch>
 __device__ void project(const Arguments& a, const StepLevel& level, const Input<T>& in, int64_t item) {
   constexpr int kRows = 4, kChunk = kStaged / kBatch;
-  static_assert(kChunk % 256 == 0, "lane l takes the inputs 8 l .. 8 l + 7 of every 256, wherever a chunk begins");
+  static_assert(kChunk % 128 == 0, "lane l takes the inputs 4 l .. 4 l + 3 of every 128, wherever a chunk begins");
   const StepProblem& p = a.p;
   ProductShared& shared = *dynamic_shared<ProductShared>();
   const int64_t width = width_of(p), blocks = projection_blocks(a), b0 = item / blocks * kBatch;
@@ -64,23 +64,20 @@ __device__ void project(const Arguments& a, const StepLevel& level, const Input<
   for (int64_t i0 = 0; i0 < width; i0 += kChunk) {
     const int count = int(min(int64_t(kChunk), width - i0));
     stage<kBatch>(p, shared, b0, i0, count, [&](int64_t b, int i) { return read(p, in, b, i); });
-#pragma unroll 1
-    for (int i = 8 * lane_id(); i < count; i += 256) {
-      Eight<T> w[kRows];
+#pragma unroll(kBatch == 1 ? 4 : 1)
+    for (int i = 4 * lane_id(); i < count; i += 128) {
+      Quad<T> w[kRows];
 #pragma unroll
       for (int j = 0; j < kRows; ++j)
-        w[j] = j < active ? load_eight(rows + (row + j * stride) * width + i0 + i) : Eight<T>{};
+        w[j] = j < active ? *reinterpret_cast<const Quad<T>*>(rows + (row + j * stride) * width + i0 + i) : Quad<T>{};
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b)
+      for (int b = 0; b < kBatch; ++b) {
+        const Four x = load_four(shared.staged + b * kChunk + i);
 #pragma unroll
-        for (int e = 0; e < 8; e += 4) {
-          const Four x = load_four(shared.staged + b * kChunk + i + e);
+        for (int j = 0; j < kRows; ++j)
 #pragma unroll
-          for (int j = 0; j < kRows; ++j)
-#pragma unroll
-            for (int f = 0; f < 4; ++f)
-              sum[j * kBatch + b] = fmaf(to_float(w[j].x[e + f]), x.x[f], sum[j * kBatch + b]);
-        }
+          for (int e = 0; e < 4; ++e) sum[j * kBatch + b] = fmaf(to_float(w[j].x[e]), x.x[e], sum[j * kBatch + b]);
+      }
     }
   }
   using Sums = Fold<kRows * kBatch, 1>;

@@ -41,7 +41,7 @@ __device__ __forceinline__ void project_units(float (&z)[4], const float* weight
   const int unit = 4 * (lane_id() % 8);
   for (float& one : z) one = 0;
   if (unit < units) {
-#pragma unroll 8
+#pragma unroll 16
     for (int d = lane_id() / 8; d < dim; d += 4) {
       const Four w = load_four(weights + d * hidden + unit);
       for (int j = 0; j < 4; ++j) z[j] = fmaf(x[d], w.x[j], z[j]);
@@ -90,7 +90,7 @@ __device__ void read_piece(const Arguments& a, const StepLevel& level, int64_t p
   y = {};
   if (d < dim) {
     const float* weights = level.weights[last_weight(level.form)] + behind_units(p, level, pair, unit0) + d;
-#pragma unroll 8
+#pragma unroll 16
     for (int u = lane / a.key_lanes; u < units; u += 32 / a.key_lanes) {
       const Four w = load_four(weights + u * dim);
       const float h = warp.hidden[u];

@@ -16,9 +16,17 @@ namespace hope::cuda::stepping {
 constexpr int kTile = 32;         // tokens in shared memory at a time: one for each lane
 constexpr int kHalfFeatures = 64; // features that are summed up at a time
 
+// W <- decay W + carry S - sum and S <- momentum_decay S - momentum_sum, of one number each; `speed` is null without momentum.
+struct Factors {
+  float decay, carry, momentum_decay;
+};
+__device__ __forceinline__ float written_weight(float old, const float* speed, const Factors& f, float sum) {
+  return (speed ? fmaf(f.carry, *speed, f.decay * old) : f.decay * old) - sum;
+}
+
 struct WriteShared {
   float step[kTile], momentum_step[kTile];
-  float decay, carry, momentum_decay;
+  Factors factors;
   float unused;
 };
 
@@ -86,9 +94,7 @@ __device__ __forceinline__ void weigh_tokens(const StepProblem& p, const StepLev
   shared.step[lane] = lr * weight;
   shared.momentum_step[lane] = momentum_step;
   if (lane == 0) {
-    shared.decay = behind.retained;
-    shared.carry = behind.linked;
-    shared.momentum_decay = behind.momentum;
+    shared.factors = {behind.retained, behind.linked, behind.momentum};
   }
 }
 
@@ -192,18 +198,15 @@ __device__ __forceinline__ void add_outer(float (&sum)[2][4], float weight, cons
   }
 }
 
-struct Factors {
-  float decay, carry, momentum_decay;
-};
-
-// One number of a weight and of its momentum.
-__device__ __forceinline__ float written_number(float old, float* momentum, const Factors& f, float sum, float momentum_sum) {
-  float x = f.decay * old;
-  if (momentum) {
-    x = fmaf(f.carry, *momentum, x);
-    *momentum = fmaf(f.momentum_decay, *momentum, -momentum_sum);
-  }
-  return x - sum;
+// One number of weight i, in the first pass of a write, or of its momentum, in the second.
+__device__ __forceinline__ void write_number(const StepLevel& level, int i, int pass, int64_t at, const WriteShared& shared,
+                                             float sum) {
+  float* const speed = level.momentum[i] ? level.momentum[i] + at : nullptr;
+  float* const weight = level.weights[i] + at;
+  if (pass == 0)
+    *weight = written_weight(*weight, speed, shared.factors, sum);
+  else
+    *speed = fmaf(shared.factors.momentum_decay, *speed, -sum);
 }
 
 // Back to the initial weights and zero momentum, by thread `index` of `threads`.
@@ -253,7 +256,9 @@ __device__ void write_token(const Arguments& a, const StepLevel& level, const fl
     Four x;
     for (int j = 0; j < 4; ++j) {
       const float sum = step * left * right[j];
-      x.x[j] = written_number(old.x[j], momentum ? level.momentum[i] + at + j : nullptr, factors, sum, sum);
+      float* const speed = momentum ? level.momentum[i] + at + j : nullptr;
+      x.x[j] = written_weight(old.x[j], speed, factors, sum);
+      if (speed) *speed = fmaf(factors.momentum_decay, *speed, -sum);
     }
     store_four(level.weights[i] + at, x);
   };
@@ -318,58 +323,53 @@ __device__ void write_piece(const Arguments& a, const StepLevel& level, const fl
   if (level.form != Form::linear) load_weights(a, level, plan, pair, unit0, units);
   // This thread's share: units 2 pair_of_units .. + 1, features d .. d + 3.
   const int pair_of_units = 2 * (int(threadIdx.x) % (kUnits / 2));
+  // First the weights, then the momentum, whose old value the weights take up.
+  const int passes = level.momentum_gate ? 2 : 1;
 #pragma unroll 1
-  for (int first = 0; first < dim; first += kHalfFeatures) {
-    const int d = first + 4 * (int(threadIdx.x) / (kUnits / 2));
-    const bool mine = d < dim && pair_of_units < units;
-    float in[2][4] = {}, up[2][4] = {}, out[2][4] = {}, in_speed[2][4] = {}, up_speed[2][4] = {}, out_speed[2][4] = {};
-    Behind behind;
-    for (int64_t t0 = (level.chunk_size - 1) / kTile * kTile; t0 >= 0; t0 -= kTile) {
-      const int count = int(min(int64_t(kTile), level.chunk_size - t0));
-      __syncthreads();  // the tile before has been added
-      load_tokens<T>(a, level, sums, plan, pair, t0, count);
-      if (warp_id() == 0) weigh_tokens(p, level, shared, b, n, t0, count, behind);
-      __syncthreads();
-      hidden_and_errors(a, level, plan, unit0, count);
-      __syncthreads();
-      if (!mine) continue;
+  for (int pass = 0; pass < passes; ++pass)
 #pragma unroll 1
-      for (int t = 0; t < count; ++t) {
-        const int at = t * kUnits + pair_of_units;
-        const Four key = load_four(plan.keys() + t * plan.pitch + d), delta = load_four(plan.deltas() + t * plan.pitch + d);
-        const float step = shared.step[t], speed = shared.momentum_step[t];
-        add_outer(out, step, plan.hidden() + at, delta);
-        if (last > 0) add_outer(in, step, plan.error(0) + at, key);
-        if (last > 1) add_outer(up, step, plan.error(1) + at, key);
-        if (!level.momentum_gate) continue;
-        add_outer(out_speed, speed, plan.hidden() + at, delta);
-        if (last > 0) add_outer(in_speed, speed, plan.error(0) + at, key);
-        if (last > 1) add_outer(up_speed, speed, plan.error(1) + at, key);
-      }
-    }
-    if (!mine) continue;
-    const Factors factors{shared.decay, shared.carry, shared.momentum_decay};
-    const bool momentum = level.momentum_gate != nullptr;
-    const auto write_in = [&](int i, const float (&sum)[2][4], const float (&speed)[2][4]) {
-      const int64_t at = before_units(p, level, pair, unit0) + pair_of_units;
-      for (int j = 0; j < 4; ++j)
-        for (int u = 0; u < 2; ++u) {
-          const int64_t to = at + (d + j) * level.hidden + u;
-          const float old = plan.weight(i)[(pair_of_units + u) * plan.pitch + d + j];
-          level.weights[i][to] =
-              written_number(old, momentum ? level.momentum[i] + to : nullptr, factors, sum[u][j], speed[u][j]);
+    for (int first = 0; first < dim; first += kHalfFeatures) {
+      const int d = first + 4 * (int(threadIdx.x) / (kUnits / 2));
+      const bool mine = d < dim && pair_of_units < units;
+      float in[2][4] = {}, up[2][4] = {}, out[2][4] = {};
+      Behind behind;
+#pragma unroll 1
+      for (int64_t t0 = (level.chunk_size - 1) / kTile * kTile; t0 >= 0; t0 -= kTile) {
+        const int count = int(min(int64_t(kTile), level.chunk_size - t0));
+        __syncthreads();  // the tile before has been added
+        load_tokens<T>(a, level, sums, plan, pair, t0, count);
+        if (warp_id() == 0) weigh_tokens(p, level, shared, b, n, t0, count, behind);
+        __syncthreads();
+        hidden_and_errors(a, level, plan, unit0, count);
+        __syncthreads();
+        if (!mine) continue;
+        const float* steps = pass == 0 ? shared.step : shared.momentum_step;
+#pragma unroll 1
+        for (int t = 0; t < count; ++t) {
+          const int at = t * kUnits + pair_of_units;
+          const Four key = load_four(plan.keys() + t * plan.pitch + d);
+          add_outer(out, steps[t], plan.hidden() + at, load_four(plan.deltas() + t * plan.pitch + d));
+          if (last > 0) add_outer(in, steps[t], plan.error(0) + at, key);
+          if (last > 1) add_outer(up, steps[t], plan.error(1) + at, key);
         }
-    };
-    if (last > 0) write_in(0, in, in_speed);
-    if (last > 1) write_in(1, up, up_speed);
-    for (int u = 0; u < 2; ++u) {
-      const int64_t at = behind_units(p, level, pair, unit0 + pair_of_units + u) + d;
-      Four x = load_four(level.weights[last] + at);
-      for (int j = 0; j < 4; ++j)
-        x.x[j] = written_number(x.x[j], momentum ? level.momentum[last] + at + j : nullptr, factors, out[u][j], out_speed[u][j]);
-      store_four(level.weights[last] + at, x);
+      }
+      if (!mine) continue;
+      const int64_t before = before_units(p, level, pair, unit0) + pair_of_units;
+      const auto write_in = [&](int i, const float (&sum)[2][4]) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+#pragma unroll
+          for (int u = 0; u < 2; ++u)
+            write_number(level, i, pass, before + (d + j) * level.hidden + u, shared, sum[u][j]);
+      };
+      if (last > 0) write_in(0, in);
+      if (last > 1) write_in(1, up);
+#pragma unroll
+      for (int u = 0; u < 2; ++u)
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          write_number(level, last, pass, behind_units(p, level, pair, unit0 + pair_of_units + u) + d + j, shared, out[u][j]);
     }
-  }
 }
 
 }  // namespace hope::cuda::stepping

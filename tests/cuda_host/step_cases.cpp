@@ -15,7 +15,7 @@
 extern "C" int run_case(const char* name) {
   const auto has = [&](const char* word) { return std::strstr(name, word) != nullptr; };
   constexpr int64_t kHeads = 2, kDim = 8;
-  const int64_t hidden = has("many") ? 264 : 40;
+  const int64_t hidden = has("many") ? 296 : 40;
   const int64_t chunks[] = {1, 2, has("long") ? 40 : 4, 0}, batch = has("one") ? 1 : 9, width = kHeads * kDim;
   const int64_t seen = has("long") ? 39 : 3;  // by the one sequence
   const hope::Form form = has("glu") ? hope::Form::glu : has("linear") ? hope::Form::linear : hope::Form::mlp;
@@ -34,7 +34,7 @@ extern "C" int run_case(const char* name) {
     hope::cuda::StepLevel& level = p.levels[l];
     level.form = form;
     level.chunk_size = chunks[l];
-    level.segment = l == 0 ? 2 : 0;
+    level.segment = l == 0 ? 6 : l == 2 ? 2 * chunks[l] : 0;
     const bool plain = chunks[l] == 0;
     const int64_t in = plain ? width : kDim, copies = plain ? 1 : kHeads;
     level.hidden = form == hope::Form::linear ? 0 : hidden;
