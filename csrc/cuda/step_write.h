@@ -5,7 +5,8 @@
 // that with momentum. Tokens pass through shared memory 32 at a time, the last ones first, because the weight of a token is a
 // product over those behind it. Hidden values and their errors are computed anew (4 D H products of a token and pair); what
 // they need of other pieces is f(k), which was kept when the token was read. 8 D H FLOPs in all: at C = 64 arithmetic decides.
-// For D > 64 the features go in two halves, and the tokens pass twice: the sums of a half stay in registers.
+// The sums stay in registers, which hold those of 64 features, of the weights or of the momentum: for D > 64 and with momentum
+// the tokens pass once more.
 #pragma once
 
 #include "cuda/step_common.h"
