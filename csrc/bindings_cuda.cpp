@@ -28,7 +28,8 @@ int64_t level_update_workspace(const py::tuple& sizes, int64_t levels) {
 
 // A step's problem, from a tuple of its settings (dtype, independent, split, batch, heads, dim; addresses of mix and of the
 // positions) and one per level: form, activation, chunk size, segment, hidden, step bound; addresses or None of the initial
-// weights (a tuple), target, gate weight and bias, weights and momentum (tuples), k, v, lr, retention, momentum gate, predictions.
+// weights (a tuple), target, gate weight and bias, weights and momentum (tuples), k, v, lr, retention, momentum gate,
+// predictions.
 cuda::StepProblem step_problem(const py::tuple& settings, const py::tuple& levels) {
   cuda::StepProblem problem{};
   Items s(settings.ptr(), "settings", 8);

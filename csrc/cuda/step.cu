@@ -1,13 +1,13 @@
 // One token of every sequence through all levels of a Continuum Memory System: one cooperative launch.
 //
 // Roofline: memory. A memory (mlp) is read once for each token, 8 D H bytes; one that is written is read and written: 16 D H
-// (with momentum 32). Shared weights (projections, the level that is never written) are read once. State lives in the buffer's
-// tensors; nothing stays on chip between tokens. FLOPs: 4 D H a token and pair for the read, 8 D H C for a write of C tokens,
-// 2 a shared weight and sequence: CUDA cores in float32 keep up with the reads; writes of C >= 64 and shared weights with a
-// large batch are bound by them.
+// (with momentum 32). Shared weights (projections, the level that is never written) are read once. State lives in the
+// buffer's tensors; nothing stays on chip between tokens. FLOPs: 4 D H a token and pair for the read, 8 D H C for a write
+// of C tokens, 2 a shared weight and sequence: CUDA cores in float32 keep up with the reads; writes of C >= 64 and shared
+// weights with a large batch are bound by them.
 //
-// Phases, all blocks meeting at a grid barrier between them. A stage is what reads one input: a level, or all levels where they
-// are independent.
+// Phases, all blocks meeting at a grid barrier between them. A stage is what reads one input: a level, or all levels where
+// they are independent.
 //   1. targets and gates of the token, hidden units of a plain level; reads of the memories. A memory that is not split and
 //      completes its chunk waits for its target, so that one block reads and writes it while L2 holds it.
 //   2. where needed: those memories; the output of a plain level.
@@ -225,7 +225,8 @@ Status run(const Arguments& a, int device, cudaStream_t queue) {
   shape.shared_bytes = shared_bytes(a.p);
   shape.cooperative = true;
   shape.stream = queue;
-  // As many blocks as run at once: a grid barrier allows no more. More shared memory than usual must be allowed before asking.
+  // As many blocks as run at once: a grid barrier allows no more. More shared memory than usual must be allowed before
+  // asking.
   int multiprocessors = 0, blocks = 0;
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.shared_bytes));

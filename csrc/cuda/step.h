@@ -52,8 +52,8 @@ Status check_step(const StepProblem& problem);
 // Bytes of device memory a step needs; nothing in it need survive between calls.
 int64_t step_workspace(const StepProblem& problem);
 
-// Starts the step on `stream` (a cudaStream_t) of `device`. All pointers are device pointers. Which levels are due is decided
-// on the device, so that one captured graph serves every token.
+// Starts the step on `stream` (a cudaStream_t) of `device`. All pointers are device pointers. Which levels are due is
+// decided on the device, so that one captured graph serves every token.
 Status step(const StepProblem& problem, void* workspace, int64_t workspace_bytes, int device, void* stream);
 
 }  // namespace hope::cuda

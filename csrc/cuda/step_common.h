@@ -1,5 +1,5 @@
-// What the parts of the step's kernel share: its arguments, numbers in the dtype of tokens, sums over a warp's lanes, and how
-// a level's input is read. The kernel and the order of its parts are in step.cu.
+// What the parts of the step's kernel share: its arguments, numbers in the dtype of tokens, sums over a warp's lanes, and
+// how a level's input is read. The kernel and the order of its parts are in step.cu.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -74,8 +74,8 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// Sums each of kCount (a power of two) values over the lanes that differ in the bits 16 .. kLastBit of their number. While more
-// than one is left, a lane hands half of its values to its partner and keeps the other half: the values kLeft from the
+// Sums each of kCount (a power of two) values over the lanes that differ in the bits 16 .. kLastBit of their number. While
+// more than one is left, a lane hands half of its values to its partner and keeps the other half: the values kLeft from the
 // returned index on are complete, in x[0 .. kLeft - 1]. The tree over the lanes is the same for every kCount.
 template <int kCount, int kLastBit>
 struct Fold {
@@ -123,8 +123,9 @@ __device__ __forceinline__ int gate_count(const StepLevel& level) {
   return 1 + (level.retention != nullptr) + (level.momentum_gate != nullptr);
 }
 
-// What the kernel keeps in shared memory from beginning to end: where each sequence stood when the step began, and the levels.
-// From the kernel's parameters the compiler reads all pointers of a level ahead of time, which costs a hundred registers.
+// What the kernel keeps in shared memory from beginning to end: where each sequence stood when the step began, and the
+// levels. From the kernel's parameters the compiler reads all pointers of a level ahead of time, which costs a hundred
+// registers.
 struct Stack {
   int64_t at[kMaxStepBatch];
   int due[kMaxStepLevels];  // whether any sequence completes a chunk of the level
@@ -141,7 +142,8 @@ __device__ __forceinline__ bool starts_again(const StepLevel& level, int64_t b) 
   return level.segment > 0 && (block_shared<Stack>().at[b] + 1) % level.segment == 0;
 }
 // Element [b, slot, n, 0] of an array [B, C, N, tail].
-__device__ __forceinline__ int64_t kept_at(const StepProblem& p, const StepLevel& level, int64_t b, int64_t slot, int64_t n) {
+__device__ __forceinline__ int64_t kept_at(const StepProblem& p, const StepLevel& level, int64_t b, int64_t slot,
+                                           int64_t n) {
   return (b * level.chunk_size + slot) * p.heads + n;
 }
 

@@ -1,4 +1,5 @@
-// Products with weights that all sequences share: targets and gates of a memory's tokens, and the levels that are never written.
+// Products with weights that all sequences share: targets and gates of a memory's tokens, and the levels that are never
+// written.
 //
 // Each weight is read from memory once for every kBatch sequences, from L2 after the first; inputs lie in shared memory
 // as float32. CUDA cores: 2 FLOPs for each weight and sequence are below a GPU's balance up to some ten sequences.
@@ -107,8 +108,8 @@ __device__ void project(const Arguments& a, const StepLevel& level, const Input<
     level.momentum_gate[at] = stable_sigmoid(x);
 }
 
-// Sums over i of input(b, i) W[i][16 item .. 16 item + 15] for the sequences from b0 on: thread t < 16 kBatch returns that of
-// sequence b0 + t / 16 and column t % 16. Weights [in, out] are read along their columns.
+// Sums over i of input(b, i) W[i][16 item .. 16 item + 15] for the sequences from b0 on: thread t < 16 kBatch returns that
+// of sequence b0 + t / 16 and column t % 16. Weights [in, out] are read along their columns.
 template <class T, int kBatch, class Read>
 __device__ float columns(const StepProblem& p, ProductShared& shared, const T* weights, int64_t in, int64_t out,
                          int64_t column, int64_t b0, const Read& input) {
@@ -197,7 +198,8 @@ __device__ void plain_hidden(const Arguments& a, const StepLevel& level, const I
   const Normed<T> normed{p, in, shared.scale, b0};
   const auto weights = [&](int i) { return static_cast<const T*>(level.initial[i]); };
   float slope;
-  float x = activated(level.activation, columns<T, kBatch>(p, shared, weights(0), width, level.hidden, first, b0, normed), slope);
+  float x = columns<T, kBatch>(p, shared, weights(0), width, level.hidden, first, b0, normed);
+  x = activated(level.activation, x, slope);
   if (level.form == Form::glu) x *= columns<T, kBatch>(p, shared, weights(1), width, level.hidden, first, b0, normed);
   const int64_t b = b0 + threadIdx.x / 16, column = first + threadIdx.x % 16;
   if (int(threadIdx.x) < 16 * kBatch && b < p.batch && column < level.hidden) a.hidden[b * level.hidden + column] = x;

@@ -2,11 +2,11 @@
 //
 // A block takes one piece of one pair: 32 hidden units, the columns of W_in and the rows of W_out that belong to them, which
 // nobody else reads or writes. The piece is read once into shared memory and written once: 512 D bytes for an mlp, twice
-// that with momentum. Tokens pass through shared memory 32 at a time, the last ones first, because the weight of a token is a
-// product over those behind it. Hidden values and their errors are computed anew (4 D H products of a token and pair); what
-// they need of other pieces is f(k), which was kept when the token was read. 8 D H FLOPs in all: at C = 64 arithmetic decides.
-// The sums stay in registers, which hold those of 64 features, of the weights or of the momentum: for D > 64 and with momentum
-// the tokens pass once more.
+// that with momentum. Tokens pass through shared memory 32 at a time, the last ones first, because the weight of a token is
+// a product over those behind it. Hidden values and their errors are computed anew (4 D H products of a token and pair);
+// what they need of other pieces is f(k), which was kept when the token was read. 8 D H FLOPs in all: at C = 64 arithmetic
+// decides. The sums stay in registers, which hold those of 64 features, of the weights or of the momentum: for D > 64 and
+// with momentum the tokens pass once more.
 #pragma once
 
 #include "cuda/step_common.h"
@@ -17,7 +17,8 @@ namespace hope::cuda::stepping {
 constexpr int kTile = 32;         // tokens in shared memory at a time: one for each lane
 constexpr int kHalfFeatures = 64; // features that are summed up at a time
 
-// W <- decay W + carry S - sum and S <- momentum_decay S - momentum_sum, of one number each; `speed` is null without momentum.
+// W <- decay W + carry S - sum and S <- momentum_decay S - momentum_sum, of one number each; `speed` is null without
+// momentum.
 struct Factors {
   float decay, carry, momentum_decay;
 };
@@ -32,7 +33,8 @@ struct WriteShared {
 };
 
 // Dynamic shared memory behind WriteShared, in floats: k, delta [kTile, pitch]; weights [kUnits, pitch], W_in transposed;
-// hidden values and errors [kTile, kUnits]. A row is 4 floats longer than D: lanes that read 16 bytes of 8 rows meet no bank twice.
+// hidden values and errors [kTile, kUnits]. A row is 4 floats longer than D: lanes that read 16 bytes of 8 rows meet no
+// bank twice.
 struct WritePlan {
   int pitch, weights, errors;
   __host__ __device__ WritePlan(int64_t dim, Form form)
@@ -41,7 +43,9 @@ struct WritePlan {
     return int64_t(sizeof(WriteShared)) +
            int64_t(sizeof(float)) * ((2 * kTile + weights * kUnits) * pitch + (1 + errors) * kTile * kUnits);
   }
-  __device__ float* floats() const { return reinterpret_cast<float*>(dynamic_shared<unsigned char>() + sizeof(WriteShared)); }
+  __device__ float* floats() const {
+    return reinterpret_cast<float*>(dynamic_shared<unsigned char>() + sizeof(WriteShared));
+  }
   __device__ float* keys() const { return floats(); }
   __device__ float* deltas() const { return keys() + kTile * pitch; }
   __device__ float* weight(int i) const { return deltas() + kTile * pitch + i * kUnits * pitch; }
@@ -57,8 +61,8 @@ struct Behind {
 
 // The weight of each token of a tile in the write (hope_kernels/memory/coefficients.py), by one warp, a token a lane. Leaves
 // in shared memory the factors of the whole chunk as far as it is known: right after the first tile.
-__device__ __forceinline__ void weigh_tokens(const StepProblem& p, const StepLevel& level, WriteShared& shared, int64_t b, int64_t n,
-                             int64_t t0, int count, Behind& behind) {
+__device__ __forceinline__ void weigh_tokens(const StepProblem& p, const StepLevel& level, WriteShared& shared, int64_t b,
+                                             int64_t n, int64_t t0, int count, Behind& behind) {
   const int lane = lane_id();
   const bool token = lane < count;
   const int64_t at = kept_at(p, level, b, t0 + (token ? lane : 0), n);
@@ -99,8 +103,8 @@ __device__ __forceinline__ void weigh_tokens(const StepProblem& p, const StepLev
   }
 }
 
-// f(k) of feature d of a token, whose numbers are kept at `at`. That of the present token is not among those kept where it is
-// split: nobody has added it up yet.
+// f(k) of feature d of a token, whose numbers are kept at `at`. That of the present token is not among those kept where it
+// is split: nobody has added it up yet.
 __device__ __forceinline__ float prediction_of(const Arguments& a, const StepLevel& level, const float* sums, int64_t pair,
                                                int64_t token, int d, int64_t at) {
   if (!a.p.split || token + 1 < level.chunk_size) return level.predictions[at];
@@ -110,8 +114,8 @@ __device__ __forceinline__ float prediction_of(const Arguments& a, const StepLev
 
 // Keys and f(k) - v of the tokens t0 .. t0 + count - 1, zeros behind them.
 template <class T>
-__device__ void load_tokens(const Arguments& a, const StepLevel& level, const float* sums, const WritePlan& plan, int64_t pair,
-                            int64_t t0, int count) {
+__device__ void load_tokens(const Arguments& a, const StepLevel& level, const float* sums, const WritePlan& plan,
+                            int64_t pair, int64_t t0, int count) {
   const StepProblem& p = a.p;
   const int64_t b = pair / p.heads, n = pair % p.heads;
   const int dim = int(p.dim);
@@ -232,8 +236,8 @@ __device__ void start_again(const Arguments& a, const StepLevel& level, int64_t 
     copy(last, behind_units(p, level, head, unit0) + e, behind_units(p, level, pair, unit0) + e);
 }
 
-// Writes a piece with the present token alone, where each token is written, by one warp: W_out is read and written in one pass,
-// W_in in two, the second of which finds it in L1 or L2.
+// Writes a piece with the present token alone, where each token is written, by one warp: W_out is read and written in one
+// pass, W_in in two, the second of which finds it in L1 or L2.
 template <class T>
 __device__ void write_token(const Arguments& a, const StepLevel& level, const float* sums, int64_t pair, int piece) {
   const StepProblem& p = a.p;
@@ -369,7 +373,8 @@ __device__ void write_piece(const Arguments& a, const StepLevel& level, const fl
       for (int u = 0; u < 2; ++u)
 #pragma unroll
         for (int j = 0; j < 4; ++j)
-          write_number(level, last, pass, behind_units(p, level, pair, unit0 + pair_of_units + u) + d + j, shared, out[u][j]);
+          write_number(level, last, pass, behind_units(p, level, pair, unit0 + pair_of_units + u) + d + j, shared,
+                       out[u][j]);
     }
 }
 

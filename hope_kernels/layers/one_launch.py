@@ -41,7 +41,8 @@ class OneLaunch:
 
     def __init__(self, cms: CMS, buffers: Sequence[LevelBuffer | None], batch_size: int, position: int) -> None:
         parameter = next(cms.parameters())
-        if (reason := _refusal(cms, parameter.device)) is not None:
+        reason = _refusal(cms, parameter.device) or cuda_step.refuses(parameter.device)
+        if reason is not None:
             raise Refused(reason)
         self.buffers, self.batch_size, self.width = tuple(buffers), batch_size, cms.dim
         self.dtype, self.device = parameter.dtype, parameter.device
@@ -136,13 +137,11 @@ class OneLaunch:
 
 
 def _refusal(cms: CMS, device: torch.device) -> str | None:
-    """Why the kernel does not serve a layer, as far as that can be told without a buffer."""
+    """Why the kernel does not serve a layer as it is now, as far as its modules tell."""
     written = [level for level in cms.levels if isinstance(level, MemoryLevel)]
     for name in (cms.backend, *(level.backend for level in written)):
         if name not in (None, "cuda"):
             return f"backend {name!r} was asked for"
-    if (reason := cuda_step.refuses(device)) is not None:
-        return reason
     if torch.is_autocast_enabled(device.type):
         return "under autocast tokens and parameters differ in dtype"
     if any(level.spec.rule == "dgd" for level in written):

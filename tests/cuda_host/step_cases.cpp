@@ -1,9 +1,9 @@
-// Small steps on the CUDA engine, for ThreadSanitizer: three written levels and a plain one, sequences at different tokens, so
-// that some memories are written, some start again, and some only keep their token.
+// Small steps on the CUDA engine, for ThreadSanitizer: three written levels and a plain one, sequences at different tokens,
+// so that some memories are written, some start again, and some only keep their token.
 //
-// Of the words in a case's name, `split` shares a memory among blocks, `independent` lets all levels read the input, `glu` and
-// `linear` choose the form (otherwise mlp), `one` takes one sequence instead of nine, `long` writes
-// a chunk of 40 tokens, `many` gives a memory more pieces than a block has warps.
+// Of the words in a case's name, `split` shares a memory among blocks, `independent` lets all levels read the input, `glu`
+// and `linear` choose the form (otherwise mlp), `one` takes one sequence instead of nine, `long` writes a chunk of 40
+// tokens, `many` gives a memory more pieces than a block has warps.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
