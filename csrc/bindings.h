@@ -92,7 +92,7 @@ class Items {
   void pointers(Pointer* found, const char* name) {
     Items items(next(), name);
     if (items.size_ > hope::kMaxWeights) throw py::type_error(std::string(name) + " has too many matrices");
-    for (Py_ssize_t i = 0; i < items.size_; ++i) found[i] = items.pointer();
+    for (Py_ssize_t i = 0; i < items.size_; ++i) found[i] = static_cast<Pointer>(items.pointer());
   }
 
  private:

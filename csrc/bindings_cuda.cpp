@@ -3,6 +3,7 @@
 #include "cuda/device.h"
 #include "cuda/level_update.h"
 #include "cuda/scan.h"
+#include "cuda/step.h"
 
 namespace hope::bindings {
 namespace {
@@ -110,6 +111,71 @@ void scan_backward(const py::tuple& vocabulary, const py::tuple& sizes, const py
   });
 }
 
+// A step's problem, from a tuple of its settings (dtype, independent, split, batch, heads, dim; addresses of mix and of the
+// positions) and one per level: form, activation, chunk size, segment, hidden, step bound; addresses or None of the initial
+// weights (a tuple), target, gate weight and bias, weights and momentum (tuples), k, v, lr, retention, momentum gate,
+// predictions.
+cuda::StepProblem step_problem(const py::tuple& settings, const py::tuple& levels) {
+  cuda::StepProblem problem{};
+  Items s(settings.ptr(), "settings", 8);
+  problem.dtype = static_cast<DType>(s.number());
+  problem.independent = static_cast<int32_t>(s.number());
+  problem.split = static_cast<int32_t>(s.number());
+  problem.batch = s.number();
+  problem.heads = s.number();
+  problem.dim = s.number();
+  problem.mix = s.pointer();
+  problem.positions = static_cast<int64_t*>(s.pointer());
+  problem.level_count = int64_t(levels.size());
+  Items all(levels.ptr(), "levels");
+  for (int64_t l = 0; l < problem.level_count && l < cuda::kMaxStepLevels; ++l) {
+    Items items(all.next(), "a level", 18);
+    cuda::StepLevel& level = problem.levels[l];
+    level.form = static_cast<Form>(items.number());
+    level.activation = static_cast<Activation>(items.number());
+    level.chunk_size = items.number();
+    level.segment = items.number();
+    level.hidden = items.number();
+    level.step_bound = items.real();
+    items.pointers(level.initial, "initial");
+    level.target = items.pointer();
+    level.gate_weight = items.pointer();
+    level.gate_bias = items.pointer();
+    items.pointers(level.weights, "weights");
+    items.pointers(level.momentum, "momentum");
+    level.k = items.pointer();
+    level.v = items.pointer();
+    level.lr = static_cast<float*>(items.pointer());
+    level.retention = static_cast<float*>(items.pointer());
+    level.momentum_gate = static_cast<float*>(items.pointer());
+    level.predictions = static_cast<float*>(items.pointer());
+  }
+  return problem;
+}
+
+void step(const py::tuple& settings, const py::tuple& levels, int64_t x, int64_t x_row, int64_t output, int64_t workspace,
+          int64_t workspace_bytes, int device, int64_t stream) {
+  cuda::StepProblem problem = step_problem(settings, levels);
+  problem.x = reinterpret_cast<const void*>(x);
+  problem.x_row = x_row;
+  problem.output = reinterpret_cast<void*>(output);
+  Status status;
+  {
+    py::gil_scoped_release release;
+    status = cuda::step(problem, reinterpret_cast<void*>(workspace), workspace_bytes, device,
+                        reinterpret_cast<void*>(stream));
+  }
+  raise(status);
+}
+
+py::object step_refusal(const py::tuple& settings, const py::tuple& levels) {
+  return refusal(cuda::check_step(step_problem(settings, levels)));
+}
+
+int64_t step_workspace(const py::tuple& settings, const py::tuple& levels) {
+  return cuda::step_workspace(step_problem(settings, levels));
+}
+
 }  // namespace
 
 void add_cuda(py::module_& m) {
@@ -123,6 +189,9 @@ void add_cuda(py::module_& m) {
   m.def("cuda_level_update", &level_update, "Update tensors of several levels; see hope_kernels.backends.cuda.");
   m.def("cuda_level_update_workspace", &level_update_workspace,
         "Bytes that an update of tensors of these sizes and so many levels needs.");
+  m.def("cuda_step", &step, "One token through all levels of a CMS; see hope_kernels.backends.cuda.step.");
+  m.def("cuda_step_refusal", &step_refusal, "Why the kernel does not compute a step, or None.");
+  m.def("cuda_step_workspace", &step_workspace, "Bytes that a step needs.");
 }
 
 }  // namespace hope::bindings

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hope_kernels import backends
 from hope_kernels.layers.cms_state import CMSBuffer, CMSState
 from hope_kernels.layers.level import CMSLevel, MemoryLevel, PlainLevel
+from hope_kernels.layers.one_launch import OneLaunch, Refused
 from hope_kernels.memory.scan import scan_together
 from hope_kernels.memory.state import state_dtype
 
@@ -141,6 +142,14 @@ class CMS(nn.Module):
 
         All storage is allocated here. Tokens are kept in the dtype of the parameters, or of autocast where
         that is on.
+
+        On a GPU, with ``backend`` None or ``"cuda"``, a step is one launch where the CUDA engine is built and takes
+        the layer; ``buffer.refused`` says why where it does not. Levels are then served one after the other by the
+        backend of the scan.
+
+        Raises:
+            ValueError, TypeError: the state does not fit this layer.
+            RuntimeError: the backend asked for cannot serve it; the message says why.
         """
         if isinstance(state_or_batch_size, CMSState):
             state = state_or_batch_size
@@ -152,7 +161,15 @@ class CMS(nn.Module):
             None if held is None else level.make_buffer(held, dtype)
             for level, held in zip(self.levels, state.levels, strict=True)
         ]
-        return CMSBuffer(state.position, state.batch_size, levels, dtype)
+        try:
+            kernel, refused = OneLaunch(self, levels, state.batch_size, state.position), None
+        except Refused as reason:
+            kernel, refused = None, str(reason)
+            # Asked here, a backend that cannot run a level says so before a step leaves the buffer half updated.
+            for level in self.levels:
+                if isinstance(level, MemoryLevel):
+                    level.check_backend(dtype)
+        return CMSBuffer(state.position, state.batch_size, levels, dtype, kernel, refused)
 
     @torch.no_grad()
     def step(self, x: Tensor, buffer: CMSBuffer) -> Tensor:
@@ -171,10 +188,22 @@ class CMS(nn.Module):
                 f"CMS: buffer keeps {buffer.dtype} tokens, this call has {self._token_dtype()}; want the dtype (and "
                 "autocast) it was made with"
             )
+        kernel = buffer.kernel
+        if kernel is not None and kernel.serves(self):
+            output = kernel.step(token[:, 0])
+            for level, held in zip(self.levels, buffer.levels, strict=True):
+                if held is not None:
+                    held.count(level.segment)
+            buffer.counted += 1
+            return output.view(x.shape)
         outputs: list[Tensor] = []
+        if kernel is not None:
+            _ = buffer.position  # counted by the device, which replays of a graph move on unseen
         for level, held in zip(self.levels, buffer.levels, strict=True):
             outputs.append(level.step(self._level_input(token, outputs), held))
-        buffer.position += 1
+        buffer.counted += 1
+        if kernel is not None:
+            kernel.follow()
         return self._join(outputs).view_as(x)
 
     def _run(self, x: Tensor, states: Sequence) -> tuple[Tensor, tuple]:
@@ -248,6 +277,8 @@ class CMS(nn.Module):
             raise ValueError(f"CMS: {name} has batch size {carried.batch_size}, x has {x.shape[0]} rows; want the same")
         if len(carried.levels) != len(self.levels):
             raise ValueError(f"CMS: {name} has {len(carried.levels)} levels; want {len(self.levels)}")
+        # Not the buffer's `position`: that may wait for the device, and a step must not.
+        seen = carried.counted if isinstance(carried, CMSBuffer) else carried.position
         for index, (level, held) in enumerate(zip(self.levels, carried.levels, strict=True)):
             plain = isinstance(level, PlainLevel)
             if plain != (held is None):
@@ -266,11 +297,11 @@ class CMS(nn.Module):
             came, want = held.gates, (level.level.retention, level.level.momentum)
             if came is not None and came != want:
                 raise ValueError(f"CMS: {name} of level {index} has (retention, momentum) {came}; want {want}")
-            position = carried.position if level.segment is None else carried.position % level.segment
+            position = seen if level.segment is None else seen % level.segment
             if held.position != position:
                 raise ValueError(
                     f"CMS: {name} of level {index} is at token {held.position}; want {position}, where variant "
-                    f"{self.variant!r} has it at token {carried.position}"
+                    f"{self.variant!r} has it at token {seen}"
                 )
 
 

@@ -14,6 +14,7 @@ from hope_kernels.memory.state import Weights, state_dtype
 
 if TYPE_CHECKING:
     from hope_kernels.layers.level import Tokens
+    from hope_kernels.layers.one_launch import OneLaunch
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +150,12 @@ class LevelBuffer:
         self.position += 1
         return self.pending == 0
 
+    def count(self, segment: int | None) -> None:
+        """One token more, kept and where due written by others; back to 0 after ``segment`` tokens."""
+        self.position += 1
+        if self.position == segment:
+            self.position = 0
+
     def replace(self, written: MemoryState) -> None:
         """Take over the weights and momentum after the write of a chunk."""
         _copy(self.weights, written.stored_weights)
@@ -199,17 +206,46 @@ class CMSBuffer:
     It shares nothing with the layer's parameters or with the state it was made from.
 
     Attributes:
-        position, batch_size: as in :class:`CMSState`.
-        levels: a :class:`LevelBuffer` per level, None for a level that is never written.
+        batch_size: as in :class:`CMSState`.
+        levels: a :class:`LevelBuffer` per level, None for a level that is never written. Their positions are those of
+            the last ``step``, ``position`` or ``to_state``: replays of a captured graph move the device on alone.
         dtype: of the tokens it keeps.
+        kernel: what makes a step one launch; None where levels are served one after the other.
+        refused: why there is no ``kernel``.
     """
 
     def __init__(
-        self, position: int, batch_size: int, levels: Sequence[LevelBuffer | None], dtype: torch.dtype
+        self,
+        position: int,
+        batch_size: int,
+        levels: Sequence[LevelBuffer | None],
+        dtype: torch.dtype,
+        kernel: OneLaunch | None = None,
+        refused: str | None = None,
     ) -> None:
-        self.position, self.batch_size, self.levels, self.dtype = position, batch_size, tuple(levels), dtype
+        self.counted, self.batch_size, self.levels, self.dtype = position, batch_size, tuple(levels), dtype
+        self.kernel, self.refused = kernel, refused
+
+    @property
+    def position(self) -> int:
+        """Tokens seen by every sequence. Where a kernel counts them, this waits for the device."""
+        self._recount()
+        return self.counted
 
     def to_state(self) -> CMSState:
-        """The state at this token as :meth:`CMS.stream` would have returned it; later steps do not change it."""
+        """The state at this token as :meth:`CMS.stream` would have returned it; later steps do not change it.
+
+        Where a kernel counts the tokens, this waits for the device.
+        """
+        self._recount()
         levels = tuple(None if level is None else level.to_state() for level in self.levels)
-        return CMSState(self.position, self.batch_size, levels)
+        return CMSState(self.counted, self.batch_size, levels)
+
+    def _recount(self) -> None:
+        """Take over the position from the device."""
+        if self.kernel is None or not self.batch_size:
+            return
+        self.counted = self.kernel.position()
+        for level, segment in zip(self.levels, self.kernel.segments, strict=True):
+            if level is not None:
+                level.position = self.counted % segment if segment else self.counted

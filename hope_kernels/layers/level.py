@@ -293,10 +293,16 @@ class MemoryLevel(nn.Module):
 
     def make_buffer(self, state: MemoryState, dtype: torch.dtype) -> LevelBuffer:
         """A copy of ``state`` that :meth:`step` updates in place, for tokens of ``dtype``."""
-        # Asked here, a backend that cannot run the level says so before any buffer exists to be left half updated.
+        return LevelBuffer(state, dtype, retention=self.level.retention, momentum=self.level.momentum)
+
+    def check_backend(self, dtype: torch.dtype) -> None:
+        """That the backend asked for runs :meth:`step` on tokens of ``dtype``.
+
+        Raises:
+            RuntimeError: it does not; the message says why.
+        """
         for operation in ("read", "write"):
             backends.select(self.backend, self._step_request(operation, dtype))
-        return LevelBuffer(state, dtype, retention=self.level.retention, momentum=self.level.momentum)
 
     def _step_request(self, operation: str, dtype: torch.dtype) -> ScanRequest:
         """What :meth:`step` asks of a backend."""

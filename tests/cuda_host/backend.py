@@ -17,7 +17,7 @@ KERNELS = build.ROOT / "csrc/cuda"
 SOURCES = [
     build.HERE / "module.cpp",
     KERNELS / "device.cpp",
-    *(KERNELS / f"{n}.cu" for n in ("level_update", "scan_forward", "scan_backward")),
+    *(KERNELS / f"{n}.cu" for n in ("level_update", "scan_forward", "scan_backward", "step")),
 ]
 
 

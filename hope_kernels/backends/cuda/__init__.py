@@ -1,6 +1,7 @@
 """The CUDA engine: hands problems to the part of ``hope_kernels._core`` that nvcc compiled.
 
-It has chunked scans (``scan.py``) and the update of several levels (``level_update.py``).
+It has chunked scans (``scan.py``), the update of several levels (``level_update.py``) and single tokens through a whole
+CMS (``step.py``).
 """
 
 from hope_kernels.backends.cuda.level_update import level_update, refuses_level_update

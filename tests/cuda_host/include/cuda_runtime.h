@@ -31,6 +31,8 @@
 #undef __shared__
 #define __shared__ _Pragma("GCC error \"shared memory comes from dynamic_shared<T>() and block_shared<T>()\"")
 #define __launch_bounds__(...)
+#undef __grid_constant__
+#define __grid_constant__
 
 inline thread_local uint3 threadIdx{}, blockIdx{};
 inline thread_local dim3 blockDim{}, gridDim{};

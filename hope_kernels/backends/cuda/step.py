@@ -1,0 +1,56 @@
+"""The CUDA engine's step: one token of every sequence through all levels of a CMS, in one launch.
+
+What it computes and where its state lies is told by tuples of numbers and addresses (csrc/bindings_cuda.cpp), which
+``hope_kernels.layers.one_launch`` makes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hope_kernels.backends.cuda import runtime
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+# Up to so many pairs of sequence and head a memory is read by several blocks: fewer would leave most of a GPU's 100 or
+# more multiprocessors without work. Beyond, one block reads and writes a pair while its weights are in L2. The bits of
+# the results are the same.
+SPLIT_PAIRS = 64
+
+
+def refuses(device: torch.device) -> str | None:
+    """None when a step of tensors on ``device`` can run, else the reason it cannot."""
+    core = runtime.load()
+    return core if isinstance(core, str) else runtime.device_refused(core, device)
+
+
+def refuses_stack(settings: tuple, levels: tuple) -> str | None:
+    """None when the kernel computes this stack of levels, else the reason it does not.
+
+    Raises:
+        ValueError: the description contradicts itself.
+    """
+    return runtime.loaded().cuda_step_refusal(settings, levels)
+
+
+def workspace_bytes(settings: tuple, levels: tuple) -> int:
+    """Bytes of device memory that steps of this stack need; nothing in it need survive between them."""
+    return runtime.loaded().cuda_step_workspace(settings, levels)
+
+
+def step(settings: tuple, levels: tuple, x: Tensor, output: Tensor, workspace: Tensor) -> None:
+    """Starts a step on the current stream: ``x`` and ``output [B, dim]``, with contiguous rows."""
+    with runtime.on_device(x.device):
+        runtime.loaded().cuda_step(
+            settings,
+            levels,
+            x.data_ptr(),
+            x.stride(0),
+            output.data_ptr(),
+            workspace.data_ptr(),
+            workspace.numel(),
+            runtime.number(x.device),
+            runtime.stream(x.device),
+        )
