@@ -186,7 +186,9 @@ def test_golden_cases(host, name, dtype):
                 momentum=part.get("momentum"),
                 backend=backend,
             )
-            return {"output": output} | {f"weight{i}": w for i, w in enumerate(state.weights)}
+            named = {f"weight{i}": w for i, w in enumerate(state.weights)}
+            named |= {f"momentum{i}": m for i, m in enumerate(state.momentum or ())}
+            return {"output": output} | named
 
         found = evaluate(problem, compute, case.cotangents)
         return Evaluation(*({key: part[key] for key in want} for part, want in zip(found, case.expected, strict=True)))
@@ -273,7 +275,11 @@ def test_packed_and_padded_sequences_are_what_they_are_alone(host, kind):
             here = found[name][b, start:end] if kind == "padded" else found[name][0, first : first + end - start]
             assert torch.equal(here, alone[name][0]), f"{name} of sequence {b}"
         for name in ("weight0", "weight1"):
-            assert torch.equal(found[name][b], alone[name][0]), f"{name} of sequence {b}"
+            if end - start < problem.chunk_size:
+                # Alone such a sequence writes nothing, and what reaches its final state is added outside the kernel.
+                torch.testing.assert_close(found[name][b], alone[name][0], rtol=1e-5, atol=1e-6)
+            else:
+                assert torch.equal(found[name][b], alone[name][0]), f"{name} of sequence {b}"
         first += end - start
 
 
