@@ -16,9 +16,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) scan_backward_kernel(cons
 }
 
 // Whether registers hold the adjoint of the state and what its products take: beside the largest one there is no room for the
-// products with the adjoint of the momentum, the compiler would put some of them into local memory.
+// products with the adjoint of the momentum, nor for the scales of float16, the compiler would put some into local memory.
 template <class Traits>
-constexpr bool kFits = !(Traits::kMomentum && Traits::kHidden > 128);
+constexpr bool kFits = Traits::kHidden <= 128 || !(Traits::kMomentum || Traits::kType == DType::float16);
 
 // What the kernel keeps in static shared memory, which lies in front of the dynamic.
 constexpr int64_t kStaticBytes = kPlaceBytes + 256;
@@ -101,7 +101,7 @@ Status supports_backward(const ScanProblem& problem, const BackwardResult& resul
   if (status.code != StatusCode::ok) return status;
   return with_traits(problem, [&](auto traits) {
     if (!kFits<decltype(traits)>)
-      return refused("the CUDA scan's backward has no registers for momentum at this size: hidden at most 128");
+      return refused("the CUDA scan's backward has no registers for momentum or float16 at this size: hidden at most 128");
     const BackwardParams params = make_backward_params<decltype(traits)>(problem, result, device);
     return params.layout.bytes ? Status{}
                                : refused("the CUDA scan's backward keeps a chunk in shared memory: chunk_size is too large");
