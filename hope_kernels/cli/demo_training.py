@@ -164,4 +164,4 @@ def _fast_backend(model) -> str:
 
     parameter = next(model.parameters())
     level = next(level for level in model.blocks[0].mlp.levels if hasattr(level, "chunk_size"))
-    return select(None, level.spec, parameter.dtype, parameter.device)
+    return select(None, level.request("scan", parameter.dtype, gradients=True))

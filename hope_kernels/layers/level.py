@@ -302,11 +302,11 @@ class MemoryLevel(nn.Module):
             RuntimeError: it does not; the message says why.
         """
         for operation in ("read", "write"):
-            backends.select(self.backend, self._step_request(operation, dtype))
+            backends.select(self.backend, self.request(operation, dtype))
 
-    def _step_request(self, operation: str, dtype: torch.dtype) -> ScanRequest:
-        """What :meth:`step` asks of a backend."""
-        writes = operation == "write"
+    def request(self, operation: str, dtype: torch.dtype, *, gradients: bool = False) -> ScanRequest:
+        """What the level asks of a backend for a ``"scan"``, ``"read"`` or ``"write"`` of tokens of ``dtype``."""
+        writes = operation != "read"
         return ScanRequest(
             operation=operation,
             key=self.spec.key,
@@ -319,7 +319,7 @@ class MemoryLevel(nn.Module):
             retention=writes and self.level.retention,
             momentum=writes and self.level.momentum,
             table=False,
-            gradients=False,
+            gradients=gradients,
         )
 
     def step(self, x: Tensor, buffer: LevelBuffer) -> Tensor:

@@ -64,7 +64,8 @@ def thread_sanitizer_unavailable() -> str | None:
 def _compile(output: Path, source: Path, flags: Sequence[str]) -> None:
     includes = ["-I", str(HERE / "include"), "-I", str(ROOT / "csrc"), "-isystem", str(toolkit() / "include")]
     warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    command = ["g++", "-x", "c++", "-std=c++17", "-fPIC", *warnings, *flags, *includes]
+    # No unique symbols: two libraries in one process would share the static variables that stand for shared memory.
+    command = ["g++", "-x", "c++", "-std=c++17", "-fPIC", "-fno-gnu-unique", *warnings, *flags, *includes]
     _run([*command, "-c", str(source), "-o", str(output)])
 
 
