@@ -169,7 +169,36 @@ class CMS(nn.Module):
             for level in self.levels:
                 if isinstance(level, MemoryLevel):
                     level.check_backend(dtype)
-        return CMSBuffer(state.position, state.batch_size, levels, dtype, kernel, refused)
+        return CMSBuffer(state.position, state.batch_size, levels, self._segments(), dtype, kernel, refused)
+
+    @torch.no_grad()
+    def replace_sequences(self, buffer: CMSBuffer, rows: Tensor | Sequence[int], state: CMSState | None = None) -> None:
+        """Put other sequences in the places ``rows`` of a buffer, as continuous batching does; all others stay.
+
+        Later steps take every sequence on from its own token. Nothing is allocated anew: a captured graph of
+        :meth:`step` stays valid. Where a kernel counts the tokens, this waits for the device.
+
+        Args:
+            buffer: of this layer.
+            rows: R different places, ``0 .. B - 1``.
+            state: of R sequences, such as :meth:`stream` returns after their prompts; None begins them anew.
+
+        Raises:
+            ValueError, TypeError, IndexError: ``buffer``, ``rows`` or ``state`` does not fit; the buffer is unchanged.
+        """
+        self._check_carried("buffer", buffer, CMSBuffer)
+        found = buffer.checked_rows(rows)
+        if state is None:
+            state = self.init_state(len(found))
+        self._check_carried("state", state, CMSState)
+        if state.batch_size != len(found):
+            raise ValueError(f"CMS: state has batch size {state.batch_size}, rows are {len(found)}; want the same")
+        if len(found):
+            levels = [
+                None if held is None else level.make_buffer(held, buffer.dtype)
+                for level, held in zip(self.levels, state.levels, strict=True)
+            ]
+            buffer.replace(found, levels, state.position)
 
     @torch.no_grad()
     def step(self, x: Tensor, buffer: CMSBuffer) -> Tensor:
@@ -247,6 +276,10 @@ class CMS(nn.Module):
         mixed = sum(part * output for part, output in zip(share.unbind(), outputs, strict=True))
         return mixed.to(outputs[0].dtype)
 
+    def _segments(self) -> tuple[int | None, ...]:
+        """Per level, the tokens after which it starts again, or None."""
+        return tuple(level.segment if isinstance(level, MemoryLevel) else None for level in self.levels)
+
     def _token_dtype(self) -> torch.dtype:
         """The dtype of keys and targets: that of the parameters, or of autocast where that is on."""
         parameter = next(self.parameters())
@@ -277,8 +310,6 @@ class CMS(nn.Module):
             raise ValueError(f"CMS: {name} has batch size {carried.batch_size}, x has {x.shape[0]} rows; want the same")
         if len(carried.levels) != len(self.levels):
             raise ValueError(f"CMS: {name} has {len(carried.levels)} levels; want {len(self.levels)}")
-        # Not the buffer's `position`: that may wait for the device, and a step must not.
-        seen = carried.counted if isinstance(carried, CMSBuffer) else carried.position
         for index, (level, held) in enumerate(zip(self.levels, carried.levels, strict=True)):
             plain = isinstance(level, PlainLevel)
             if plain != (held is None):
@@ -297,12 +328,23 @@ class CMS(nn.Module):
             came, want = held.gates, (level.level.retention, level.level.momentum)
             if came is not None and came != want:
                 raise ValueError(f"CMS: {name} of level {index} has (retention, momentum) {came}; want {want}")
+            if isinstance(carried, CMSBuffer):
+                self._check_segment(index, carried.segments[index], level.segment)
+                continue
+            seen = carried.position
             position = seen if level.segment is None else seen % level.segment
             if held.position != position:
                 raise ValueError(
                     f"CMS: {name} of level {index} is at token {held.position}; want {position}, where variant "
                     f"{self.variant!r} has it at token {seen}"
                 )
+
+    def _check_segment(self, index: int, came: int | None, want: int | None) -> None:
+        if came != want:
+            came, want = ("never" if x is None else f"every {x} tokens" for x in (came, want))
+            raise ValueError(
+                f"CMS: buffer of level {index} starts again {came}; want {want}, as in variant {self.variant!r}"
+            )
 
 
 def _checked_levels(levels: Sequence[CMSLevel]) -> tuple[CMSLevel, ...]:

@@ -326,20 +326,16 @@ class MemoryLevel(nn.Module):
         """One token per sequence, ``x [B, 1, dim]``: read, keep the token, write when it completes a chunk."""
         tokens = self.tokens(x)
         output = memory_read(tokens.k, buffer.weights, spec=self.spec, backend=self.backend)
-        if buffer.append(tokens):
-            written = memory_write(
-                buffer.k,
-                buffer.v,
-                buffer.lr,
-                buffer.memory,
-                spec=self.spec,
-                retention=buffer.retention,
-                momentum=buffer.momentum_gate,
-                backend=self.backend,
-            )
-            buffer.replace(written)
-            if self.segment is not None and buffer.position == self.segment:
-                buffer.restart(tuple(self.weights))
+        buffer.append(tokens)
+        rows = buffer.due(self.chunk_size)
+        if rows is not None:
+            memory, chunk = buffer.chunk(rows)
+            buffer.take_over(memory_write(memory=memory, **chunk, spec=self.spec, backend=self.backend), rows)
+        if self.segment is not None:
+            rows = buffer.due(self.segment)
+            if rows is not None:
+                buffer.restart(tuple(self.weights), rows)
+            buffer.position = buffer.position % self.segment
         return output.flatten(-2)
 
 

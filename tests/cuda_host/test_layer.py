@@ -57,7 +57,7 @@ def test_indices_count_up_x_first(layer: ctypes.CDLL) -> None:
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not here")
 def test_libraries_in_one_process_share_no_shared_memory(layer: ctypes.CDLL) -> None:
-    """The statics that stand for shared memory are those of the library, not one for the process (GNU unique symbols)."""
+    """The statics that stand for shared memory are each library's own, not the process's (GNU unique symbols)."""
     found = subprocess.run(["nm", layer._name], capture_output=True, text=True, check=True).stdout
     kinds = {line.split()[-2] for line in found.splitlines()}
     assert "t" in kinds and "u" not in kinds
