@@ -1,7 +1,8 @@
 """Layers built from memories."""
 
+from hope_kernels.layers.attention import CausalAttention
 from hope_kernels.layers.cms import CMS
 from hope_kernels.layers.cms_state import CMSBuffer, CMSState
 from hope_kernels.layers.level import CMSLevel
 
-__all__ = ["CMS", "CMSBuffer", "CMSLevel", "CMSState"]
+__all__ = ["CMS", "CMSBuffer", "CMSLevel", "CMSState", "CausalAttention"]
