@@ -70,6 +70,19 @@ class GateProjection(nn.Linear):
         return gates.unflatten(-1, (len(self.starts), self.heads))
 
 
+def memory_gates(
+    step_bound: float, step: Tensor, forgetting: Tensor | None, momentum: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gates of a memory, ``[..]`` each, from numbers of any size; None stays None.
+
+    ``lr = step_bound * sigmoid(step)``, retention ``exp(-lr * softplus(forgetting))``, exactly 1 where the step is
+    0, and ``sigmoid(momentum)``.
+    """
+    lr = step_bound * torch.sigmoid(step)
+    retention = None if forgetting is None else torch.exp(-lr * F.softplus(forgetting))
+    return lr, retention, None if momentum is None else torch.sigmoid(momentum)
+
+
 def inverse_sigmoid(p: float) -> float:
     """The ``z`` with ``sigmoid(z) = p``, for ``0 < p < 1``."""
     return math.log(p / (1 - p))
