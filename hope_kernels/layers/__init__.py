@@ -3,5 +3,7 @@
 from hope_kernels.layers.cms import CMS
 from hope_kernels.layers.cms_state import CMSBuffer, CMSState
 from hope_kernels.layers.level import CMSLevel
+from hope_kernels.layers.titans import NeuralMemory, SelfModifyingTitans
+from hope_kernels.layers.titans_state import TitansState
 
-__all__ = ["CMS", "CMSBuffer", "CMSLevel", "CMSState"]
+__all__ = ["CMS", "CMSBuffer", "CMSLevel", "CMSState", "NeuralMemory", "SelfModifyingTitans", "TitansState"]

@@ -6,6 +6,7 @@ None) is an ordinary MLP. Both map ``[B, T, dim]`` to ``[B, T, dim]`` and know n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -122,7 +123,7 @@ class CMSLevel:
 
 
 class Tokens(NamedTuple):
-    """What a memory is given of each token: ``q`` is ``k [B, T, N, D]``, ``v`` likewise, gates ``[B, T, N]``."""
+    """What a memory is given of each token to be written: ``k, v [B, T, N, D]``, gates ``[B, T, N]``."""
 
     k: Tensor
     v: Tensor
@@ -130,13 +131,17 @@ class Tokens(NamedTuple):
     retention: Tensor | None
     momentum: Tensor | None
 
+    def map(self, function: Callable[[str, Tensor], Tensor]) -> Tokens:
+        """``function(name, tensor)`` in the place of each tensor that is there."""
+        return Tokens(*(None if x is None else function(name, x) for name, x in zip(self._fields, self, strict=True)))
+
     def span(self, start: int, length: int) -> Tokens:
         """Tokens ``start .. start + length`` of every row."""
-        return Tokens(*(None if x is None else x.narrow(1, start, length) for x in self))
+        return self.map(lambda _, x: x.narrow(1, start, length))
 
     def folded(self, segments: int, length: int) -> Tokens:
         """``[B, segments * length, ..]`` as ``[B * segments, length, ..]``: every segment a row of its own."""
-        return Tokens(*(None if x is None else x.unflatten(1, (segments, length)).flatten(0, 1) for x in self))
+        return self.map(lambda _, x: x.unflatten(1, (segments, length)).flatten(0, 1))
 
 
 class MemoryLevel(nn.Module):
