@@ -121,9 +121,9 @@ def _paper(dim: int, depth: int, heads: int) -> HopeConfig:
 
 
 PRESETS = {
-    "1m": HopeConfig(dim=128, depth=4, heads=4),
-    "20m": HopeConfig(dim=384, depth=12, heads=6),
-    "340m": _paper(1024, 24, 16),
-    "760m": _paper(1536, 24, 16),
-    "1.3b": _paper(2048, 24, 32),
+    "1m": HopeConfig(dim=96, depth=4, heads=4),
+    "20m": HopeConfig(dim=320, depth=9, heads=5),
+    "340m": _paper(1024, 18, 16),
+    "760m": _paper(1536, 19, 16),
+    "1.3b": _paper(2048, 21, 32),
 }
