@@ -24,6 +24,11 @@ from hope_kernels.memory.state import state_dtype
 
 # The bound of the step with `dgd`, which does not add up over a chunk as that of `gd` does.
 DELTA_LR_MAX = 0.1
+# The norm per head that the convolution's results start with in a self-modifying layer, for inputs of unit entries. A
+# key along x̃ is moved towards M_v(v), v = M_v(x̃) = |x̃| M_v(k): in the linear regime M_v = f I follows, with `dgd`,
+# f' = 1 - 2 f + |x̃| f², which has a fixed point for |x̃| < 1 only, and grows beyond all bounds from any f above
+# (1 + sqrt(1 - |x̃|)) / |x̃|: 7.5 here. With `gd` it is f' = |x̃| f² - f, and the bound of f is 4.
+START_MIXED_NORM = 0.25
 
 
 class TitansLayer(nn.Module):
@@ -32,6 +37,7 @@ class TitansLayer(nn.Module):
     Args:
         adaptive: the projections that are no linear maps here; a subclass makes their results in :meth:`_tokens`.
         lr_max: bound of the step.
+        mixed_norm: the norm per head that the convolution's results start with.
         mixes_heads: whether a linear map follows the memory.
         The others as in :class:`SelfModifyingTitans`.
     """
@@ -53,6 +59,7 @@ class TitansLayer(nn.Module):
         momentum: bool,
         adaptive: tuple[str, ...],
         lr_max: float,
+        mixed_norm: float,
         mixes_heads: bool,
         bptt_chunks: int | None,
         backend: str | None,
@@ -79,8 +86,7 @@ class TitansLayer(nn.Module):
         def linear() -> nn.Linear:
             return nn.Linear(dim, dim, bias=False, device=device, dtype=dtype)
 
-        # Unit entries become unit vectors per head: what is written is then of the size of the keys.
-        self.conv = CausalConvolution(dim, output_rms=self.head_dim**-0.5, device=device, dtype=dtype)
+        self.conv = CausalConvolution(dim, output_rms=mixed_norm * self.head_dim**-0.5, device=device, dtype=dtype)
         self.query = linear()
         self.key = None if "k" in adaptive else linear()
         self.value = None if "v" in adaptive else linear()
@@ -289,6 +295,7 @@ class NeuralMemory(TitansLayer):
             momentum=momentum,
             adaptive=(),
             lr_max=default_lr_max(chunk_size) if lr_max is None else lr_max,
+            mixed_norm=1.0,  # and targets of the size of the keys
             mixes_heads=True,
             bptt_chunks=bptt_chunks,
             backend=backend,
@@ -375,6 +382,7 @@ class SelfModifyingTitans(TitansLayer):
             momentum=momentum,
             adaptive=_checked_adaptive(adaptive, retention),
             lr_max=lr_max,
+            mixed_norm=START_MIXED_NORM,
             mixes_heads=False,
             bptt_chunks=bptt_chunks,
             backend=backend,

@@ -19,9 +19,7 @@ def compare(layer, length: int, batch: int = 2) -> None:
     expected = titans_oracle.run(layer, x)
     found = results_of(*layer.stream(x, layer.init_state(batch)))
     found = {name: found[name] for name in expected}
-    assert_same(
-        found | gradients_of(found, named), expected | gradients_of(expected, named), tolerance=1e-10
-    )
+    assert_same(found | gradients_of(found, named), expected | gradients_of(expected, named), tolerance=1e-10)
 
 
 @pytest.mark.parametrize("backend", FLOAT64_BACKENDS)
@@ -76,7 +74,7 @@ def test_a_row_alone_equals_the_row_in_a_batch_and_keeps_its_nan(name) -> None:
 def test_switches_change_what_they_name_and_nothing_else() -> None:
     names = {name: {n.split(".")[0] for n, _ in make_titans(name).named_parameters()} for name in LAYERS}
     assert names["titans"] == {"conv", "query", "weights", "projections"}
-    assert names["fixed k and v"] == {"conv", "query", "key", "value", "gates", "weights", "projections"} - {"gates"}
+    assert names["fixed k and v"] == {"conv", "query", "key", "value", "weights", "projections"}
     assert names["fixed gates"] == {"conv", "query", "gates", "weights", "projections"}
     assert names["all fixed"] == {"conv", "query", "key", "value", "gates", "weights"}
     assert names["plain"] == names["all fixed"] | {"output"}
@@ -90,7 +88,7 @@ def test_gates_start_where_the_documentation_says() -> None:
         (SelfModifyingTitans(DIM, HEADS), 0.1),
         (SelfModifyingTitans(DIM, HEADS, rule="gd"), 0.25 / 64),
         (SelfModifyingTitans(DIM, HEADS, chunk_size=256, rule="gd"), 0.25 / 256),
-        (SelfModifyingTitans(DIM, HEADS, chunk_size=1, projection_chunk_size=2, rule="gd"), 0.1),
+        (SelfModifyingTitans(DIM, HEADS, chunk_size=2, projection_chunk_size=1, rule="gd"), 0.1),
         (NeuralMemory(DIM, HEADS, chunk_size=16), 0.25 / 16),
         (NeuralMemory(DIM, HEADS, lr_max=0.5), 0.5),
     ):
@@ -103,13 +101,28 @@ def test_gates_start_where_the_documentation_says() -> None:
             torch.testing.assert_close(held.pending_momentum, torch.full((1, 1, HEADS), 0.25))
 
 
-def test_targets_start_at_the_size_of_the_keys() -> None:
+@pytest.mark.parametrize(("kind", "norm"), [(SelfModifyingTitans, 0.25), (NeuralMemory, 1.0)])
+def test_targets_start_at_the_size_the_documentation_says(kind, norm) -> None:
     torch.manual_seed(0)
-    x = torch.randn(2, 300, 64)
-    for layer in (SelfModifyingTitans(64, 2, chunk_size=400, projection_chunk_size=400), NeuralMemory(64, 2, 400)):
-        _, state = layer.stream(x, layer.init_state(2))
-        assert 0.7 < state.memory.pending_v.norm(dim=-1).square().mean().sqrt() < 1.5
-        torch.testing.assert_close(state.memory.pending_k.norm(dim=-1), torch.ones(2, 300, 2), rtol=1e-3, atol=0)
+    options = {"projection_chunk_size": 400} if kind is SelfModifyingTitans else {}
+    layer = kind(64, 2, 400, **options)
+    _, state = layer.stream(torch.randn(2, 300, 64), layer.init_state(2))
+    size = state.memory.pending_v.norm(dim=-1).square().mean().sqrt()
+    assert 0.8 * norm < size < 1.3 * norm
+    torch.testing.assert_close(state.memory.pending_k.norm(dim=-1), torch.ones(2, 300, 2), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(("rule", "lr_max"), [("dgd", 0.1), ("dgd", 3.0), ("gd", 0.1)])
+def test_a_fresh_layer_stays_bounded_over_long_sequences(rule, lr_max) -> None:
+    """Beyond unit norm of what the convolution gives, as with ten times the input here, it does not: see the docs."""
+    torch.manual_seed(0)
+    layer = SelfModifyingTitans(32, 2, 4, 8, rule=rule, lr_max=lr_max, dtype=torch.float64)
+    x = tokens(2, 8, dim=32)[:, torch.randint(8, (1000,))]  # few tokens, many times: the worst case
+    with torch.no_grad():
+        output, state = layer.stream(x, layer.init_state(2))
+        assert output.abs().max() < 2
+        assert max(w.abs().max() for w in (*state.memory.weights, *state.projections.weights)) < 2
+        assert not layer(10 * x).isfinite().all()
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -32,7 +32,10 @@ def make_titans(name: str = "titans", seed: int = 0, **options) -> TitansLayer:
     if kind is SelfModifyingTitans:
         settings = {"projection_chunk_size": 2, **settings}
     torch.manual_seed(seed)
-    return spread(kind(DIM, HEADS, **settings), seed)
+    layer = spread(kind(DIM, HEADS, **settings), seed)
+    with torch.no_grad():
+        layer.conv.weight.mul_(0.4)  # results of the convolution beyond unit norm make the memories diverge
+    return layer
 
 
 def results_of(output: Tensor, state: TitansState) -> dict[str, Tensor]:
