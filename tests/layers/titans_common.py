@@ -34,7 +34,7 @@ def make_titans(name: str = "titans", seed: int = 0, **options) -> TitansLayer:
     torch.manual_seed(seed)
     layer = spread(kind(DIM, HEADS, **settings), seed)
     with torch.no_grad():
-        layer.conv.weight.mul_(0.4)  # results of the convolution beyond unit norm make the memories diverge
+        layer.conv.weight.mul_(0.2)  # results of the convolution beyond unit norm make the memories diverge
     return layer
 
 
