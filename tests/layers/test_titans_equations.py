@@ -101,6 +101,17 @@ def test_gates_start_where_the_documentation_says() -> None:
             torch.testing.assert_close(held.pending_momentum, torch.full((1, 1, HEADS), 0.25))
 
 
+def test_a_bound_shortens_the_targets_beyond_it_and_no_others() -> None:
+    x = tokens(2, 30)
+    options = {"chunk_size": 50, "projection_chunk_size": 50}
+    free, bounded = (make_titans(name, **options) for name in ("titans", "bounded targets"))
+    v, w = (layer.stream(x, layer.init_state(2))[1].memory.pending_v for layer in (free, bounded))
+    long = v.norm(dim=-1) > 0.3
+    assert 0 < long.sum() < long.numel()
+    torch.testing.assert_close(w[~long], v[~long], rtol=1e-12, atol=0)
+    torch.testing.assert_close(w[long], 0.3 * v[long] / v[long].norm(dim=-1, keepdim=True), rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize(("kind", "norm"), [(SelfModifyingTitans, 0.25), (NeuralMemory, 1.0)])
 def test_targets_start_at_the_size_the_documentation_says(kind, norm) -> None:
     torch.manual_seed(0)
@@ -112,17 +123,26 @@ def test_targets_start_at_the_size_the_documentation_says(kind, norm) -> None:
     torch.testing.assert_close(state.memory.pending_k.norm(dim=-1), torch.ones(2, 300, 2), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize(("rule", "lr_max"), [("dgd", 0.1), ("dgd", 3.0), ("gd", 0.1)])
-def test_a_fresh_layer_stays_bounded_over_long_sequences(rule, lr_max) -> None:
-    """Beyond unit norm of what the convolution gives, as with ten times the input here, it does not: see the docs."""
-    torch.manual_seed(0)
-    layer = SelfModifyingTitans(32, 2, 4, 8, rule=rule, lr_max=lr_max, dtype=torch.float64)
-    x = tokens(2, 8, dim=32)[:, torch.randint(8, (1000,))]  # few tokens, many times: the worst case
+@pytest.mark.parametrize(
+    ("rule", "lr_max", "stable"), [("dgd", 0.1, 3), ("dgd", 0.3, 3), ("dgd", 3.0, 3), ("gd", 0.1, 2)]
+)
+def test_long_sequences_stay_bounded_up_to_the_norm_the_documentation_says(rule, lr_max, stable) -> None:
+    """The convolution's results start with norm 1/4: ``stable`` times that is bounded, six times that is not."""
+    x = tokens(2, 8, dim=32)[:, torch.randint(8, (800,), generator=torch.Generator().manual_seed(0))]
+
+    def run(factor: float, **options):
+        torch.manual_seed(0)
+        layer = SelfModifyingTitans(32, 2, 4, 8, rule=rule, lr_max=lr_max, **options, dtype=torch.float64)
+        layer.conv.weight.mul_(factor)
+        return layer.stream(x, layer.init_state(2))
+
     with torch.no_grad():
-        output, state = layer.stream(x, layer.init_state(2))
+        output, state = run(stable)
         assert output.abs().max() < 2
         assert max(w.abs().max() for w in (*state.memory.weights, *state.projections.weights)) < 2
-        assert not layer(10 * x).isfinite().all()
+        assert not run(6)[0].isfinite().all()
+        if rule == "dgd":
+            assert run(40, value_norm_max=1.0)[0].abs().max() < 2
 
 
 @pytest.mark.parametrize("name", LAYERS)
