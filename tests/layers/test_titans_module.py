@@ -194,7 +194,7 @@ class Recall(nn.Module):
 
 
 def train(layer: nn.Module, steps: int) -> list[float]:
-    """Losses of recalling pairs shown earlier in the sequence, by Adam. Everything on the way is finite."""
+    """Losses of recalling pairs shown earlier in the sequence, by Adam. Every gradient on the way is finite."""
     torch.manual_seed(0)
     model = Recall(layer, 32)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -225,3 +225,14 @@ def test_recall_within_the_context_is_learned_by_writing(make, last) -> None:
     losses = train(make(), 280)
     assert losses[0] > 0.9
     assert last[0] <= sum(losses[-10:]) / 10 < last[1], losses[::20]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lr_max", [0.1, 0.3])
+def test_a_trained_layer_with_bounded_targets_runs_through_long_sequences(lr_max) -> None:
+    torch.manual_seed(0)
+    layer = SelfModifyingTitans(32, 2, 8, 8, lr_max=lr_max, value_norm_max=1.0)
+    losses = train(layer, 800)
+    assert losses[-1] < 0.05
+    with torch.no_grad():
+        assert layer(tokens(2, 4000, dim=32, dtype=torch.float32)).abs().max() < 10
