@@ -16,6 +16,7 @@ LAYERS = {
     "titans": {},
     "gd": {"rule": "gd", "momentum": True},
     "no retention": {"retention": False},
+    "bounded targets": {"value_norm_max": 0.3},
     "fixed k and v": {"adaptive": ("lr", "retention")},
     "fixed gates": {"adaptive": ("v", "k"), "rule": "gd", "momentum": True},
     "only k, no retention": {"adaptive": ("k",), "retention": False, "rule": "gd"},
@@ -34,7 +35,7 @@ def make_titans(name: str = "titans", seed: int = 0, **options) -> TitansLayer:
     torch.manual_seed(seed)
     layer = spread(kind(DIM, HEADS, **settings), seed)
     with torch.no_grad():
-        layer.conv.weight.mul_(0.4)  # results of the convolution beyond unit norm make the memories diverge
+        layer.conv.weight.mul_(0.2)  # results of the convolution beyond unit norm make the memories diverge
     return layer
 
 

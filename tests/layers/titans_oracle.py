@@ -118,6 +118,9 @@ def run(layer: Any, x: Tensor) -> dict[str, Tensor]:
         k = projections["k"].read(per_head(mixed)) if "k" in projections else per_head(mixed @ p["key.weight"].T)
         v = projections["v"].read(per_head(mixed)) if "v" in projections else per_head(mixed @ p["value.weight"].T)
         k = norm(k)
+        if layer.value_norm_max is not None:
+            long = (v**2).sum(-1, keepdim=True) > layer.value_norm_max**2
+            v = torch.where(long, layer.value_norm_max * v / (v**2).sum(-1, keepdim=True).sqrt(), v)
         eta = layer.lr_max * sigmoid(gate("lr", x[:, t]))
         alpha = torch.exp(-eta * softplus(gate("retention", x[:, t]))) if layer.retention else None
         beta = sigmoid(gate("momentum", x[:, t])) if layer.momentum else None
