@@ -52,11 +52,16 @@ $(OLDEST)/installed.stamp: constraints.txt Makefile
 demo: $(INSTALLED) ## verify, benchmark and train on real text, into demo_output/ (DEMO_ARGS=--quick: shorter)
 	$(BIN)/hope-kernels demo $(DEMO_ARGS)
 
-test: $(INSTALLED) ## the test-suite but its slow tier (TEST_ARGS: more for pytest)
-	$(BIN)/python -m pytest $(TEST_ARGS)
+# Most tests keep one core busy: they run in as many processes as there are cores, up to four, a file in one of them, so
+# that what it compiles is compiled once.
+IN_PARALLEL := -n logical --maxprocesses 4 --dist loadfile
+ONE_THREAD_EACH := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
+
+test: $(INSTALLED) ## the test-suite but its slow tier (TEST_ARGS: more for pytest, as -n0 for one process)
+	$(ONE_THREAD_EACH) $(BIN)/python -m pytest $(IN_PARALLEL) $(TEST_ARGS)
 
 test-slow: $(INSTALLED) ## the slow tier alone
-	$(BIN)/python -m pytest -m slow $(TEST_ARGS)
+	$(ONE_THREAD_EACH) $(BIN)/python -m pytest $(IN_PARALLEL) -m slow $(TEST_ARGS)
 
 test-oldest-triton: $(OLDEST)/installed.stamp ## the Triton engine's tests with the oldest Triton (TEST_ARGS)
 	$(OLDEST)/bin/python -m pytest tests/backends/test_triton.py $(TEST_ARGS)
