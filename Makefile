@@ -20,9 +20,10 @@ TEST_ARGS ?=
 BENCH_ARGS ?=
 RESOURCES_ARGS ?=
 GPU_ARGS ?=
+SANITIZE_CASES ?= 200
 
 .PHONY: help install demo test test-slow test-oldest-triton lint format bench bench-suite triton-resources \
-	triton-resources-oldest cuda-resources gpu-suite doctor clean
+	triton-resources-oldest cuda-resources sanitize gpu-suite doctor clean
 .DELETE_ON_ERROR:
 
 help: ## list the commands
@@ -65,6 +66,19 @@ test-slow: $(INSTALLED) ## the slow tier alone
 
 test-oldest-triton: $(OLDEST)/installed.stamp ## the Triton engine's tests with the oldest Triton (TEST_ARGS)
 	$(OLDEST)/bin/python -m pytest tests/backends/test_triton.py $(TEST_ARGS)
+
+# One build with the address and the undefined-behaviour sanitizer, one with the thread sanitizer; the cases run on every
+# instruction set this processor has.
+sanitize: $(INSTALLED) ## the CPU engine over random problems under the sanitizers (SANITIZE_CASES=200)
+	@for kind in address,undefined thread; do \
+		build=build/sanitize-$${kind%,*}; \
+		$(BIN)/cmake -S . -B $$build -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python \
+			-DCMAKE_BUILD_TYPE=None -DHOPE_KERNELS_SANITIZE=$$kind -DHOPE_KERNELS_CUDA=OFF > /dev/null && \
+		$(BIN)/cmake --build $$build --target sanitize_driver || exit 1; \
+		for isa in $$($(BIN)/python -c 'from hope_kernels import _core; print(*_core.isas())'); do \
+			echo "$$kind, $$isa:" && HOPE_KERNELS_CPU_ISA=$$isa $$build/sanitize_driver $(SANITIZE_CASES) || exit 1; \
+		done; \
+	done
 
 lint: $(INSTALLED) ## ruff over everything
 	$(BIN)/ruff check .
