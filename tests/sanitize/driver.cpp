@@ -1,4 +1,4 @@
-// Runs the CPU engine over random problems, for sanitizers to watch: `driver CASES [SEED]`.
+// Runs the CPU engine over random scans and updates, for sanitizers to watch: `driver CASES [SEED]`.
 //
 // Every array is an allocation of its own and exactly as large as the description says, so that AddressSanitizer sees the
 // first element read or written outside. Results that are not wanted are absent, those that are must be complete: a value
@@ -12,6 +12,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -48,7 +49,8 @@ class Random {
 class Array {
  public:
   Array() = default;
-  Array(DType dtype, int64_t count) : dtype_(dtype), count_(count), data_(std::malloc(size_t(count) * bytes_of(dtype)), std::free) {
+  Array(DType dtype, int64_t count)
+      : dtype_(dtype), count_(count), data_(std::malloc(size_t(count) * bytes_of(dtype)), std::free) {
     if (!data_ && count > 0) fail("no memory for the case");
     for (int64_t i = 0; i < count; ++i) set(i, NAN);
   }
@@ -76,7 +78,8 @@ class Array {
     return bits > (dtype_ == DType::bfloat16 ? 0x7f80 : 0x7c00);
   }
   bool same_bits(const Array& other) const {
-    return count_ == other.count_ && (count_ == 0 || std::memcmp(data(), other.data(), size_t(count_) * bytes_of(dtype_)) == 0);
+    if (count_ != other.count_) return false;
+    return count_ == 0 || std::memcmp(data(), other.data(), size_t(count_) * bytes_of(dtype_)) == 0;
   }
 
  private:
@@ -111,7 +114,9 @@ struct Case {
   std::string description;
 
   DType state_dtype() const { return problem.dtype == DType::float64 ? DType::float64 : DType::float32; }
-  int64_t inner(int i) const { return problem.form == Form::linear || i + 1 < weight_count(problem.form) ? problem.dim : problem.hidden; }
+  int64_t inner(int i) const {
+    return problem.form == Form::linear || i + 1 < weight_count(problem.form) ? problem.dim : problem.hidden;
+  }
   int64_t outer(int i) const {
     return problem.form == Form::linear || i + 1 == weight_count(problem.form) ? problem.dim : problem.hidden;
   }
@@ -142,12 +147,14 @@ class Builder {
     coefficients();
     memories();
     char text[256];
-    std::snprintf(text, sizeof text, "form %d act %d objective %d rule %d residual %d dtype %d B%lld T%lld N%lld D%lld H%lld C%lld P%lld S%lld%s%s",
-                  int(p_.form), int(p_.activation), int(p_.objective), int(p_.rule), p_.residual, int(p_.dtype),
-                  (long long)p_.batch, (long long)p_.tokens, (long long)p_.heads, (long long)p_.dim, (long long)p_.hidden,
-                  (long long)p_.chunk_size, (long long)p_.pending_capacity, (long long)p_.sequence_count,
-                  p_.sequences ? " table" : "", p_.momentum_step ? " momentum" : "");
+    std::snprintf(text, sizeof text, "form %d act %d objective %d rule %d residual %d dtype %d", int(p_.form),
+                  int(p_.activation), int(p_.objective), int(p_.rule), p_.residual, int(p_.dtype));
     c_.description = text;
+    const std::pair<const char*, int64_t> sizes[] = {
+        {" B", p_.batch}, {" T", p_.tokens}, {" N", p_.heads}, {" D", p_.dim}, {" H", p_.hidden}, {" C", p_.chunk_size},
+        {" P", p_.pending_capacity}, {" S", p_.sequence_count}};
+    for (const auto& [name, size] : sizes) c_.description += name + std::to_string(size);
+    c_.description += std::string(p_.sequences ? " table" : "") + (p_.momentum_step ? " momentum" : "");
   }
 
  private:
@@ -342,9 +349,62 @@ Case run(uint64_t seed, int threads) {
   for (const Case::Named& result : made.results)
     for (int64_t i = 0; result.complete && i < result.array.count(); ++i)
       if (result.array.nan(i))
-        fail("case " + std::to_string(seed) + " (" + made.description + "): element " + std::to_string(i) + " of " + result.name +
-             " was not written, or is NaN");
+        fail("case " + std::to_string(seed) + " (" + made.description + "): element " + std::to_string(i) + " of " +
+             result.name + " was not written, or is NaN");
   return made;
+}
+
+// An update of many tensors of several levels; parameters, accumulators, moments, copies and norms.
+std::vector<Array> update(uint64_t seed, int threads) {
+  Random random(seed);
+  std::vector<UpdateTensor> tensors;
+  std::vector<UpdateLevel> levels;
+  std::vector<Array> arrays;
+  const auto filled = [&](DType dtype, int64_t count, double low, double high) {
+    Array array(dtype, count);
+    for (int64_t i = 0; i < count; ++i) array.set(i, low + (high - low) * random.uniform());
+    arrays.push_back(array);
+    return array.data();
+  };
+  int64_t piece = 0;
+  const int64_t level_count = random.whole(1, 4);
+  for (int64_t l = 0; l < level_count; ++l) {
+    UpdateLevel level{};
+    level.rule = UpdateRule(random.whole(0, 2));
+    level.due = int32_t(random.whole(0, 1)), level.nesterov = int32_t(random.whole(0, 1));
+    level.first_piece = piece;
+    level.lr = 0.01f, level.beta1 = 0.9f, level.beta2 = 0.99f, level.eps = 1e-8f;
+    level.gain1 = 0.1f, level.gain2 = 0.01f, level.correction1 = 0.1f, level.correction2 = 0.01f, level.scale = 0.5f;
+    level.max_norm = random.chance(0.3) ? 1.0f : 0.0f;
+    for (int64_t t = random.whole(0, 4); t > 0; --t) {
+      UpdateTensor tensor{};
+      tensor.size = random.one_of({0, 1, 15, 100, kPieceElements, kPieceElements + 1, 20000});
+      tensor.level = int32_t(l), tensor.first_piece = piece, tensor.decay = 0.01f;
+      const auto floats = [&](double low, double high) {
+        return static_cast<float*>(filled(DType::float32, tensor.size, low, high));
+      };
+      tensor.parameter = floats(-1, 1);
+      constexpr int64_t kKinds[] = {int64_t(DType::float32), int64_t(DType::bfloat16), int64_t(DType::float16)};
+      tensor.gradient_dtype = DType(random.one_of(kKinds));
+      if (random.chance(0.8)) tensor.gradient = filled(tensor.gradient_dtype, tensor.size, -1, 1);
+      if (!level.due || random.chance(0.6)) tensor.accumulator = floats(-1, 1);
+      if (level.rule != UpdateRule::sgd) tensor.first = floats(-1, 1);
+      if (level.rule == UpdateRule::adam) tensor.second = floats(0, 1);
+      tensor.copy_dtype = random.chance(0.5) ? DType::bfloat16 : DType::float16;
+      if (random.chance(0.6)) tensor.copy = filled(tensor.copy_dtype, tensor.size, -1, 1);
+      piece += piece_count(tensor.size);
+      tensors.push_back(tensor);
+    }
+    level.pieces = piece - level.first_piece;
+    levels.push_back(level);
+  }
+  const float max_norm = random.chance(0.3) ? 1.0f : 0.0f;
+  const auto norms = static_cast<float*>(filled(DType::float32, level_count, 0, 1));
+  const LevelUpdateProblem problem{tensors.data(), levels.data(), int64_t(tensors.size()), level_count, 0.5f,
+                                   max_norm,       norms};
+  const Status status = cpu::level_update(problem, threads);
+  if (status.code != StatusCode::ok) fail("update " + std::to_string(seed) + ": " + status.message);
+  return arrays;
 }
 
 }  // namespace
@@ -359,6 +419,9 @@ int main(int count, char** arguments) {
       if (!alone.results[r].array.same_bits(together.results[r].array))
         fail("case " + std::to_string(seed) + " (" + alone.description + "): " + alone.results[r].name +
              " depends on the number of threads");
+    const std::vector<Array> one = update(seed, 1), several = update(seed, 3);
+    for (size_t r = 0; r < one.size(); ++r)
+      if (!one[r].same_bits(several[r])) fail("update " + std::to_string(seed) + " depends on the number of threads");
   }
   std::printf("%d cases passed\n", cases);
   return 0;
