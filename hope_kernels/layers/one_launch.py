@@ -51,7 +51,7 @@ class OneLaunch:
             for held in buffers
         )
         self._predicted = False
-        self._addresses: tuple[int, ...] = ()
+        self._described: tuple = ()
         self._tables: tuple[tuple, tuple] = ((), ())
         if (reason := self._tabulate(cms)) is not None:
             raise Refused(reason)
@@ -97,12 +97,12 @@ class OneLaunch:
         self._predicted = self._predicted or isinstance(rows, slice)
 
     def _tabulate(self, cms: CMS) -> str | None:
-        """Tables of the layer's parameters and the buffer, made anew when an address has changed."""
+        """Tables of the layer's parameters and the buffer, made anew when a parameter lies elsewhere or otherwise."""
         parameters = [_parameters(level) for level in cms.levels]
         mix = cms.mix if cms.variant == "independent" else None
         flat = [p for of_level in parameters for p in of_level] + ([] if mix is None else [mix])
-        addresses = tuple(p.data_ptr() for p in flat)
-        if addresses == self._addresses:
+        described = tuple((p.data_ptr(), p.dtype, p.stride()) for p in flat)
+        if described == self._described:
             return None
         for p in flat:
             if p.dtype != self.dtype:
@@ -128,7 +128,7 @@ class OneLaunch:
         )
         if (reason := cuda_step.refuses_stack(settings, levels)) is not None:
             return reason
-        self._addresses, self._tables = addresses, (settings, levels)
+        self._described, self._tables = described, (settings, levels)
         return None
 
 

@@ -218,7 +218,7 @@ def test_sequences_at_different_tokens_step_as_if_each_were_alone(cuda_on_host, 
         cuda_on_host.cuda_host_set_device(9, 0, 1 + t % 3, 1)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cuda_step, "SPLIT_PAIRS", ALL_SPLIT if t % 2 else NONE_SPLIT)
-            together.kernel._addresses = ()
+            together.kernel._described = ()
             assert torch.equal(cms.step(token, together), expected)
         cuda_on_host.cuda_host_set_device(9, 0, 2, 1)
     assert together.position.tolist() == [8, 5, 3]
@@ -332,7 +332,8 @@ def test_parameters_that_moved_are_found(cuda_on_host) -> None:
         old.mul_(2)
     cms.levels[1].weights[0] = old
     assert torch.equal(moved, cms.step(x[1], fresh))
-    cms.levels[1].weights[0] = torch.nn.Parameter(old.detach().t().contiguous().t())
+    cms.step(x[1], buffer)
+    cms.levels[1].weights[0] = torch.nn.Parameter(old.detach().t())  # at the same address
     assert not buffer.kernel.serves(cms)
 
 
@@ -380,7 +381,7 @@ def test_an_input_that_does_not_fit_leaves_the_buffer_as_it_was(cuda_on_host) ->
         cms.step(x, buffer)
     for token in x[:2]:
         cms.step(token, buffer)
-    with pytest.raises(ValueError, match="buffer of level 0 is at token 0; want 3, where variant 'sequential'"):
+    with pytest.raises(ValueError, match="level 0 starts again every 3 tokens; want never, as in variant 'sequential'"):
         make(stack()).step(x[1], buffer)
     assert cms.step(torch.zeros(0, DIM), cms.make_buffer(0)).shape == (0, DIM)
     again = cms.make_buffer(2)
