@@ -53,8 +53,8 @@ $(OLDEST)/installed.stamp: constraints.txt Makefile
 demo: $(INSTALLED) ## verify, benchmark and train on real text, into demo_output/ (DEMO_ARGS=--quick: shorter)
 	$(BIN)/hope-kernels demo $(DEMO_ARGS)
 
-# Most tests keep one core busy: they run in as many processes as there are cores, up to four, a file in one of them, so
-# that what it compiles is compiled once.
+# Most tests keep one core busy: they run in as many processes as there are cores, up to four; each file in one of them, so
+# that what it compiles is compiled once (what several files share, once in each process).
 IN_PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 ONE_THREAD_EACH := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
 

@@ -41,7 +41,8 @@ assert y.shape == (2, 100, 128) and y.isfinite().all()
 assert logits.shape == (1, text.shape[1] - 1, 256) and loss.isfinite()
 assert written.shape[1] == text.shape[1] + 20 and torch.equal(written[:, : text.shape[1]], text)
 """
-    result = subprocess.run([sys.executable, "-c", code + check + model + check_model], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-c", code + check + model + check_model]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 

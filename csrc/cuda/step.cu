@@ -46,7 +46,7 @@ __device__ void look_at_the_stack(const StepProblem& p) {
     if (written(shared.levels[l]))
       for (int b = lane_id(); b < p.batch; b += 32) due |= is_due(shared.levels[l], b);
     due = __any_sync(kAllLanes, due);
-    if (lane_id() == 0) shared.due[l] = due;  // looked at after the grid's first barrier
+    if (lane_id() == 0) shared.due[l] = due;  // a barrier of the block comes before the first look at it
   }
 }
 

@@ -215,14 +215,14 @@ class CMS(nn.Module):
             for level, held in zip(self.levels, buffer.levels, strict=True):
                 if held is not None:
                     held.count(level.segment)
-            buffer.counted += 1
+            buffer.counted = buffer.counted + 1
             return output.view(x.shape)
         outputs: list[Tensor] = []
         if kernel is not None:
             _ = buffer.position  # counted by the device, which replays of a graph move on unseen
         for level, held in zip(self.levels, buffer.levels, strict=True):
             outputs.append(level.step(self._level_input(token, outputs), held))
-        buffer.counted += 1
+        buffer.counted = buffer.counted + 1
         if kernel is not None:
             kernel.follow()
         return self._join(outputs).view_as(x)
@@ -297,12 +297,16 @@ class CMS(nn.Module):
                 raise ValueError(f"CMS: {name} has {came} memory for level {index}; want {want}")
             if plain:
                 continue
+            weights = held.weights
+            here, want = weights[0].device, level.weights[0].device
+            if here != want:
+                raise ValueError(f"CMS: {name} of level {index} is on {here}; want {want}, with the parameters")
             if (held.spec, held.chunk_size) != (level.spec, level.chunk_size):
                 raise ValueError(
                     f"CMS: {name} of level {index} is for {held.spec} and chunk size {held.chunk_size}; want "
                     f"{level.spec} and {level.chunk_size}"
                 )
-            came, want = ([tuple(w.shape[-3:]) for w in x.weights] for x in (held, level))
+            came, want = ([tuple(w.shape[-3:]) for w in x] for x in (weights, level.weights))
             if came != want:
                 raise ValueError(f"CMS: {name} of level {index} has weights {came}; want {want}")
             came, want = held.gates, (level.level.retention, level.level.momentum)

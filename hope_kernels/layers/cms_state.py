@@ -220,7 +220,7 @@ class LevelBuffer:
 
 def _copy(into: Sequence[Tensor], source: Sequence[Tensor], rows: slice | Tensor) -> None:
     for kept, new in zip(into, source, strict=True):
-        kept[rows] = new
+        kept[rows] = new.to(kept.dtype)
 
 
 class CMSBuffer:
@@ -260,7 +260,7 @@ class CMSBuffer:
         """
         if self.kernel is not None and self.batch_size:
             self._move_to(self.kernel.positions.cpu())
-        return self.counted
+        return self.counted if isinstance(self.counted, int) else self.counted.clone()
 
     def to_state(self, rows: Tensor | Sequence[int] | None = None) -> CMSState:
         """The state at this token as :meth:`CMS.stream` would have returned it; later steps do not change it.
@@ -278,6 +278,8 @@ class CMSBuffer:
             named = self.checked_rows(rows)
             position = position if isinstance(position, int) else agreed(position[named])
             here = named.to(next((level.k.device for level in self.levels if level is not None), "cpu"))
+        if rows is not None and not len(named):
+            position = 0
         if not isinstance(position, int):
             raise ValueError(f"rows: its sequences stand at tokens {position.tolist()}; want some that stand at one")
         levels = (
@@ -306,8 +308,11 @@ class CMSBuffer:
         Raises:
             ValueError, IndexError: they are no different sequences of this buffer.
         """
+        if not isinstance(rows, Tensor | Sequence) or isinstance(rows, str):
+            raise TypeError(f"rows: got {rows!r}; want whole numbers [R]")
         found = torch.as_tensor(rows, device="cpu")
-        if found.dim() != 1 or (len(found) and (found.is_floating_point() or found.dtype == torch.bool)):
+        fits = found.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8) or not found.numel()
+        if found.dim() != 1 or not fits:
             raise ValueError(f"rows: got {found.dtype} of shape {tuple(found.shape)}; want whole numbers [R]")
         found = found.to(torch.int64)
         if len(found) and not 0 <= int(found.min()) <= int(found.max()) < self.batch_size:

@@ -50,7 +50,6 @@ class OneLaunch:
             None if held is None else torch.zeros(held.k.shape, dtype=torch.float32, device=self.device)
             for held in buffers
         )
-        self._predicted = False
         self._described: tuple = ()
         self._tables: tuple[tuple, tuple] = ((), ())
         if (reason := self._tabulate(cms)) is not None:
@@ -65,8 +64,6 @@ class OneLaunch:
 
     def step(self, x: Tensor) -> Tensor:
         """One token per sequence, ``x [B, dim]`` -> ``[B, dim]``, after ``serves`` said yes."""
-        if not self._predicted:
-            self._predict(slice(None))
         if x.stride(-1) != 1:
             x = x.contiguous()
         output = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -76,7 +73,7 @@ class OneLaunch:
     def follow(self) -> None:
         """The buffer was moved on by other means."""
         self.positions += 1
-        self._predicted = False
+        self._predict(slice(None))
 
     def replace(self, rows: Tensor, position: int) -> None:
         """The sequences ``rows``, int64 ``[R]``, of the buffer were replaced by others, which stand at ``position``."""
@@ -94,7 +91,6 @@ class OneLaunch:
             if kept > 0:
                 keys, weights = held.k[rows, :kept].float(), tuple(w[rows] for w in held.weights)
                 predictions[rows, :kept] = memory_read(keys, weights, spec=held.spec, backend="reference")
-        self._predicted = self._predicted or isinstance(rows, slice)
 
     def _tabulate(self, cms: CMS) -> str | None:
         """Tables of the layer's parameters and the buffer, made anew when a parameter lies elsewhere or otherwise."""

@@ -1,4 +1,4 @@
-"""The CUDA scan compiled for the CPU, once for all tests of a session."""
+"""The CUDA scan compiled for the CPU, once for all tests of a process."""
 
 from __future__ import annotations
 

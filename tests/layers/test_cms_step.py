@@ -134,6 +134,42 @@ def test_sequences_that_take_the_place_of_others_go_on_from_their_own_token(vari
     assert buffer.position == 0 and buffer.to_state().batch_size == 4
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_sequences_in_bfloat16_start_again_each_at_its_own_token(variant) -> None:
+    """Parameters of 16 bits go into a buffer of 32."""
+    levels = [CMSLevel(2), CMSLevel(4, momentum=True), CMSLevel(None)]
+    cms = spread(CMS(DIM, levels, heads=HEADS, variant=variant, dtype=torch.bfloat16))
+    x = tokens(2, 13, dtype=torch.bfloat16)
+    together, alone = cms.make_buffer(2), [cms.make_buffer(1), cms.make_buffer(1)]
+    for t in range(13):
+        if t == 3:
+            cms.replace_sequences(together, [1])
+            alone[1] = cms.make_buffer(1)
+        output = cms.step(x[:, t], together)
+        for row in range(2):
+            expected = cms.step(x[row : row + 1, t], alone[row])
+            torch.testing.assert_close(output[row : row + 1], expected, rtol=0.02, atol=0.02)
+    for row in range(2):
+        found, expected = together.to_state([row]), alone[row].to_state()
+        assert positions_of(found) == positions_of(expected)
+        for name, value in results_of(output, found).items():
+            wanted = results_of(output, expected)[name]
+            torch.testing.assert_close(value, wanted, rtol=0.02, atol=0.02, msg=name)
+
+
+def test_a_position_that_was_read_does_not_move() -> None:
+    cms = make_cms("sequential")
+    buffer = cms.make_buffer(2)
+    cms.step(tokens(2, 1)[:, 0], buffer)
+    cms.replace_sequences(buffer, [0])
+    position = buffer.position
+    cms.step(tokens(2, 1)[:, 0], buffer)
+    assert position.tolist() == [0, 1] and buffer.position.tolist() == [1, 2]
+    position += 5
+    assert buffer.position.tolist() == [1, 2]
+    assert buffer.to_state([]).batch_size == 0
+
+
 def test_sequences_that_do_not_fit_take_nobodys_place() -> None:
     cms = make_cms("nested")
     buffer = cms.make_buffer(3)
@@ -152,6 +188,13 @@ def test_sequences_that_do_not_fit_take_nobodys_place() -> None:
         cms.replace_sequences(buffer, [0, 1], cms.init_state(1))
     with pytest.raises(TypeError, match="state is a CMSBuffer; want a CMSState"):
         cms.replace_sequences(buffer, [0, 1], cms.make_buffer(2))
+    for rows in (None, "01", 3):
+        with pytest.raises(TypeError, match=r"rows: got .*; want whole numbers"):
+            cms.replace_sequences(buffer, rows)
+    away = cms.init_state(1).to("meta")
+    for call in (lambda: cms.replace_sequences(buffer, [0], away), lambda: cms.make_buffer(away)):
+        with pytest.raises(ValueError, match="state of level 0 is on meta; want cpu, with the parameters"):
+            call()
     with pytest.raises(ValueError, match="state has 1 levels; want 4"):
         cms.replace_sequences(buffer, [0], CMS(DIM, [CMSLevel(2)], heads=HEADS, dtype=torch.float64).init_state(1))
     cms.replace_sequences(buffer, [])
