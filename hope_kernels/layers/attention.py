@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hope_kernels.layers.checks import check_batch_size, check_bound, check_input, check_int, check_width
+from hope_kernels.memory.validation import check_indices
+
 
 @dataclass(frozen=True, eq=False)
 class AttentionState:
@@ -35,8 +38,12 @@ class AttentionState:
         return replace(self, k=self.k.to(*args, **kwargs), v=self.v.to(*args, **kwargs))
 
     def index_select(self, indices: Tensor | Sequence[int]) -> AttentionState:
-        """The state whose sequence ``i`` is sequence ``indices[i]`` of this one; may repeat."""
-        indices = torch.as_tensor(indices, device=self.k.device)
+        """The state whose sequence ``i`` is sequence ``indices[i]`` of this one; may repeat.
+
+        Raises:
+            ValueError, IndexError: as :meth:`hope_kernels.MemoryState.index_select`.
+        """
+        indices = check_indices(indices, self.batch_size, self.k.device)
         return replace(
             self, batch_size=len(indices), k=self.k.index_select(0, indices), v=self.v.index_select(0, indices)
         )
@@ -68,11 +75,11 @@ class CausalAttention(nn.Module):
         dim: features of a token.
         heads: attention heads, each ``dim / heads`` wide.
         window: a token looks at the ``window`` last tokens, itself counted; None at all of them.
-        rope_base: the longest wave length, in tokens, over 2 pi.
+        rope_base: the wave lengths of the rotations, in tokens over 2 pi, lie between 1 and this.
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: a size is out of range.
+        ValueError, TypeError: an argument is out of range.
     """
 
     def __init__(
@@ -86,12 +93,12 @@ class CausalAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if heads < 1 or dim < 1 or dim % heads or dim // heads % 2:
-            raise ValueError(f"CausalAttention: dim is {dim}, heads is {heads}; want heads of an even width")
-        if window is not None and window < 1:
-            raise ValueError(f"CausalAttention: window is {window}; want at least 1, or None")
-        if rope_base <= 0:
-            raise ValueError(f"CausalAttention: rope_base is {rope_base}; want a positive number")
+        name = type(self).__name__
+        check_width(name, dim, heads)
+        if dim // heads % 2:
+            raise ValueError(f"{name}: dim is {dim} and heads is {heads}; want heads of an even width")
+        check_int(name, "window", window, optional=True)
+        check_bound(name, "rope_base", rope_base)
         self.dim, self.heads, self.window, self.rope_base = dim, heads, window, rope_base
         self.qkv = nn.Linear(dim, 3 * dim, bias=False, device=device, dtype=dtype)
         self.out = nn.Linear(dim, dim, bias=False, device=device, dtype=dtype)
@@ -101,10 +108,12 @@ class CausalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [B, T, dim]`` as fresh sequences."""
+        check_input(type(self).__name__, x, self.dim, self.qkv.weight)
         return self.stream(x, self.init_state(x.shape[0]))[0]
 
     def init_state(self, batch_size: int) -> AttentionState:
         """The state before the first token."""
+        check_batch_size(type(self).__name__, batch_size)
         weight = self.qkv.weight
         nothing = weight.new_empty(batch_size, self.heads, 0, self.dim // self.heads)
         return AttentionState(0, batch_size, nothing, nothing)
@@ -113,13 +122,21 @@ class CausalAttention(nn.Module):
         """``x [B, T, dim]`` behind the tokens of ``state``, which stays as it is.
 
         Raises:
-            ValueError: ``x`` has another width or batch size.
+            ValueError, TypeError: ``x`` or ``state`` does not fit this layer or the other.
         """
-        if x.dim() != 3 or x.shape[-1] != self.dim or x.shape[0] != state.batch_size:
+        name = type(self).__name__
+        check_input(name, x, self.dim, self.qkv.weight)
+        if not isinstance(state, AttentionState):
+            raise TypeError(f"{name}: state is a {type(state).__name__}; want an AttentionState")
+        kept = state.position if self.window is None else min(state.position, self.window - 1)
+        want = (x.shape[0], self.heads, kept, self.dim // self.heads)
+        if tuple(state.k.shape) != want or tuple(state.v.shape) != want:
             raise ValueError(
-                f"CausalAttention: x has shape {tuple(x.shape)}; want [{state.batch_size}, T, {self.dim}], the batch "
-                "size being that of the state"
+                f"{name}: state has keys {tuple(state.k.shape)} and values {tuple(state.v.shape)}; want {want}: the "
+                "batch size of x, heads, tokens kept, width of a head"
             )
+        if state.k.device != x.device:
+            raise ValueError(f"{name}: state is on {state.k.device}, x on {x.device}; want one device")
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         cos, sin = self._rotation(state.position, x.shape[1], x.device)
         q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
@@ -127,7 +144,9 @@ class CausalAttention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, **self._mask(q.shape[2], k.shape[2], x.device))
         kept = k.shape[2] if self.window is None else min(self.window - 1, k.shape[2])
         first = k.shape[2] - kept
-        after = AttentionState(state.position + x.shape[1], state.batch_size, k[:, :, first:], v[:, :, first:])
+        # A copy: a few tokens do not hold on to all.
+        k, v = (x[:, :, first:].clone() if first else x for x in (k, v))
+        after = AttentionState(state.position + x.shape[1], state.batch_size, k, v)
         return self.out(y.transpose(1, 2).flatten(-2)), after
 
     def _mask(self, queries: int, keys: int, device: torch.device) -> dict[str, Any]:

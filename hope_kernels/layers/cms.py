@@ -63,7 +63,7 @@ class CMS(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        levels = _checked_levels(levels)
+        levels = checked_levels(levels)
         check_width("CMS", dim, heads)
         if variant not in get_args(Variant):
             raise ValueError(f"CMS: variant is {variant!r}; want one of {', '.join(map(repr, get_args(Variant)))}")
@@ -331,17 +331,22 @@ class CMS(nn.Module):
             )
 
 
-def _checked_levels(levels: Sequence[CMSLevel]) -> tuple[CMSLevel, ...]:
+def checked_levels(levels: Sequence[CMSLevel], owner: str = "CMS") -> tuple[CMSLevel, ...]:
+    """Levels that fit together, fastest first; ``owner`` begins the messages.
+
+    Raises:
+        ValueError, TypeError: they do not.
+    """
     if not isinstance(levels, Sequence) or not levels or not all(isinstance(x, CMSLevel) for x in levels):
-        raise TypeError(f"CMS: levels is {levels!r}; want a non-empty sequence of CMSLevel, fastest first")
+        raise TypeError(f"{owner}: levels is {levels!r}; want a non-empty sequence of CMSLevel, fastest first")
     for index, (fast, slow) in enumerate(itertools.pairwise(levels)):
         if fast.chunk_size is None:
             raise ValueError(
-                f"CMS: levels[{index}] has chunk_size None; want that in the last of the {len(levels)} levels only"
+                f"{owner}: levels[{index}] has chunk_size None; want that in the last of the {len(levels)} levels only"
             )
         if slow.chunk_size is not None and slow.chunk_size % fast.chunk_size:
             raise ValueError(
-                f"CMS: levels[{index}] and [{index + 1}] have chunk_size {fast.chunk_size} and {slow.chunk_size}; "
+                f"{owner}: levels[{index}] and [{index + 1}] have chunk_size {fast.chunk_size} and {slow.chunk_size}; "
                 "want the fastest level first and each chunk size dividing the next"
             )
     return tuple(levels)

@@ -344,7 +344,8 @@ class MemoryLevel(nn.Module):
 class PlainLevel(nn.Module):
     """A level that is never written (frequency 0): ``x + f(x / rms(x))`` with one network over the full width.
 
-    Weights ``[in, out]`` are shared by all sequences, as in any MLP; there is no state.
+    Weights ``[in, out]`` are shared by all sequences, as in any MLP; there is no state. With ``bare`` it is ``f(x)``,
+    for a block that has a norm and a residual of its own.
     """
 
     def __init__(
@@ -352,11 +353,12 @@ class PlainLevel(nn.Module):
         dim: int,
         level: CMSLevel,
         *,
+        bare: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.level = level
+        self.level, self.bare = level, bare
         # The residual is around the norm, as in a pre-normed Transformer block: inside it, the input's scale is lost.
         self.spec = MemorySpec(level.form, level.activation, residual=False)
         shapes = self.spec.weight_shapes(dim, level.expansion * dim)
@@ -374,8 +376,9 @@ class PlainLevel(nn.Module):
 
     def forward(self, x: Tensor, state: None = None) -> tuple[Tensor, None]:
         """``x [B, T, dim]`` -> output of the same shape; there is no state."""
-        output, _ = memory_forward(self.spec, tuple(self.weights), rms_norm(x).to(x.dtype))
-        return x.to(output.dtype) + output, None
+        inputs = x if self.bare else rms_norm(x).to(x.dtype)
+        output, _ = memory_forward(self.spec, tuple(self.weights), inputs)
+        return output if self.bare else x.to(output.dtype) + output, None
 
     def step(self, x: Tensor, buffer: None) -> Tensor:
         """One token per sequence: the same as :meth:`forward`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +120,9 @@ class ProjectionMemories(nn.Module):
         read_from = {"k": mixed, "v": mixed, "lr": x, "retention": x}
         inputs = torch.cat([read_from[name] for name in self.adaptive], 2)
         found, start = [], 0
-        for length in _parts(x.shape[1], self.chunk_size, 0 if pending is None else pending.k.shape[1]):
+        kept = 0 if pending is None else pending.k.shape[1]
+        # In a trace a length may be a symbol: how many chunks there are must be a constant, which index() makes of it.
+        for length in _parts(index(x.shape[1]), self.chunk_size, index(kept)):
             read = memory_read(inputs.narrow(1, start, length), state, spec=self.spec, backend=self.backend)
             raw = {name: value.narrow(1, start, length) for name, value in fixed.items()}
             for name, value in zip(self.adaptive, read.unflatten(2, (-1, self.heads)).unbind(2), strict=True):

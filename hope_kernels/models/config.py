@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from hope_kernels.layers import CMSLevel
+from hope_kernels.layers.checks import check_bool, check_bound, check_int, check_width
+from hope_kernels.layers.cms import checked_levels
 
 Mixer = Literal["titans", "neural_memory", "attention"]
 Variant = Literal["sequential", "independent", "nested"]
@@ -30,9 +32,12 @@ class HopeConfig:
         chunk_size: tokens per write of the mixer's main memory.
         projection_chunk_size: tokens per write of the memories that make keys, values and gates (``"titans"``).
         lr_max: upper bound of an inner learning rate of the mixer; None takes the layer's own default.
+        value_norm_max: longer targets of ``"titans"`` are shortened to this norm; None leaves them as the equations have
+            them, and training may then move the layer to where it diverges.
         window: tokens that attention looks back on, itself counted; None is all of them, and a cache that grows.
         rope_base: of attention's rotary positions.
-        levels: the CMS, fastest level first. ``(CMSLevel(None),)`` is a plain MLP: no CMS.
+        levels: the CMS, fastest level first. ``(CMSLevel(None),)``, :data:`PLAIN_MLP`, is no CMS: a plain MLP without
+            the norm and the residual that such a level has in a CMS, since the block has both.
         cms_variant: how levels are joined, see :class:`hope_kernels.CMS`.
         tie_embeddings: whether logits are products with the token embeddings, or with weights of their own.
         norm_eps: of the RMS norms in front of each half of a block, and of the last one.
@@ -49,6 +54,7 @@ class HopeConfig:
     chunk_size: int = 16
     projection_chunk_size: int = 64
     lr_max: float | None = None
+    value_norm_max: float | None = 1.0
     window: int | None = None
     rope_base: float = 10000.0
     levels: tuple[CMSLevel, ...] = (CMSLevel(16), CMSLevel(64), CMSLevel(None))
@@ -57,23 +63,30 @@ class HopeConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "levels", tuple(self.levels))
-        for name in ("vocab_size", "dim", "depth", "heads", "chunk_size", "projection_chunk_size", "window"):
-            value = getattr(self, name)
-            if value is None and name == "window":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"HopeConfig: {name} is {value!r}; want a positive int")
-            if value < 1:
-                raise ValueError(f"HopeConfig: {name} is {value}; want at least 1")
-        if self.dim % self.heads:
-            raise ValueError(f"HopeConfig: dim is {self.dim} and heads is {self.heads}; want dim divisible by heads")
+        owner = type(self).__name__
+        for name in ("vocab_size", "depth", "chunk_size", "projection_chunk_size"):
+            check_int(owner, name, getattr(self, name))
+        check_int(owner, "window", self.window, optional=True)
+        check_width(owner, self.dim, self.heads)
+        for name in ("norm_eps", "rope_base"):
+            if getattr(self, name) is None:
+                raise TypeError(f"HopeConfig: {name} is None; want a positive float")
+            check_bound(owner, name, getattr(self, name))
+        check_bound(owner, "lr_max", self.lr_max)
+        check_bound(owner, "value_norm_max", self.value_norm_max)
+        check_bool(owner, "tie_embeddings", self.tie_embeddings)
         for name, kind in (("mixer", Mixer), ("cms_variant", Variant)):
             if getattr(self, name) not in get_args(kind):
                 want = ", ".join(map(repr, get_args(kind)))
                 raise ValueError(f"HopeConfig: {name} is {getattr(self, name)!r}; want one of {want}")
-        if not self.levels or not all(isinstance(level, CMSLevel) for level in self.levels):
-            raise TypeError(f"HopeConfig: levels is {self.levels!r}; want CMSLevels, at least one")
+        if self.mixer == "attention" and self.dim // self.heads % 2:
+            raise ValueError(f"HopeConfig: dim is {self.dim} and heads is {self.heads}; attention wants an even width")
+        object.__setattr__(self, "levels", checked_levels(self.levels, owner))
+
+    @property
+    def has_cms(self) -> bool:
+        """Whether any level is ever written; else a block has a plain MLP."""
+        return any(level.chunk_size is not None for level in self.levels)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON; :meth:`from_dict` is the inverse."""
@@ -87,11 +100,17 @@ class HopeConfig:
             ValueError, TypeError: a name is unknown, or a value out of range.
         """
         _known(values, HopeConfig)
-        levels = values.get("levels")
-        if levels is None:
-            return HopeConfig(**values)
+        levels = values.get("levels", ())
+        if not isinstance(levels, Sequence) or isinstance(levels, str):
+            raise TypeError(f"HopeConfig: levels is {levels!r}; want a list of dictionaries of CMSLevel's fields")
         for level in levels:
             _known(level, CMSLevel)
+            if "chunk_size" not in level:
+                raise ValueError(
+                    f"CMSLevel: got {dict(level)}; want a chunk_size, null for a level that is never written"
+                )
+        if "levels" not in values:
+            return HopeConfig(**values)
         return HopeConfig(**{**values, "levels": tuple(CMSLevel(**level) for level in levels)})
 
     @staticmethod

@@ -27,37 +27,42 @@ class HopeDecoder:
 
     @torch.no_grad()
     def __init__(self, model: HopeForCausalLM, state: HopeState) -> None:
+        model.model.check_state(state)
         self.model, self.position, self.batch_size = model, state.position, state.batch_size
-        self.mixers = [block.mixer for block in state.blocks]
+        self.mixers = [block.mixer.detach() for block in state.blocks]
         blocks = zip(model.model.blocks, state.blocks, strict=True)
-        self.buffers = [block.cms.make_buffer(held.cms) for block, held in blocks]
+        self.buffers = [None if block.cms is None else block.cms.make_buffer(held.cms) for block, held in blocks]
 
     @torch.no_grad()
     def step(self, ids: Tensor) -> Tensor:
         """Logits ``[B, vocab_size]`` of the token behind ``ids [B]``.
 
         Raises:
-            ValueError, TypeError: ``ids`` does not fit.
+            ValueError, TypeError: ``ids`` does not fit, or autocast is not as it was; the decoder is unchanged.
         """
-        if ids.dim() != 1 or len(ids) != self.batch_size:
-            raise ValueError(f"HopeDecoder: ids has shape {tuple(ids.shape)}; want [{self.batch_size}]")
-        model = self.model.model
+        if not isinstance(ids, Tensor) or ids.dim() != 1 or len(ids) != self.batch_size:
+            came = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
+            raise ValueError(f"HopeDecoder: ids is {came}; want a tensor [{self.batch_size}]")
+        model, mixers = self.model.model, []
         x = model.embed(ids[:, None])
-        for index, block in enumerate(model.blocks):
-            y, self.mixers[index] = block.mixer.stream(block.mixer_norm(x), self.mixers[index])
+        # The first buffer refuses what does not fit before any of them moves on; the mixers' states are values.
+        for block, held, buffer in zip(model.blocks, self.mixers, self.buffers, strict=True):
+            y, mixer = block.mixer.stream(block.mixer_norm(x), held)
+            mixers.append(mixer)
             x = x + y
-            x = x + block.cms.step(block.cms_norm(x), self.buffers[index])
-        self.position += 1
+            inputs = block.cms_norm(x)
+            x = x + (block.mlp(inputs)[0] if buffer is None else block.cms.step(inputs, buffer))
+        self.mixers, self.position = mixers, self.position + 1
         return self.model.logits(model.norm(x))[:, 0]
 
     def to_state(self) -> HopeState:
         """The state at this token, which later steps do not change."""
         parts = zip(self.mixers, self.buffers, strict=True)
-        blocks = tuple(BlockState(mixer, buffer.to_state()) for mixer, buffer in parts)
+        blocks = tuple(BlockState(mixer, buffer and buffer.to_state()) for mixer, buffer in parts)
         return HopeState(self.position, self.batch_size, blocks)
 
 
-def choose(
+def sample(
     logits: Tensor,
     *,
     temperature: float = 1.0,
@@ -73,10 +78,10 @@ def choose(
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest is 0, however low the temperature
     if top_k is not None and top_k < logits.shape[-1]:
-        least = logits.topk(top_k, -1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
+        kept, order = logits.topk(top_k, -1)  # of equal ones no more than k
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, order, kept)
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(-1, descending=True)
         likely = ordered.softmax(-1)
@@ -103,15 +108,17 @@ def generate(
     ends = _checked(model, input_ids, max_new_tokens, temperature, top_k, top_p, eos_token_id)
     written = [input_ids]
     if max_new_tokens == 0:
-        return input_ids
+        model.model.embed(input_ids)  # looks at the ids
+        return input_ids.clone()
     state = model.init_state(input_ids.shape[0]) if state is None else state
     features, state = model.model.stream(input_ids, state)
     logits = model.logits(features[:, -1])
     decoder = HopeDecoder(model, state)
+    del features, state  # the decoder has its own
     ended = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
     for count in range(1, max_new_tokens + 1):
         options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
-        ids = choose(logits, **options).to(input_ids.dtype)
+        ids = sample(logits, **options).to(input_ids.dtype)
         if ends is not None:
             ids = torch.where(ended, ends[0].to(ids.dtype), ids)
             ended = ended | torch.isin(ids, ends.to(ids.dtype))
@@ -137,19 +144,24 @@ def _checked(
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.shape[1] == 0:
         came = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
         raise ValueError(f"generate: input_ids is {came}; want a prompt [B, T] of at least one token")
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+    if input_ids.is_floating_point() or torch.iinfo(input_ids.dtype).max < model.config.vocab_size - 1:
+        raise ValueError(
+            f"generate: input_ids is {input_ids.dtype}, which does not hold the ids up to {model.config.vocab_size - 1}"
+        )
+    if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 0:
         raise ValueError(f"generate: max_new_tokens is {max_new_tokens!r}; want a whole number, 0 or more")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"generate: temperature is {temperature}; want 0 (greedy) or a positive number")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"generate: top_k is {top_k}; want at least 1, or None")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"generate: top_p is {top_p}; want a probability above 0, or None")
+    if not isinstance(temperature, int | float) or not 0 <= temperature < float("inf"):
+        raise ValueError(f"generate: temperature is {temperature!r}; want 0 (greedy) or a positive number")
+    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+        raise ValueError(f"generate: top_k is {top_k!r}; want a whole number, at least 1, or None")
+    if top_p is not None and (not isinstance(top_p, int | float) or not 0 < top_p <= 1):
+        raise ValueError(f"generate: top_p is {top_p!r}; want a probability above 0, or None")
     if eos_token_id is None:
         return None
-    ends = torch.as_tensor(eos_token_id, device=input_ids.device).reshape(-1)
-    if not len(ends) or ends.min() < 0 or ends.max() >= model.config.vocab_size:
+    ends = list(eos_token_id) if isinstance(eos_token_id, Sequence) else [eos_token_id]
+    vocabulary = range(model.config.vocab_size)
+    if not ends or not all(isinstance(x, int) and not isinstance(x, bool) and x in vocabulary for x in ends):
         raise ValueError(
             f"generate: eos_token_id is {eos_token_id!r}; want ids from 0 to {model.config.vocab_size - 1}, or None"
         )
-    return ends
+    return torch.tensor(ends, device=input_ids.device)

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hope_kernels.layers import CMS, CausalAttention, CMSState, NeuralMemory, SelfModifyingTitans
 from hope_kernels.layers.attention import AttentionState
+from hope_kernels.layers.level import PlainLevel
 from hope_kernels.layers.titans_state import TitansState
 from hope_kernels.models import generation, pretrained
 from hope_kernels.models.config import HopeConfig
@@ -34,7 +35,10 @@ class HopeOutput(NamedTuple):
 
 
 class HopeBlock(nn.Module):
-    """A token mixer, then a CMS, each behind an RMS norm and with a residual; ``[B, T, dim] -> [B, T, dim]``."""
+    """A token mixer, then a CMS, each behind an RMS norm and with a residual; ``[B, T, dim] -> [B, T, dim]``.
+
+    Where no level is ever written a plain MLP takes the place of the CMS: with attention, a Transformer's block.
+    """
 
     def __init__(self, config: HopeConfig, backend: str | None = None, **factory: Any) -> None:
         super().__init__()
@@ -48,25 +52,32 @@ class HopeBlock(nn.Module):
                 options["lr_max"] = config.lr_max
             if config.mixer == "titans":
                 options["projection_chunk_size"] = config.projection_chunk_size
+                options["value_norm_max"] = config.value_norm_max
             kind = SelfModifyingTitans if config.mixer == "titans" else NeuralMemory
             self.mixer = kind(dim, heads, **options)
         self.cms_norm = nn.RMSNorm(dim, eps=config.norm_eps, **factory)
-        self.cms = CMS(dim, config.levels, heads=heads, variant=config.cms_variant, backend=backend, **factory)
+        self.cms = self.mlp = None
+        if config.has_cms:
+            self.cms = CMS(dim, config.levels, heads=heads, variant=config.cms_variant, backend=backend, **factory)
+        else:
+            self.mlp = PlainLevel(dim, config.levels[0], bare=True, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` as fresh sequences."""
         x = x + self.mixer(self.mixer_norm(x))
-        return x + self.cms(self.cms_norm(x))
+        return x + (self.mlp(self.cms_norm(x))[0] if self.cms is None else self.cms(self.cms_norm(x)))
 
     def init_state(self, batch_size: int) -> BlockState:
         """The state before the first token; it refers to the parameters."""
-        return BlockState(self.mixer.init_state(batch_size), self.cms.init_state(batch_size))
+        cms = None if self.cms is None else self.cms.init_state(batch_size)
+        return BlockState(self.mixer.init_state(batch_size), cms)
 
     def stream(self, x: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
         """``x`` behind the tokens of ``state``, which stays as it is."""
         y, mixer = self.mixer.stream(self.mixer_norm(x), state.mixer)
         x = x + y
-        y, cms = self.cms.stream(self.cms_norm(x), state.cms)
+        memory = self.mlp if self.cms is None else self.cms.stream
+        y, cms = memory(self.cms_norm(x), state.cms)
         return x + y, BlockState(mixer, cms)
 
 
@@ -124,13 +135,7 @@ class HopeModel(nn.Module):
             ValueError, TypeError: as :meth:`forward`; or the state is of another batch size or model.
         """
         x = self.embed(ids)
-        if not isinstance(state, HopeState):
-            raise TypeError(f"HopeModel: state is a {type(state).__name__}; want a HopeState")
-        if state.batch_size != ids.shape[0] or len(state.blocks) != len(self.blocks):
-            raise ValueError(
-                f"HopeModel: state is of {state.batch_size} sequences and {len(state.blocks)} blocks; want "
-                f"{ids.shape[0]} and {len(self.blocks)}"
-            )
+        self.check_state(state, ids.shape[0])
         after = []
         for block, held in zip(self.blocks, state.blocks, strict=True):
             x, held = self._run(block.stream, x, held)
@@ -143,17 +148,36 @@ class HopeModel(nn.Module):
         Raises:
             ValueError: a name is missing or unknown, or there are other blocks than this model's.
         """
-        names = {"position", "batch_size", "blocks"}
-        if set(state_dict) != names:
-            raise ValueError(f"state_dict: got names {sorted(state_dict)}; want {sorted(names)}")
+        _check_names(state_dict, {"position", "batch_size", "blocks"})
         if len(state_dict["blocks"]) != len(self.blocks):
             raise ValueError(f"state_dict: got {len(state_dict['blocks'])} blocks; want {len(self.blocks)}")
-        mixer = _MIXER_STATES[self.config.mixer]
-        blocks = (
-            BlockState(mixer.from_state_dict(block["mixer"]), CMSState.from_state_dict(block["cms"]))
-            for block in state_dict["blocks"]
-        )
+        mixer, blocks = _MIXER_STATES[self.config.mixer], []
+        for block in state_dict["blocks"]:
+            _check_names(block, {"mixer", "cms"})
+            cms = None if block["cms"] is None else CMSState.from_state_dict(block["cms"])
+            blocks.append(BlockState(mixer.from_state_dict(block["mixer"]), cms))
         return HopeState(state_dict["position"], state_dict["batch_size"], tuple(blocks))
+
+    def check_state(self, state: HopeState, batch_size: int | None = None) -> None:
+        """That a state is of a model like this one, and of ``batch_size`` sequences where that is given.
+
+        Raises:
+            ValueError, TypeError: it is not; the message says what it is of.
+        """
+        if not isinstance(state, HopeState):
+            raise TypeError(f"HopeModel: state is a {type(state).__name__}; want a HopeState")
+        batch_size = state.batch_size if batch_size is None else batch_size
+        if state.batch_size != batch_size or len(state.blocks) != len(self.blocks):
+            raise ValueError(
+                f"HopeModel: state is of {state.batch_size} sequences and {len(state.blocks)} blocks; want "
+                f"{batch_size} and {len(self.blocks)}"
+            )
+        want = _MIXER_STATES[self.config.mixer]
+        for index, block in enumerate(state.blocks):
+            if not isinstance(block.mixer, want) or (block.cms is None) == self.config.has_cms:
+                came = f"{type(block.mixer).__name__} and {type(block.cms).__name__}"
+                cms = "CMSState" if self.config.has_cms else "NoneType"
+                raise ValueError(f"HopeModel: state of block {index} is {came}; want {want.__name__} and {cms}")
 
     def embed(self, ids: Tensor) -> Tensor:
         """``[B, T, dim]``, after looking at the ids; errors as :meth:`forward`."""
@@ -162,6 +186,7 @@ class HopeModel(nn.Module):
             raise TypeError(f"HopeModel: input_ids is {came}; want an integer tensor")
         if ids.dim() != 2:
             raise ValueError(f"HopeModel: input_ids has shape {tuple(ids.shape)}; want [B, T]")
+        ids = ids.long()
         # On a GPU the embedding's own assertion answers: a look would wait for the device.
         if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
             low, high = int(ids.min()), int(ids.max())
@@ -175,6 +200,11 @@ class HopeModel(nn.Module):
         if self.activation_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(function, *args, use_reentrant=False)
         return function(*args)
+
+
+def _check_names(state_dict: dict[str, Any], names: set[str]) -> None:
+    if set(state_dict) != names:
+        raise ValueError(f"state_dict: got names {sorted(state_dict)}; want {sorted(names)}")
 
 
 class HopeForCausalLM(nn.Module):
@@ -279,7 +309,7 @@ class HopeForCausalLM(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> HopeForCausalLM:
-        """The model that :meth:`save_pretrained` wrote; ``dtype`` None keeps the one it was written in.
+        """The model that :meth:`save_pretrained` wrote; ``dtype`` None keeps the one it was written in, a floating one.
 
         Raises:
             FileNotFoundError: a file is missing.
@@ -302,11 +332,21 @@ class HopeForCausalLM(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"HopeForCausalLM: labels is a {type(labels).__name__}; want an integer tensor [B, T]")
         if labels.shape != logits.shape[:-1] or labels.is_floating_point():
             raise ValueError(
                 f"HopeForCausalLM: labels is {labels.dtype} of shape {tuple(labels.shape)}; want integers of shape "
                 f"{tuple(logits.shape[:-1])}, as input_ids"
             )
+        labels = labels.long()
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            there = labels[labels != -100]
+            if there.numel() and not 0 <= int(there.min()) <= int(there.max()) < logits.shape[-1]:
+                raise ValueError(
+                    f"HopeForCausalLM: labels has ids from {int(there.min())} to {int(there.max())}; want 0 to "
+                    f"{logits.shape[-1] - 1}, or -100 where there is none"
+                )
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        total = F.cross_entropy(logits.flatten(0, 1).to(dtype), labels.flatten().long(), reduction="sum")
+        total = F.cross_entropy(logits.flatten(0, 1).to(dtype), labels.flatten(), reduction="sum")
         return total / (labels != -100).sum().clamp_min(1)

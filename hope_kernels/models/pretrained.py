@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import tempfile
@@ -23,15 +24,16 @@ MODEL_TYPE = "hope"
 
 def save(model: HopeForCausalLM, folder: str | os.PathLike[str]) -> None:
     """See :meth:`HopeForCausalLM.save_pretrained`."""
-    save_file = _safetensors().save_file
+    save_file = _safetensors().torch.save_file
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    config = {"model_type": MODEL_TYPE, **model.config.to_dict()}
-    # Each file appears whole or not at all, the weights first: a folder with a config has weights.
+    config = json.dumps({"model_type": MODEL_TYPE, **model.config.to_dict()}, indent=1)
+    # Each file appears whole or not at all. The weights name their config: with another one beside them, as when only
+    # one of the two was replaced, they are refused.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
-        save_file(tensors, Path(scratch) / WEIGHTS, metadata={"format": "pt"})
-        (Path(scratch) / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+        save_file(tensors, Path(scratch) / WEIGHTS, metadata={"format": "pt", MODEL_TYPE: config})
+        (Path(scratch) / CONFIG).write_text(config + "\n")
         for name in (WEIGHTS, CONFIG):
             os.replace(Path(scratch) / name, folder / name)
 
@@ -56,21 +58,33 @@ def load(
     found = values.pop("model_type", None) if isinstance(values, dict) else None
     if found != MODEL_TYPE:
         raise ValueError(f"from_pretrained: {folder / CONFIG} has model_type {found!r}; want {MODEL_TYPE!r}")
+    missing = [field.name for field in dataclasses.fields(HopeConfig) if field.name not in values]
+    if missing:
+        raise ValueError(f"from_pretrained: {folder / CONFIG} lacks {missing}")
     try:
-        tensors = safetensors.load_file(folder / WEIGHTS)
+        config = HopeConfig.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"from_pretrained: {folder / CONFIG}: {error}") from None
+    try:
+        with safetensors.safe_open(folder / WEIGHTS, framework="pt") as file:
+            written_with = json.loads((file.metadata() or {}).get(MODEL_TYPE, "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
     except Exception as error:  # the library's own class, which is no public name in all its versions
         raise ValueError(f"from_pretrained: {folder / WEIGHTS} cannot be read: {error}") from error
-    model = kind(HopeConfig.from_dict(values), backend, device="meta")
-    _check(model, tensors, folder / WEIGHTS)
+    if written_with is not None and written_with != {"model_type": found, **values}:
+        raise ValueError(f"from_pretrained: {folder / WEIGHTS} was written with another config than {CONFIG}'s")
+    model = kind(config, backend, device="meta")
+    kept = _checked_dtype(model, tensors, folder / WEIGHTS)
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"from_pretrained: dtype is {dtype}; want a floating one, or None")
     model.to_empty(device=device or "cpu")
-    kept = next(iter(tensors.values())).dtype
     model.to(dtype or kept)
     model.load_state_dict(tensors)
     return model
 
 
-def _check(model: HopeForCausalLM, tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """That a file has the model's tensors, all of them and no others."""
+def _checked_dtype(model: HopeForCausalLM, tensors: dict[str, torch.Tensor], path: Path) -> torch.dtype:
+    """The dtype of a file's tensors, which are the model's, all of them and no others."""
     want = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     missing, unknown = sorted(want.keys() - tensors.keys()), sorted(tensors.keys() - want.keys())
     if missing or unknown:
@@ -80,6 +94,10 @@ def _check(model: HopeForCausalLM, tensors: dict[str, torch.Tensor], path: Path)
     for name, shape in want.items():
         if tuple(tensors[name].shape) != shape:
             raise ValueError(f"from_pretrained: {path} has {name} of {tuple(tensors[name].shape)}; want {shape}")
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:
+        raise ValueError(f"from_pretrained: {path} has tensors of {sorted(map(str, dtypes))}; want one floating dtype")
+    return dtypes.pop()
 
 
 def _safetensors():
@@ -87,4 +105,4 @@ def _safetensors():
         import safetensors.torch
     except ImportError:
         raise ImportError("models on disk need safetensors: pip install 'hope_kernels[models]'") from None
-    return safetensors.torch
+    return safetensors

@@ -16,10 +16,10 @@ MixerState = AttentionState | TitansState
 
 
 class BlockState(NamedTuple):
-    """What one block carries: the state of its token mixer and that of its CMS."""
+    """What one block carries: the state of its token mixer and that of its CMS, None where it has a plain MLP."""
 
     mixer: MixerState
-    cms: CMSState
+    cms: CMSState | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,8 +50,14 @@ class HopeState:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors, for ``torch.save``; :meth:`HopeModel.load_state` is the inverse."""
-        blocks = [{"mixer": block.mixer.state_dict(), "cms": block.cms.state_dict()} for block in self.blocks]
+        blocks = [
+            {"mixer": block.mixer.state_dict(), "cms": None if block.cms is None else block.cms.state_dict()}
+            for block in self.blocks
+        ]
         return {"position": self.position, "batch_size": self.batch_size, "blocks": blocks}
 
     def _map(self, function: Callable[[Any], Any]) -> HopeState:
-        return replace(self, blocks=tuple(BlockState(*map(function, block)) for block in self.blocks))
+        def of_block(block: BlockState) -> BlockState:
+            return BlockState(*(None if part is None else function(part) for part in block))
+
+        return replace(self, blocks=tuple(map(of_block, self.blocks)))

@@ -63,11 +63,12 @@ def test_output_and_gradients_follow_the_formula_under_any_split(window) -> None
 
 
 def test_far_positions_keep_their_angle() -> None:
-    """Scores depend on distances alone, at ten million tokens too, in float32."""
-    layer, x = make(None, torch.float32), tokens(1, 6, DIM, dtype=torch.float32)
-    far = layer.init_state(1)
-    far = AttentionState(10_000_000, far.batch_size, far.k, far.v)
-    torch.testing.assert_close(layer.stream(x, far)[0], layer(x), rtol=1e-4, atol=1e-5)
+    """In float32 the angle of token ten million would be off by a radian."""
+    layer = make(None, torch.float32)
+    for found, exact in zip(layer._rotation(10_000_000, 2, torch.device("cpu")), (math.cos, math.sin), strict=True):
+        for row, position in enumerate((10_000_000, 10_000_001)):
+            expected = [exact(math.fmod(position * 100.0 ** (-i / 2), 2 * math.pi)) for i in range(2)]
+            assert found[row].tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def test_states_are_selected_and_stored() -> None:
@@ -83,15 +84,30 @@ def test_states_are_selected_and_stored() -> None:
 
 
 def test_arguments_that_do_not_fit_are_named() -> None:
-    for options, match in (
-        ({"dim": 6, "heads": 2}, "dim is 6, heads is 2; want heads of an even width"),
-        ({"dim": 8, "heads": 3}, "dim is 8, heads is 3"),
-        ({"dim": 8, "heads": 2, "window": 0}, "window is 0; want at least 1"),
-        ({"dim": 8, "heads": 2, "rope_base": 0.0}, "rope_base is 0.0; want a positive number"),
+    for options, error, match in (
+        ({"dim": 6, "heads": 2}, ValueError, "dim is 6 and heads is 2; want heads of an even width"),
+        ({"dim": 8, "heads": 3}, ValueError, "dim is 8 and heads is 3"),
+        ({"dim": 8, "heads": 2.0}, TypeError, "heads is 2.0; want a positive int"),
+        ({"dim": 8, "heads": 2, "window": 0}, ValueError, "window is 0; want at least 1"),
+        ({"dim": 8, "heads": 2, "rope_base": math.nan}, ValueError, "rope_base is nan; want a finite number above 0"),
     ):
-        with pytest.raises(ValueError, match=match):
+        with pytest.raises(error, match=match):
             CausalAttention(**options)
     layer = make(None)
-    for shape in ((2, 3, 7), (3, 3, DIM), (2, DIM)):
-        with pytest.raises(ValueError, match=r"x has shape .*; want \[2, T, 8\]"):
-            layer.stream(torch.zeros(shape, dtype=torch.float64), layer.init_state(2))
+    with pytest.raises(ValueError, match=r"x has shape \(2, 3, 7\); want \[B, T, 8\]"):
+        layer.stream(torch.zeros(2, 3, 7, dtype=torch.float64), layer.init_state(2))
+    with pytest.raises(TypeError, match=r"x is torch\.float32, the parameters are torch\.float64"):
+        layer(torch.zeros(2, 3, DIM))
+    x = torch.zeros(2, 3, DIM, dtype=torch.float64)
+    with pytest.raises(TypeError, match="state is a NoneType; want an AttentionState"):
+        layer.stream(x, None)
+    _, seen = layer.stream(x, layer.init_state(2))
+    for other, state in ((layer, layer.init_state(3)), (make(2), seen), (CausalAttention(DIM, 4).double(), seen)):
+        with pytest.raises(ValueError, match=r"state has keys .*; want"):
+            other.stream(x, state)
+    for size, error in ((-1, ValueError), (True, TypeError)):
+        with pytest.raises(error, match="batch_size is"):
+            layer.init_state(size)
+    assert seen.index_select([]).batch_size == 0
+    with pytest.raises(IndexError):
+        seen.index_select([2])

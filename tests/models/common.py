@@ -6,17 +6,20 @@ import torch
 from torch import Tensor
 
 from hope_kernels import CMSLevel
-from hope_kernels.models import HopeConfig, HopeForCausalLM
+from hope_kernels.models import PLAIN_MLP, HopeConfig, HopeForCausalLM
 
-MIXERS = ("titans", "neural_memory", "attention")
+MIXERS = ("titans", "neural_memory", "attention", "windowed attention", "transformer")
+_OPTIONS = {
+    "windowed attention": {"mixer": "attention", "window": 4},
+    "transformer": {"mixer": "attention", "levels": PLAIN_MLP},
+}
 VOCABULARY = 11
 
 
 def config_of(mixer: str, **changes) -> HopeConfig:
     usual = {"vocab_size": VOCABULARY, "dim": 8, "depth": 2, "heads": 2, "chunk_size": 3, "projection_chunk_size": 4}
-    return HopeConfig(
-        mixer=mixer, **{**usual, "levels": (CMSLevel(2, lr_max=0.2), CMSLevel(None, expansion=2)), **changes}
-    )
+    levels = (CMSLevel(2, lr_max=0.2), CMSLevel(None, expansion=2))
+    return HopeConfig(**{**usual, "levels": levels, "mixer": mixer, **_OPTIONS.get(mixer, {}), **changes})
 
 
 def make_model(

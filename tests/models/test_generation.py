@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from hope_kernels.models import HopeState
-from hope_kernels.models.generation import choose
+from hope_kernels.models.generation import sample
 from tests.models.common import MIXERS, ids_of, make_model
 
 
@@ -22,25 +23,22 @@ def test_greedy_tokens_are_those_of_whole_calls(mixer) -> None:
     assert torch.equal(logits[:, 2:].argmax(-1), written[:, 3:].long())
 
 
-def numbers_in(state: HopeState) -> int:
-    def count(x) -> int:
-        if isinstance(x, torch.Tensor):
-            return x.numel()
-        return sum(map(count, x.values() if isinstance(x, dict) else x)) if isinstance(x, (dict, list, tuple)) else 0
-
-    return count(state.state_dict())
+def bytes_in(state: HopeState) -> int:
+    """Of all that the state keeps alive."""
+    tensors = [x for x in tree_leaves(state.state_dict()) if isinstance(x, torch.Tensor)]
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
 
 
-@pytest.mark.parametrize(("mixer", "window"), [("titans", None), ("neural_memory", None), ("attention", 4)])
-def test_memory_does_not_grow_with_what_is_written(mixer, window) -> None:
-    model = make_model(mixer, window=window)
+@pytest.mark.parametrize("mixer", ["titans", "neural_memory", "windowed attention"])
+def test_memory_does_not_grow_with_what_is_read(mixer) -> None:
+    model = make_model(mixer)
     ids = ids_of(1, 12 * 9)
     sizes = set()
     state = model.init_state(1)
-    for part in ids.split(12, 1):  # a multiple of every chunk size
+    for part in ids.split([12, 12, 48, 36], 1):  # multiples of every chunk size
         with torch.no_grad():
             state = model(part, state=state).state
-        sizes.add(numbers_in(state))
+        sizes.add(bytes_in(state))
     assert len(sizes) == 1
 
 
@@ -60,7 +58,7 @@ def test_draws_follow_the_probabilities_that_are_left() -> None:
     probabilities = logits[0].softmax(-1)
 
     def frequencies(**options) -> torch.Tensor:
-        drawn = choose(logits, generator=torch.Generator().manual_seed(0), **options)
+        drawn = sample(logits, generator=torch.Generator().manual_seed(0), **options)
         return torch.bincount(drawn, minlength=4) / len(drawn)
 
     close = {"rtol": 0.0, "atol": 0.015}
@@ -73,6 +71,12 @@ def test_draws_follow_the_probabilities_that_are_left() -> None:
     assert frequencies(top_p=0.5)[0] == 1 and frequencies(top_p=1e-9)[0] == 1
     assert torch.equal(frequencies(top_p=1.0), frequencies()) and torch.equal(frequencies(top_k=9), frequencies())
     assert frequencies(temperature=0)[0] == 1
+
+
+def test_draws_of_equal_and_of_far_logits() -> None:
+    equal = torch.tensor([1.0, 1.0, 1.0, 0.0]).expand(1000, 4)
+    assert len(sample(equal, top_k=1).unique()) == 1 and len(sample(equal, top_k=2).unique()) == 2
+    assert sample(torch.tensor([[20.0, 1.0, 0.0]]), temperature=1e-38).item() == 0
 
 
 def test_draws_depend_on_the_generator_alone() -> None:
@@ -103,11 +107,17 @@ def test_arguments_that_do_not_fit_are_named() -> None:
     assert torch.equal(model.generate(prompt, 0), prompt)
     with pytest.raises(ValueError, match=r"input_ids is \(1, 0\); want a prompt \[B, T\] of at least one token"):
         model.generate(prompt[:, :0], 3)
-    for name, value in (("temperature", -1.0), ("temperature", float("nan")), ("top_k", 0), ("top_p", 0.0)):
-        with pytest.raises(ValueError, match=f"{name} is {value}"):
+    bad = {"temperature": (-1.0, float("nan"), "a"), "top_k": (0, 2.5), "top_p": (0.0, "a")}
+    for name, value in ((name, value) for name, values in bad.items() for value in values):
+        with pytest.raises(ValueError, match=f"{name} is {value!r}"):
             model.generate(prompt, 3, **{name: value})
+    wide = make_model("attention", vocab_size=300)
+    with pytest.raises(ValueError, match=r"input_ids is torch\.uint8, which does not hold the ids up to 299"):
+        wide.generate(prompt.to(torch.uint8), 3)
+    with pytest.raises(ValueError, match=r"ids from 12 to 12; want 0 to 10"):
+        model.generate(torch.tensor([[12]]), 0)
     with pytest.raises(ValueError, match="max_new_tokens is -1"):
         model.generate(prompt, -1)
-    for end in (11, -1, []):
+    for end in (11, -1, [], 3.7, True, "x"):
         with pytest.raises(ValueError, match=r"eos_token_id is .*; want ids from 0 to 10"):
             model.generate(prompt, 3, eos_token_id=end)

@@ -11,9 +11,14 @@ from hope_kernels import CMSLevel
 from hope_kernels.models import HopeConfig, HopeForCausalLM
 from tests.models.common import MIXERS, ids_of, make_model
 
-safetensors = pytest.importorskip("safetensors.torch")
+try:
+    import safetensors.torch
+except ImportError:
+    safetensors = None
+stored = pytest.mark.skipif(safetensors is None, reason="safetensors is not installed")
 
 
+@stored
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_what_is_saved_comes_back(mixer, tied, tmp_path) -> None:
@@ -28,6 +33,7 @@ def test_what_is_saved_comes_back(mixer, tied, tmp_path) -> None:
     assert all(p.dtype == torch.float64 for p in wide.parameters())
 
 
+@stored
 def test_a_model_takes_anothers_place(tmp_path) -> None:
     make_model("attention").save_pretrained(tmp_path)
     small = make_model("attention", depth=1)
@@ -35,6 +41,7 @@ def test_a_model_takes_anothers_place(tmp_path) -> None:
     assert HopeForCausalLM.from_pretrained(tmp_path).config == small.config
 
 
+@stored
 def test_what_is_no_model_is_refused(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match=r"has no config\.json; want a folder of save_pretrained"):
         HopeForCausalLM.from_pretrained(tmp_path)
@@ -52,21 +59,41 @@ def test_what_is_no_model_is_refused(tmp_path) -> None:
         (json.dumps({**values, "model_type": "llama"}), r"model_type 'llama'; want 'hope'"),
         (json.dumps({**values, "sizes": 3}), r"HopeConfig: got unknown names \['sizes'\]"),
         (json.dumps({**values, "levels": [{"chunk": 3}]}), r"CMSLevel: got unknown names \['chunk'\]"),
-        (json.dumps({**values, "dim": 7}), r"dim is 7 and heads is 2"),
-        (json.dumps({**values, "dim": 16}), r"model\.safetensors has .* of \(.*\); want \("),
-        (json.dumps({**values, "depth": 3}), r"lacks \['model\.blocks\.2\."),
-        (json.dumps({**values, "depth": 1}), r"unknown \['model\.blocks\.1\."),
+        (json.dumps({**values, "levels": [{"expansion": 3}]}), r"config\.json: CMSLevel: got .*; want a chunk_size"),
+        (json.dumps({**values, "levels": 3}), r"config\.json: HopeConfig: levels is 3"),
+        (json.dumps({**values, "dim": 7}), r"config\.json: HopeConfig: dim is 7 and heads is 2"),
+        (json.dumps({**values, "norm_eps": None}), r"norm_eps is None; want a positive float"),
+        (json.dumps({name: value for name, value in values.items() if name != "window"}), r"lacks \['window'\]"),
+        (json.dumps({**values, "window": 5}), r"model\.safetensors was written with another config"),
     ):
         config.write_text(text)
         refused(match)
     config.write_text(written)
+    with pytest.raises(TypeError, match=r"dtype is torch\.int32; want a floating one"):
+        HopeForCausalLM.from_pretrained(tmp_path, dtype=torch.int32)
     content = weights.read_bytes()
+    # Files of others say nothing of a config; then names, shapes and dtypes are compared.
+    tensors = safetensors.torch.load_file(weights)
+    for changes, match in (
+        ({"dim": 16}, r"model\.safetensors has .* of \(.*\); want \("),
+        ({"depth": 3}, r"lacks \['model\.blocks\.2\."),
+        ({"depth": 1}, r"unknown \['model\.blocks\.1\."),
+    ):
+        safetensors.torch.save_file(tensors, weights)
+        config.write_text(json.dumps({**values, **changes}))
+        refused(match)
+    config.write_text(written)
+    for dtypes in ([torch.int32], [torch.float32, torch.bfloat16]):
+        mixed = {name: x.to(dtypes[i % len(dtypes)]) for i, (name, x) in enumerate(tensors.items())}
+        safetensors.torch.save_file(mixed, weights)
+        refused("want one floating dtype")
     weights.write_bytes(content[: len(content) // 2])
     refused(r"model\.safetensors cannot be read")
     weights.unlink()
     refused(r"has no model\.safetensors", FileNotFoundError)
 
 
+@stored
 def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch) -> None:
     model = make_model("attention")
     model.save_pretrained(tmp_path)
@@ -76,7 +103,7 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch) -> None:
         path.write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr(safetensors, "save_file", fail)
+    monkeypatch.setattr(safetensors.torch, "save_file", fail)
     with pytest.raises(OSError, match="no space left"):
         make_model("attention", depth=1).save_pretrained(tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
@@ -97,8 +124,19 @@ def test_configurations_are_json_and_back() -> None:
         ({"window": 0}, ValueError, "window is 0; want at least 1"),
         ({"mixer": "mamba"}, ValueError, "mixer is 'mamba'; want one of 'titans'"),
         ({"cms_variant": "x"}, ValueError, "cms_variant is 'x'; want one of 'sequential'"),
-        ({"levels": ()}, TypeError, "want CMSLevels, at least one"),
-        ({"levels": (16,)}, TypeError, "want CMSLevels, at least one"),
+        ({"levels": ()}, TypeError, "HopeConfig: levels is .*; want a non-empty sequence of CMSLevel"),
+        ({"levels": (16,)}, TypeError, "HopeConfig: levels is .*; want a non-empty sequence of CMSLevel"),
+        ({"levels": None}, TypeError, "HopeConfig: levels is None; want a non-empty sequence of CMSLevel"),
+        (
+            {"levels": (CMSLevel(4), CMSLevel(3))},
+            ValueError,
+            r"HopeConfig: levels\[0\] and \[1\] have chunk_size 4 and 3",
+        ),
+        ({"norm_eps": -1.0}, ValueError, "norm_eps is -1.0; want a finite number above 0"),
+        ({"rope_base": "x"}, TypeError, "rope_base is 'x'"),
+        ({"lr_max": -1}, ValueError, "lr_max is -1"),
+        ({"tie_embeddings": "no"}, TypeError, "tie_embeddings is 'no'; want True or False"),
+        ({"mixer": "attention", "dim": 12, "heads": 4}, ValueError, "attention wants an even width"),
     ],
 )
 def test_a_field_that_is_out_of_range_is_named(changes, error, match) -> None:
