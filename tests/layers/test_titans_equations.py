@@ -157,11 +157,10 @@ def test_long_sequences_stay_bounded_up_to_the_norm_the_documentation_says(rule,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lr_max", [None, 0.1, 0.3, 1.0, 3.0])
-@pytest.mark.parametrize("rule", ["dgd", "gd"])
+@pytest.mark.parametrize(
+    ("rule", "lr_max"), [("dgd", 0.1), ("dgd", 0.3), ("dgd", 1.0), ("dgd", 3.0), ("gd", None), ("gd", 0.1)]
+)
 def test_the_bounds_of_stability_are_those_of_the_documentation(rule, lr_max) -> None:
-    if rule == "gd" and (lr_max or 0) > 0.1:
-        pytest.skip("no bound is stated")
     for kind in ("independent", "correlated", "repeating"):
         for chunks, length in (((16, 64), 4096), ((2, 4), 512)):
             arguments = {"kind": kind, "chunks": chunks, "length": length, "rule": rule, "lr_max": lr_max}

@@ -93,7 +93,7 @@ def run(layer: Any, x: Tensor) -> dict[str, Tensor]:
     heads = layer.heads
     slots = {"k": 0, "v": 1, "lr": 2, "retention": 3}
     adaptive = [name for name in slots if name in layer.adaptive]
-    self_target = layer.spec.objective == "self"
+    self_target = "output.weight" not in p  # the plain layer has an output projection, and targets that are given
 
     def per_head(y: Tensor) -> Tensor:
         return y.reshape(batch, heads, dim // heads)
