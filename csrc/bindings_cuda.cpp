@@ -172,6 +172,10 @@ py::object step_refusal(const py::tuple& settings, const py::tuple& levels) {
   return refusal(cuda::check_step(step_problem(settings, levels)));
 }
 
+int64_t step_shared_memory(const py::tuple& settings, const py::tuple& levels) {
+  return cuda::step_shared_memory(step_problem(settings, levels));
+}
+
 int64_t step_workspace(const py::tuple& settings, const py::tuple& levels) {
   return cuda::step_workspace(step_problem(settings, levels));
 }
@@ -191,6 +195,7 @@ void add_cuda(py::module_& m) {
         "Bytes that an update of tensors of these sizes and so many levels needs.");
   m.def("cuda_step", &step, "One token through all levels of a CMS; see hope_kernels.backends.cuda.step.");
   m.def("cuda_step_refusal", &step_refusal, "Why the kernel does not compute a step, or None.");
+  m.def("cuda_step_shared_memory", &step_shared_memory, "Bytes of shared memory that one block of a step takes.");
   m.def("cuda_step_workspace", &step_workspace, "Bytes that a step needs.");
 }
 

@@ -288,6 +288,10 @@ Status check_step(const StepProblem& p) {
   return {};
 }
 
+int64_t step_shared_memory(const StepProblem& problem) {
+  return int64_t(stepping::shared_bytes(problem) + (sizeof(stepping::Stack) + 127) / 128 * 128);
+}
+
 int64_t step_workspace(const StepProblem& problem) { return stepping::lay_out(problem, nullptr, nullptr); }
 
 Status step(const StepProblem& problem, void* workspace, int64_t workspace_bytes, int device, void* stream) {

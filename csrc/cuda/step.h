@@ -49,6 +49,9 @@ struct StepProblem {
 // Ok, or why the kernel does not compute this. Looks at everything but x and output.
 Status check_step(const StepProblem& problem);
 
+// Bytes of shared memory that one block takes.
+int64_t step_shared_memory(const StepProblem& problem);
+
 // Bytes of device memory a step needs; nothing in it need survive between calls.
 int64_t step_workspace(const StepProblem& problem);
 

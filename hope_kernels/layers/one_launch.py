@@ -122,7 +122,7 @@ class OneLaunch:
             _level_table(level, held, predictions)
             for level, held, predictions in zip(cms.levels, self.buffers, self.predictions, strict=True)
         )
-        if (reason := cuda_step.refuses_stack(settings, levels)) is not None:
+        if (reason := cuda_step.refuses_stack(settings, levels, self.device)) is not None:
             return reason
         self._described, self._tables = described, (settings, levels)
         return None

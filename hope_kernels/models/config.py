@@ -32,8 +32,8 @@ class HopeConfig:
         chunk_size: tokens per write of the mixer's main memory.
         projection_chunk_size: tokens per write of the memories that make keys, values and gates (``"titans"``).
         lr_max: upper bound of an inner learning rate of the mixer; None takes the layer's own default.
-        value_norm_max: longer targets of ``"titans"`` are shortened to this norm; None leaves them as the equations have
-            them, and training may then move the layer to where it diverges.
+        value_norm_max: longer targets of ``"titans"`` are shortened to this norm; None leaves them as the equations
+            have them, and training may then move the layer to where it diverges.
         window: tokens that attention looks back on, itself counted; None is all of them, and a cache that grows.
         rope_base: of attention's rotary positions.
         levels: the CMS, fastest level first. ``(CMSLevel(None),)``, :data:`PLAIN_MLP`, is no CMS: a plain MLP without

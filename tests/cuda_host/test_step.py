@@ -355,6 +355,11 @@ def test_what_the_kernel_refuses(cuda_on_host) -> None:
     assert refused(mlp, dim=272) == "a head's features must be a multiple of 8, up to 128"
     assert refused(mlp, batch=257) == "it takes up to 256 sequences"
     assert refused(mlp, backend="cpu") == "backend 'cpu' was asked for"
+    cuda_on_host.cuda_host_set_device(8, 6, 2, 1)
+    large = {"dim": 128, "heads": 1}
+    assert "bytes of shared memory for its weights and tokens; cpu has 101376" in refused(CMSLevel(2, "glu"), **large)
+    cuda_on_host.cuda_host_set_device(9, 0, 2, 1)
+    assert CMS(128, [CMSLevel(2, "glu")], heads=1).make_buffer(1).refused is None
     with torch.autocast("cpu", torch.bfloat16):
         assert CMS(16, [mlp], heads=2).make_buffer(1).refused == "under autocast tokens and parameters differ in dtype"
     mixed = CMS(16, [mlp], heads=2)

@@ -26,13 +26,23 @@ def refuses(device: torch.device) -> str | None:
     return core if isinstance(core, str) else runtime.device_refused(core, device)
 
 
-def refuses_stack(settings: tuple, levels: tuple) -> str | None:
-    """None when the kernel computes this stack of levels, else the reason it does not.
+def refuses_stack(settings: tuple, levels: tuple, device: torch.device) -> str | None:
+    """None when the kernel computes this stack of levels on ``device``, else the reason it does not.
 
     Raises:
         ValueError: the description contradicts itself.
     """
-    return runtime.loaded().cuda_step_refusal(settings, levels)
+    core = runtime.loaded()
+    reason = core.cuda_step_refusal(settings, levels)
+    if reason is None:
+        with runtime.on_device(device):
+            _, available = core.cuda_device(runtime.number(device))
+        needed = core.cuda_step_shared_memory(settings, levels)
+        if needed > available:
+            reason = (
+                f"a block takes {needed} bytes of shared memory for its weights and tokens; {device} has {available}"
+            )
+    return reason
 
 
 def workspace_bytes(settings: tuple, levels: tuple) -> int:

@@ -141,7 +141,7 @@ void async_wait(unsigned groups);
 // The device that the runtime's functions report.
 struct Device {
   int major = 9, minor = 0, multiprocessors = 2, blocks_per_multiprocessor = 1;
-  size_t shared_per_block() const { return major >= 9 ? 232448 : 166912; }
+  size_t shared_per_block() const { return major >= 9 ? 232448 : major == 8 && minor > 0 ? 101376 : 166912; }
 };
 extern Device device;
 
