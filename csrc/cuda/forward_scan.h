@@ -174,9 +174,9 @@ class ForwardScan {
   __device__ __forceinline__ float* staging() const { return reinterpret_cast<float*>(partial(0)); }
 
   // Matrix of this (sequence, head), staged for all to see; the block moves on together from `use`.
-  template <bool kOut, class Use>
+  template <bool kOut, int kInput, class Use>
   __device__ __forceinline__ void load_matrix(const MatrixView& view, const Use& use) const {
-    const StagedMatrix<Traits, kOut> staged(staging());
+    const StagedMatrix<Traits, kOut, kInput> staged(staging());
     const int rows = kOut ? problem_.hidden : problem_.dim, columns = kOut ? problem_.dim : problem_.hidden;
     const int64_t first = place_.sequence * view.sequence + place_.head * view.head;
     if (!view.data)
@@ -190,10 +190,10 @@ class ForwardScan {
     __syncthreads();  // nobody reads it any more
   }
   // The other way: `fill` stages this thread's numbers.
-  template <bool kOut, class Fill>
+  template <bool kOut, int kInput, class Fill>
   __device__ __forceinline__ void store_matrix(void* matrices, int64_t row, const Fill& fill) const {
     if (!matrices) return;
-    const StagedMatrix<Traits, kOut> staged(staging());
+    const StagedMatrix<Traits, kOut, kInput> staged(staging());
     const int rows = kOut ? problem_.hidden : problem_.dim, columns = kOut ? problem_.dim : problem_.hidden;
     fill(staged);
     __syncthreads();  // the matrix is staged
@@ -201,22 +201,38 @@ class ForwardScan {
     __syncthreads();  // nobody reads it any more
   }
 
+  // All matrices into the registers of the state.
+  __device__ __forceinline__ void load_matrices(const MatrixView* views) {
+    const auto get_in = [&](const auto& staged) {
+      each_in(state_, [&](int i, int j, float(&x)[4]) { staged.get(i, j, x); });
+    };
+    load_matrix<false, 0>(views[0], get_in);
+    if constexpr (Traits::kInputs == 2) load_matrix<false, 1>(views[1], get_in);
+    load_matrix<true, 0>(views[Traits::kInputs], [&](const auto& staged) {
+      each_out(state_, [&](int i, int j, float(&x)[4]) { staged.get(i, j, x); });
+    });
+  }
+  // The other way, from in(i, j, registers) and out(i, j, registers).
+  template <class In, class Out>
+  __device__ __forceinline__ void store_matrices(void* const* to, int64_t row, const In& in, const Out& out) {
+    const auto put_in = [&](const auto& staged) {
+      each_in(state_, [&](int i, int j, float(&x)[4]) { staged.put(i, j, in(i, j, x)); });
+    };
+    store_matrix<false, 0>(to[0], row, put_in);
+    if constexpr (Traits::kInputs == 2) store_matrix<false, 1>(to[1], row, put_in);
+    store_matrix<true, 0>(to[Traits::kInputs], row, [&](const auto& staged) {
+      each_out(state_, [&](int i, int j, float(&x)[4]) { staged.put(i, j, out(i, j, x)); });
+    });
+  }
+
   __device__ __forceinline__ void load_initial() {
     if constexpr (Traits::kMomentum) {
       const ParkedState<Traits> parked = momentum();
-      load_matrix<false>(problem_.momentum[0], [&](const StagedMatrix<Traits, false>& staged) {
-        each_in(state_, [&](int i, int j, float(&x)[4]) { staged.get(i, j, x), parked.in(i, j) = four(x); });
-      });
-      load_matrix<true>(problem_.momentum[1], [&](const StagedMatrix<Traits, true>& staged) {
-        each_out(state_, [&](int i, int j, float(&x)[4]) { staged.get(i, j, x), parked.out(i, j) = four(x); });
-      });
+      load_matrices(problem_.momentum);
+      each_in(state_, [&](int i, int j, float(&x)[4]) { parked.in(i, j) = four(x); });
+      each_out(state_, [&](int i, int j, float(&x)[4]) { parked.out(i, j) = four(x); });
     }
-    load_matrix<false>(problem_.weights[0], [&](const StagedMatrix<Traits, false>& staged) {
-      each_in(state_, [&](int i, int j, float(&x)[4]) { staged.get(i, j, x); });
-    });
-    load_matrix<true>(problem_.weights[1], [&](const StagedMatrix<Traits, true>& staged) {
-      each_out(state_, [&](int i, int j, float(&x)[4]) { staged.get(i, j, x); });
-    });
+    load_matrices(problem_.weights);
   }
 
   // Stores the state before a piece where a checkpoint or, behind the last piece, the result wants it.
@@ -225,32 +241,24 @@ class ForwardScan {
     const bool checkpoint = !last && piece > 0 && piece <= place_.chunks &&
                             piece % int(problem_.checkpoint_interval) == 0 && params_.result.checkpoints[0];
     if (!checkpoint && !(last && params_.result.weights[0])) return;
-    void* const* to = checkpoint ? params_.result.checkpoints : params_.result.weights;
     const int64_t row = checkpoint ? place_.checkpoint_row(problem_, params_.checkpoints, piece) : final_row();
-    store_matrix<false>(to[0], row, [&](const StagedMatrix<Traits, false>& staged) {
-      each_in(state_, [&](int i, int j, float(&x)[4]) { staged.put(i, j, x); });
-    });
-    store_matrix<true>(to[1], row, [&](const StagedMatrix<Traits, true>& staged) {
-      each_out(state_, [&](int i, int j, float(&x)[4]) { staged.put(i, j, x); });
-    });
+    const auto held = [](int, int, const float(&x)[4]) { return four(x); };
+    store_matrices(checkpoint ? params_.result.checkpoints : params_.result.weights, row, held, held);
     if constexpr (Traits::kMomentum) {
-      void* const* speeds = checkpoint ? params_.result.checkpoints + kMaxWeights : params_.result.momentum;
       const ParkedState<Traits> parked = momentum();
-      store_matrix<false>(speeds[0], row, [&](const StagedMatrix<Traits, false>& staged) {
-        each_in(state_, [&](int i, int j, float(&)[4]) { staged.put(i, j, parked.in(i, j)); });
-      });
-      store_matrix<true>(speeds[1], row, [&](const StagedMatrix<Traits, true>& staged) {
-        each_out(state_, [&](int i, int j, float(&)[4]) { staged.put(i, j, parked.out(i, j)); });
-      });
+      store_matrices(
+          checkpoint ? params_.result.checkpoints + kMaxWeights : params_.result.momentum, row,
+          [&](int i, int j, const float(&)[4]) { return parked.in(i, j); },
+          [&](int i, int j, const float(&)[4]) { return parked.out(i, j); });
     }
   }
 
   // ---- (1) the memory applied to tokens -----------------------------------------------------------------------------
 
-  // z = X W_in of one slice, this warp's units.
-  __device__ __forceinline__ void project(float (&z)[Traits::kUnitTiles][4], const Element* rows, int slice) const {
+  // z = X W_in of one slice, this warp's units; of a glu, gates and what they gate in turn.
+  __device__ __forceinline__ void project(float (&z)[Traits::kInTiles][4], const Element* rows, int slice) const {
 #pragma unroll
-    for (int n = 0; n < Traits::kUnitTiles; ++n)
+    for (int n = 0; n < Traits::kInTiles; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) z[n][e] = 0.0f;
 #pragma unroll
@@ -258,7 +266,7 @@ class ForwardScan {
       uint32_t a[4];
       ldmatrix(a, tile(rows, slice, 16 * k));
 #pragma unroll
-      for (int n = 0; n < Traits::kUnitTiles; ++n) {
+      for (int n = 0; n < Traits::kInTiles; ++n) {
         const float(&low)[4] = state_.in[n / 2][2 * k], (&high)[4] = state_.in[n / 2][2 * k + 1];
         const int e = n % 2 * 2;
         Numbers::mma(z[n], a, {Numbers::pack(low[e], low[e + 1]), Numbers::pack(high[e], high[e + 1])});
@@ -273,11 +281,15 @@ class ForwardScan {
     for (int j = 0; j < Traits::kDimTiles; ++j) {
       float y[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-      for (int m = 0; m < Traits::kUnitTiles / 2; ++m) {
-        const uint32_t a[4] = {h[2 * m][0], h[2 * m][1], h[2 * m + 1][0], h[2 * m + 1][1]};
-        const float(&low)[4] = state_.out[j / 2][2 * m], (&high)[4] = state_.out[j / 2][2 * m + 1];
-        const int e = j % 2 * 2;
-        Numbers::mma(y, a, {Numbers::pack(low[e], low[e + 1]), Numbers::pack(high[e], high[e + 1])});
+      for (int m = 0; m < Traits::kUnitTiles; m += 2) {
+        const auto packed = [&](int n) {
+          const float(&w)[4] = state_.out[j / 2][n];
+          return Numbers::pack(w[j % 2 * 2], w[j % 2 * 2 + 1]);
+        };
+        if (m + 1 < Traits::kUnitTiles)
+          Numbers::mma(y, {h[m][0], h[m][1], h[m + 1][0], h[m + 1][1]}, {packed(m), packed(m + 1)});
+        else  // the product takes sixteen units at once
+          Numbers::mma(y, {h[m][0], h[m][1], 0, 0}, {packed(m), 0});
       }
       sums[j * kWarp] = float4{y[0], y[1], y[2], y[3]};
     }
@@ -325,59 +337,72 @@ class ForwardScan {
     return row < params_.span ? sign * of_tokens(steps, piece)[row] / scale : 0.0f;
   }
 
-  // z <- act(z) of a slice.
-  __device__ __forceinline__ void activate_slice(float (&z)[Traits::kUnitTiles][4]) const {
+  // The hidden values of a slice, over the first of the kInputs products they are made of: act(z), of a glu act(gate) up.
+  __device__ __forceinline__ void activate_slice(float (&z)[Traits::kInTiles][4]) const {
     with_activation<Traits::kType>(problem_.activation, [&](auto activate) {
 #pragma unroll
-      for (int n = 0; n < Traits::kUnitTiles; ++n)
+      for (int n = 0; n < Traits::kInTiles; n += Traits::kInputs)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           float slope;
           activate(z[n][e], slope);
+          if constexpr (Traits::kForm == Form::glu) z[n][e] *= z[n + 1][e];
         }
     });
   }
 
-  // The same for keys, whose hidden values and slopes are kept for the write. Without momentum both are kept already
-  // multiplied by their tokens' weights: one rounding fewer.
-  __device__ __forceinline__ void activate_keys(float (&z)[Traits::kUnitTiles][4], int piece, int slice,
-                                                float scale) const {
+  // The same for keys, of which is kept for the write: their hidden values, and what their errors are multiplied by on the
+  // way to the products of W_in (the slope; of a glu, slope times up, and act(gate)). Without momentum both are kept
+  // already multiplied by their tokens' weights: one rounding fewer.
+  __device__ __forceinline__ void activate_keys(float (&z)[Traits::kInTiles][4], int piece, int slice, float scale) const {
     const Lane lane;
     float w[2] = {1.0f, 1.0f};
     if constexpr (!Traits::kMomentum) {
       w[0] = weight(problem_.step, piece, slice * kSlice + lane.group, scale);
       w[1] = weight(problem_.step, piece, slice * kSlice + lane.group + 8, scale);
     }
-    uint32_t hidden[Traits::kUnitTiles][2], slopes[Traits::kUnitTiles][2];
+    uint32_t hidden[Traits::kUnitTiles][2], factors[Traits::kInTiles][2];
     with_activation<Traits::kType>(problem_.activation, [&](auto activate) {
 #pragma unroll
       for (int n = 0; n < Traits::kUnitTiles; ++n)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          float &z0 = z[n][2 * r], &z1 = z[n][2 * r + 1], slope0, slope1;
+          constexpr int kInputs = Traits::kInputs;
+          float &z0 = z[kInputs * n][2 * r], &z1 = z[kInputs * n][2 * r + 1], slope0, slope1;
           activate(z0, slope0);
           activate(z1, slope1);
+          if constexpr (Traits::kForm == Form::glu) {
+            const float up0 = z[2 * n + 1][2 * r], up1 = z[2 * n + 1][2 * r + 1];
+            factors[2 * n + 1][r] = Numbers::pack(w[r] * z0, w[r] * z1);
+            z0 *= up0, z1 *= up1, slope0 *= up0, slope1 *= up1;
+          }
           hidden[n][r] = Numbers::pack(w[r] * z0, w[r] * z1);
-          slopes[n][r] = Numbers::pack(w[r] * slope0, w[r] * slope1);
+          factors[kInputs * n][r] = Numbers::pack(w[r] * slope0, w[r] * slope1);
         }
     });
-    store_kept(slice, 0, hidden);
-    store_kept(slice, 1, slopes);
+    store_kept(slice, kKeptHidden, hidden);
+    store_kept(slice, kKeptErrors, factors);
   }
 
-  // Part 0: hidden values; part 1: slopes.
-  __device__ __forceinline__ void store_kept(int slice, int part, const uint32_t (&x)[Traits::kUnitTiles][2]) const {
-    uint4* to = kept(slice) + part * (Traits::kKept / 2) * Traits::kThreads;
+  // Where the two things that are kept of a slice begin: hidden values, and factors of the errors (later: errors).
+  static constexpr int kKeptHidden = 0, kKeptErrors = Traits::kKeptHidden;
+  template <int kTiles>
+  __device__ __forceinline__ void store_kept(int slice, int first, const uint32_t (&x)[kTiles][2]) const {
+    uint4* to = kept(slice) + first * Traits::kThreads;
 #pragma unroll
-    for (int n = 0; n < Traits::kUnitTiles; n += 2)
-      to[n / 2 * Traits::kThreads] = uint4{x[n][0], x[n][1], x[n + 1][0], x[n + 1][1]};
+    for (int n = 0; n < kTiles; n += 2) {
+      const int next = n + 1 < kTiles ? n + 1 : n;  // an odd number leaves half of the last place unused
+      to[n / 2 * Traits::kThreads] = uint4{x[n][0], x[n][1], x[next][0], x[next][1]};
+    }
   }
-  __device__ __forceinline__ void load_kept(int slice, int part, uint32_t (&x)[Traits::kUnitTiles][2]) const {
-    const uint4* from = kept(slice) + part * (Traits::kKept / 2) * Traits::kThreads;
+  template <int kTiles>
+  __device__ __forceinline__ void load_kept(int slice, int first, uint32_t (&x)[kTiles][2]) const {
+    const uint4* from = kept(slice) + first * Traits::kThreads;
 #pragma unroll
-    for (int n = 0; n < Traits::kUnitTiles; n += 2) {
+    for (int n = 0; n < kTiles; n += 2) {
       const uint4 y = from[n / 2 * Traits::kThreads];
-      x[n][0] = y.x, x[n][1] = y.y, x[n + 1][0] = y.z, x[n + 1][1] = y.w;
+      x[n][0] = y.x, x[n][1] = y.y;
+      if (n + 1 < kTiles) x[n + 1][0] = y.z, x[n + 1][1] = y.w;
     }
   }
 
@@ -394,7 +419,7 @@ class ForwardScan {
     for (int i = 0; i < key_slices + query_slices; ++i) {
       const bool is_key = i < key_slices;
       const int slice = is_key ? i : i - key_slices + first_slice;
-      float h[Traits::kUnitTiles][4];
+      float h[Traits::kInTiles][4];
       project(h, is_key ? tensor(stage, kKeys) : tensor(stage, kQueries), slice);
       if (is_key)
         activate_keys(h, piece, slice, scale);
@@ -404,16 +429,16 @@ class ForwardScan {
       if (is_key && (objective == Objective::dot || objective == Objective::error)) continue;
       if (is_key && self) {
         // f(k) - f(v) is one product: that of the difference of their hidden values.
-        float target[Traits::kUnitTiles][4];
+        float target[Traits::kInTiles][4];
         project(target, tensor(stage, kValues), slice);
         activate_slice(target);
 #pragma unroll
-        for (int n = 0; n < Traits::kUnitTiles; ++n)
+        for (int n = 0; n < Traits::kInTiles; n += Traits::kInputs)
 #pragma unroll
           for (int e = 0; e < 4; ++e) h[n][e] -= target[n][e];
       }
       uint32_t hidden[Traits::kUnitTiles][2];
-      pack(hidden, h);
+      pack<Traits::kInputs>(hidden, h);
       float4* sums = partial(i & 1);
       multiply_out(hidden, sums);
       __syncthreads();  // every warp's part of this slice is there; the set before this one is free
@@ -438,18 +463,20 @@ class ForwardScan {
 
   // ---- (2) the state after the chunk --------------------------------------------------------------------------------
 
-  static __device__ __forceinline__ void pack(uint32_t (&to)[Traits::kUnitTiles][2],
-                                              const float (&x)[Traits::kUnitTiles][4], float w0 = 1.0f, float w1 = 1.0f) {
+  // Every kEvery-th tile of x, its rows g times w0 and g + 8 times w1.
+  template <int kEvery = 1, int kTiles>
+  static __device__ __forceinline__ void pack(uint32_t (&to)[kTiles][2], const float (&x)[kEvery * kTiles][4],
+                                              float w0 = 1.0f, float w1 = 1.0f) {
 #pragma unroll
-    for (int n = 0; n < Traits::kUnitTiles; ++n) {
-      to[n][0] = Numbers::pack(w0 * x[n][0], w0 * x[n][1]);
-      to[n][1] = Numbers::pack(w1 * x[n][2], w1 * x[n][3]);
+    for (int n = 0; n < kTiles; ++n) {
+      to[n][0] = Numbers::pack(w0 * x[kEvery * n][0], w0 * x[kEvery * n][1]);
+      to[n][1] = Numbers::pack(w1 * x[kEvery * n][2], w1 * x[kEvery * n][3]);
     }
   }
   // The same, every row times its token's weight.
-  __device__ __forceinline__ void pack_weighted(uint32_t (&to)[Traits::kUnitTiles][2],
-                                                const float (&x)[Traits::kUnitTiles][4], const void* steps, int piece,
-                                                int slice, float scale) const {
+  template <int kTiles>
+  __device__ __forceinline__ void pack_weighted(uint32_t (&to)[kTiles][2], const float (&x)[kTiles][4], const void* steps,
+                                                int piece, int slice, float scale) const {
     const Lane lane;
     pack(to, x, weight(steps, piece, slice * kSlice + lane.group, scale),
          weight(steps, piece, slice * kSlice + lane.group + 8, scale));
@@ -466,9 +493,10 @@ class ForwardScan {
       }
     pack_weighted(x, wide, steps, piece, slice, scale);
   }
-  static __device__ __forceinline__ void turn(uint32_t (&x)[Traits::kUnitTiles][2]) {
+  template <int kTiles>
+  static __device__ __forceinline__ void turn(uint32_t (&x)[kTiles][2]) {
 #pragma unroll
-    for (int n = 0; n < Traits::kUnitTiles; ++n)
+    for (int n = 0; n < kTiles; ++n)
 #pragma unroll
       for (int r = 0; r < 2; ++r) x[n][r] = movmatrix(x[n][r]);
   }
@@ -515,8 +543,8 @@ class ForwardScan {
     const float speed_scale = Traits::kMomentum ? scale_of(problem_.momentum_step, piece) : 1.0f;
     multiply_state(decay / scale);
     for (int s = 0; s < slices; ++s) {
-      // E = (delta W_out^T) * act'(z), rows g and g + 8 of each unit tile.
-      uint32_t errors[Traits::kUnitTiles][2];
+      // E = (delta W_out^T) * act'(z), rows g and g + 8 of each unit tile; of a glu, those of both input matrices.
+      uint32_t errors[Traits::kInTiles][2];
       {
         float e[Traits::kUnitTiles][4];
 #pragma unroll
@@ -531,25 +559,27 @@ class ForwardScan {
           for (int n = 0; n < Traits::kUnitTiles; ++n)
             Numbers::mma(e[n], a, turned[p][n]);
         }
-        load_kept(s, 1, errors);
+        load_kept(s, kKeptErrors, errors);
+        float each[Traits::kInTiles][4];
 #pragma unroll
-        for (int n = 0; n < Traits::kUnitTiles; ++n)
+        for (int n = 0; n < Traits::kInTiles; ++n)
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
-            const float2 slope = Numbers::unpack(errors[n][r]);
-            e[n][2 * r] *= slope.x, e[n][2 * r + 1] *= slope.y;
+            const float2 factor = Numbers::unpack(errors[n][r]);
+            each[n][2 * r] = e[n / Traits::kInputs][2 * r] * factor.x;
+            each[n][2 * r + 1] = e[n / Traits::kInputs][2 * r + 1] * factor.y;
           }
         if constexpr (Traits::kMomentum) {
-          // Those of the momentum's write take the place of the slopes.
-          pack_weighted(errors, e, problem_.momentum_step, piece, s, speed_scale);
-          store_kept(s, 1, errors);
-          pack_weighted(errors, e, problem_.step, piece, s, scale);
+          // Those of the momentum's write take the place of the factors.
+          pack_weighted(errors, each, problem_.momentum_step, piece, s, speed_scale);
+          store_kept(s, kKeptErrors, errors);
+          pack_weighted(errors, each, problem_.step, piece, s, scale);
         } else {
-          pack(errors, e);
+          pack(errors, each);
         }
       }
       uint32_t hidden[Traits::kUnitTiles][2];
-      load_kept(s, 0, hidden);
+      load_kept(s, kKeptHidden, hidden);
       if constexpr (Traits::kMomentum) weigh(hidden, problem_.step, piece, s, scale);
       turn(errors);
 #pragma unroll
@@ -557,7 +587,7 @@ class ForwardScan {
         uint32_t b[4];
         ldmatrix_transposed(b, tile(k, s, 16 * j));
 #pragma unroll
-        for (int i = 0; i < Traits::kUnitTiles / 2; ++i) add_in(state_.in[i], errors[2 * i], errors[2 * i + 1], j, b);
+        for (int i = 0; i < Traits::kInTiles / 2; ++i) add_in(state_.in[i], errors[2 * i], errors[2 * i + 1], j, b);
       }
       turn(hidden);
 #pragma unroll
@@ -592,21 +622,21 @@ class ForwardScan {
       }
     };
 #pragma unroll
-    for (int i = 0; i < Traits::kUnitTiles / 2; ++i)
+    for (int i = 0; i < Traits::kInTiles / 2; ++i)
 #pragma unroll
       for (int first = 0; first < Traits::kDimTiles; first += kTogether) {
         float speed[kTogether][4];
 #pragma unroll
         for (int j = 0; j < kTogether; ++j) begin(state_.in[i][first + j], speed[j], parked.in(i, first + j));
         for (int s = 0; s < slices; ++s) {
-          uint32_t errors[Traits::kUnitTiles][2];
-          load_kept(s, 1, errors);
+          uint32_t errors[2][2];
+          load_kept(s, kKeptErrors + i, errors);
           turn(errors);
 #pragma unroll
           for (int j = 0; j < kTogether / 2; ++j) {
             uint32_t b[4];
             ldmatrix_transposed(b, tile(k, s, 8 * first + 16 * j));
-            add_in(speed, errors[2 * i], errors[2 * i + 1], j, b);
+            add_in(speed, errors[0], errors[1], j, b);
           }
         }
 #pragma unroll
@@ -619,7 +649,7 @@ class ForwardScan {
       for (int j = 0; j < Traits::kUnitTiles; ++j) begin(state_.out[i][j], speed[j], parked.out(i, j));
       for (int s = 0; s < slices; ++s) {
         uint32_t hidden[Traits::kUnitTiles][2];
-        load_kept(s, 0, hidden);
+        load_kept(s, kKeptHidden, hidden);
         weigh(hidden, problem_.momentum_step, piece, s, scale);
         turn(hidden);
         add_out(speed, hidden, delta, s, i);

@@ -59,6 +59,10 @@ ForwardParams make_params(const ScanProblem& problem, const ForwardResult& resul
 // Calls body(Traits{}) with the smallest plan that holds the memory.
 template <DType kType, bool kMomentum, class Body>
 Status with_sizes(const ScanProblem& problem, const Body& body) {
+  if (problem.form == Form::glu) {
+    if (problem.dim <= 32) return body(ScanTraits<kType, 32, 128, kMomentum, Form::glu>{});
+    return body(ScanTraits<kType, 64, 128, kMomentum, Form::glu>{});
+  }
   if (problem.dim <= 32 && problem.hidden <= 128) return body(ScanTraits<kType, 32, 128, kMomentum>{});
   if (problem.hidden <= 128) return body(ScanTraits<kType, 64, 128, kMomentum>{});
   return body(ScanTraits<kType, 64, 256, kMomentum>{});
@@ -75,11 +79,13 @@ Status with_traits(const ScanProblem& problem, const Body& body) {
 Status supports_class(const ScanProblem& p, const ForwardResult& r, const Device& device) {
   constexpr int64_t kMost = int64_t(1) << 31;
   if (device.architecture < 80) return refused("the CUDA engine needs an sm_80 or newer device");
-  if (p.form != Form::mlp) return refused("the CUDA scan computes mlp memories only");
+  if (p.form == Form::linear) return refused("the CUDA scan computes mlp and glu memories only");
   if (p.rule != Rule::gd) return refused("the CUDA scan computes the rule gd only");
   if (p.dtype != DType::bfloat16 && p.dtype != DType::float16)
     return refused("the CUDA scan takes bfloat16 or float16 tokens");
   if (p.dim > 64) return refused("the CUDA scan keeps the state in the registers of one block: dim at most 64");
+  if (p.form == Form::glu && p.hidden > 128)
+    return refused("the CUDA scan keeps the state in the registers of one block: hidden of a glu at most 128");
   if (p.hidden > 256) return refused("the CUDA scan keeps the state in the registers of one block: hidden at most 256");
   for (int i = 0; i < weight_count(p.form); ++i) {
     const MatrixView& w = p.weights[i];

@@ -12,25 +12,31 @@ constexpr int kSlice = 16;  // tokens of one tensor-core tile: chunks are walked
 
 // One block holds one (sequence, head). Warp w owns hidden units w * kUnits .. and keeps their columns of W_in and rows of
 // W_out in registers, both transposed (W_in^T [units, D], W_out^T [D, units]): packed to 16 bits, an accumulator of X^T is
-// the B fragment of X.
-template <DType kType_, int kDim_, int kHidden_, bool kMomentum_>
+// the B fragment of X. A glu's two input matrices are one W_in^T [2 units, D] whose rows change between them by eights: a
+// tile of 16 rows holds the gates of eight units and, below, what they gate.
+template <DType kType_, int kDim_, int kHidden_, bool kMomentum_, Form kForm_ = Form::mlp>
 struct ScanTraits {
   static constexpr DType kType = kType_;
   static constexpr int kDim = kDim_, kHidden = kHidden_;
   static constexpr bool kMomentum = kMomentum_;
+  static constexpr Form kForm = kForm_;
+  static constexpr int kInputs = kForm == Form::glu ? 2 : 1;  // matrices that take tokens
   static constexpr int kWarps = 8, kThreads = kWarps * kWarp;
   static constexpr int kUnits = kHidden / kWarps;
   static constexpr int kUnitTiles = kUnits / 8, kDimTiles = kDim / 8;
-  static constexpr int kStateRegisters = 2 * kDim * kHidden / kThreads;
+  static constexpr int kInTiles = kInputs * kUnitTiles;  // of W_in^T, 8 rows each; kInputs neighbours for a tile of units
+  static constexpr int kStateRegisters = (kInputs + 1) * kDim * kHidden / kThreads;
 
   // Rows of tokens in shared memory: eight rows, 16 bytes of each, fall into all 32 banks once.
   static constexpr int kPitch = kDim + 8;
-  // Registers a thread keeps of one slice of keys (hidden values and slopes, packed), in units of 16 bytes.
-  static constexpr int kKept = 2 * kUnitTiles * 2 / 4;
+  // Registers a thread keeps of one slice of keys, packed, in units of 16 bytes: hidden values, then what the errors of the
+  // hidden values are multiplied by to become those of W_in.
+  static constexpr int kKeptHidden = (kUnitTiles + 1) / 2, kKept = kKeptHidden + kInTiles / 2;
 
   static_assert(kType == DType::bfloat16 || kType == DType::float16, "tensor cores multiply 16-bit numbers");
   static_assert(kDim % 16 == 0, "a product over D takes 16 of its values at once");
-  static_assert(kUnits % 16 == 0, "a warp's hidden units are the rows of 16x16 tiles");
+  static_assert(kForm != Form::linear, "the state is spread over hidden units");
+  static_assert(kInputs * kUnits % 16 == 0, "a warp's rows of W_in^T are those of 16x16 tiles");
   static_assert(kPitch * 2 % 16 == 0 && kPitch * 2 / 16 % 2 == 1,
                 "a row starts at a multiple of 16 bytes, and an odd multiple keeps eight rows in different banks");
   static_assert(kDim * kHidden * 4 <= 2 * kWarps * kDimTiles * kWarp * 16,

@@ -60,12 +60,12 @@ int scan_forward(const ScanProblem* problem, const ForwardResult* result, const 
 }
 
 // One head of one sequence: `chunks` chunks of 20 tokens, three of them pending, and two tokens behind. Words of the name:
-// "small" for a memory of 32 x 128 instead of 64 x 256, "single" for shared memory that has room for one stage, "momentum",
-// "self", "write" for no queries.
+// "small" for a memory of 32 x 128 instead of 64 x 256, "single" for shared memory that has room for one stage, "glu",
+// "momentum", "self", "write" for no queries.
 int run_case(const char* name) {
   const std::string words = name;
   const auto has = [&](const char* word) { return words.find(word) != std::string::npos; };
-  const bool momentum = has("momentum");
+  const bool momentum = has("momentum"), glu = has("glu");
   const int64_t D = has("small") ? 32 : 64, H = 4 * D, C = 20, chunks = 2, pending = 3, T = chunks * C - pending + 2;
   Numbers numbers;
   auto q = numbers.tokens(T * D), k = numbers.tokens(T * D), v = numbers.tokens(T * D), y = numbers.tokens(T * D);
@@ -76,7 +76,7 @@ int run_case(const char* name) {
   for (auto& state : states) state.assign(D * H, 0.0f);
 
   ScanProblem p{};
-  p.form = Form::mlp;
+  p.form = glu ? Form::glu : Form::mlp;
   p.activation = Activation::gelu_tanh;
   p.objective = has("self") ? Objective::self : Objective::l2;
   p.rule = Rule::gd;
@@ -91,16 +91,18 @@ int run_case(const char* name) {
   p.step = step.data();
   p.decay = scalars.data();
   if (momentum) p.momentum_step = step.data(), p.momentum_carry = p.momentum_decay = scalars.data();
-  p.weights[0] = MatrixView{const_cast<float*>(w_in.data()), DType::float32, D * H, D * H, H, 1};
-  p.weights[1] = MatrixView{const_cast<float*>(w_out.data()), DType::float32, D * H, D * H, D, 1};
-  std::vector<float> checkpoints[4];
+  const int inputs = weight_count(p.form) - 1;
+  for (int i = 0; i < inputs; ++i)
+    p.weights[i] = MatrixView{const_cast<float*>(w_in.data()), DType::float32, D * H, D * H, H, 1};
+  p.weights[inputs] = MatrixView{const_cast<float*>(w_out.data()), DType::float32, D * H, D * H, D, 1};
+  std::vector<float> checkpoints[6];
   for (auto& checkpoint : checkpoints) checkpoint.assign(chunks * D * H, 0.0f);
   ForwardResult r{};
   if (p.q.data) r.output = view(y);
-  for (int i = 0; i < 2; ++i) {
+  for (int i = 0; i <= inputs; ++i) {
     r.weights[i] = states[i].data();
     r.checkpoints[i] = checkpoints[i].data();
-    if (momentum) r.momentum[i] = states[2 + i].data(), r.checkpoints[kMaxWeights + i] = checkpoints[2 + i].data();
+    if (momentum) r.momentum[i] = states[3 + i].data(), r.checkpoints[kMaxWeights + i] = checkpoints[3 + i].data();
   }
   const int64_t room = !has("single") ? 232448 : D == 64 ? 120000 : 58000;
   std::vector<float> workspace(cuda::forward_workspace(p) / sizeof(float), NAN);
