@@ -1,9 +1,12 @@
-// Forward scan with the state on chip: one block of eight warps walks one (sequence, head) through its chunks.
+// Forward scan with the state on chip: one block of eight warps, or a cluster of such blocks, walks one (sequence, head)
+// through its chunks.
 //
 // Roofline, per token of an mlp with objective l2: 14 D H FLOPs, of which the tensor cores do all but the activations;
 // 8 D bytes of tokens from and to global memory. The state (2 D H float32) stays in the registers of the block for the whole
 // sequence. What limits it: the activations' special functions, and the sum of F over the warps (8 D floats written and read
-// through shared memory for each token), beside the issue of tensor-core instructions.
+// through shared memory for each token), beside the issue of tensor-core instructions. In a cluster every block takes all
+// tokens through its share of the hidden units; a sum over the blocks costs a barrier of the cluster for every 16 tokens and 64
+// columns, and 4 D bytes for each token read from each of the other blocks.
 //
 // A chunk: (1) every warp applies its hidden units to a slice of 16 tokens, keys first, then queries; the warps' parts of
 // the output are summed in fixed order through shared memory, and become the errors of the keys, laid over the values, or
@@ -15,39 +18,22 @@
 
 #include "activation.h"
 #include "cuda/ptx.h"
-#include "scan_place.h"
-#include "scan_state.h"
+#include "scan_block.h"
 
 namespace hope::cuda {
 
-// Tensors of tokens in shared memory, in this order; kQueries is left out where nothing is read.
-enum Tensor : int { kQueries = 0, kKeys = 1, kValues = 2, kTensors = 3 };
-
-struct ForwardParams {
-  ScanProblem problem;
-  ForwardResult result;
-  TokenView tokens[kTensors], pending[kTensors];  // those of the problem
-  ScanLayout layout;
-  void* workspace;      // of ParkedState, for the momentum
-  int64_t checkpoints;  // of one sequence, without a table
-  int span;             // tokens of a chunk, or of a piece that is only read
-  int rows;             // the same in whole slices
-  int stages;           // 2: the next chunk's tokens are loaded while one is computed
-  bool shared_read;     // queries are the keys: what a chunk's keys read is its output
-  bool vectors;         // token rows are whole and aligned: they move 16 bytes at a time
-};
-
 template <class Traits>
-class ForwardScan {
+class ForwardScan : protected ScanBlock<Traits> {
+  using Block = ScanBlock<Traits>;
+
  public:
-  using Element = typename Pair<Traits::kType>::Element;
+  using Element = typename Block::Element;
   using Numbers = Pair<Traits::kType>;
 
-  __device__ __forceinline__ ForwardScan(const ForwardParams& params, char* shared)
-      : params_(params), problem_(params.problem), shared_(shared), place_(block_shared<Place>()) {}
+  using Block::Block;
 
   __device__ __forceinline__ void run() {
-    if (threadIdx.x == 0) block_shared<Place>() = place_of(problem_, blockIdx.x, params_.span);
+    if (threadIdx.x == 0) block_shared<Place>() = place_of(problem_, blockIdx.x / blocks(), params_.span);
     // With two stages piece i + 1 is loaded while piece i is computed.
     for (int next = 0;; ++next) {
       cp_async_wait<0>();
@@ -61,7 +47,7 @@ class ForwardScan {
       const int piece = next - (params_.stages - 1);
       if (piece < 0) continue;
       save_state(piece);
-      if (piece == place_.pieces) return;
+      if (piece == place_.pieces) return sum_.leave();
       const int stage = piece & (params_.stages - 1);
       apply(piece, stage);
       __syncthreads();  // the last slice's errors or outputs are complete
@@ -70,188 +56,28 @@ class ForwardScan {
     }
   }
 
- private:
-  // ---- pieces of the sequence: its chunks, then what follows them and is only read ----------------------------------
-
-  __device__ __forceinline__ bool writes(int piece) const { return piece < place_.chunks; }
-  __device__ __forceinline__ bool reads() const { return problem_.q.data != nullptr; }
-  // Whether queries go through the memory, which those of a chunk need not where they are its keys.
-  __device__ __forceinline__ bool reads_alone(int piece) const {
-    return reads() && !(params_.shared_read && writes(piece));
-  }
-  // Tokens of a piece: rows [0, count) of its tensors in shared memory; queries from row first_query on.
-  __device__ __forceinline__ int token_count(int piece) const {
-    return int(min(place_.end - int64_t(piece) * params_.span, int64_t(params_.span)));
-  }
-  __device__ __forceinline__ int first_query(int piece) const {
-    return int(clamped(place_.seq.pending - int64_t(piece) * params_.span, 0, params_.span));
-  }
-
-  // ---- shared memory ------------------------------------------------------------------------------------------------
-
-  __device__ __forceinline__ Element* tensor(int stage, int t) const {
-    const int place = reads() ? t : t - 1;
-    return reinterpret_cast<Element*>(shared_ + params_.layout.tokens + stage * params_.layout.stage_bytes +
-                                      place * params_.layout.tensor_bytes);
-  }
-  // Partial sums of one slice: [warp][tile of D][lane] accumulators.
-  __device__ __forceinline__ float4* partial(int set) const {
-    return reinterpret_cast<float4*>(shared_ + params_.layout.partial + set * params_.layout.partial_bytes);
-  }
-  // What this thread keeps of a slice of keys; no other thread looks at it.
-  __device__ __forceinline__ uint4* kept(int slice) const {
-    return reinterpret_cast<uint4*>(shared_ + params_.layout.kept) + slice * Traits::kKept * Traits::kThreads + threadIdx.x;
-  }
-  // Address this lane gives for the 16x16 tile of a slice of `rows` that starts at a column.
-  __device__ __forceinline__ const Element* tile(const Element* rows, int slice, int column) const {
-    const int lane = threadIdx.x % kWarp;
-    return rows + (slice * kSlice + lane % 16) * Traits::kPitch + column + lane / 16 * 8;
-  }
-
-  // ---- tokens -------------------------------------------------------------------------------------------------------
-
-  // Starts loading the tokens of a piece, zeros around them: queries, and keys and values if it is a chunk.
-  __device__ __forceinline__ void load_tokens(int piece, int stage) const {
-    const int count = token_count(piece), end = writes(piece) ? kTensors : kKeys;
-#pragma unroll 1
-    for (int t = reads_alone(piece) ? kQueries : kKeys; t < end; ++t) {
-      const TokenView &fresh = params_.tokens[t], &pending = params_.pending[t];
-      const int first = t == kQueries ? first_query(piece) : 0;
-      Element* to = tensor(stage, t);
-      const auto token = [&](int row) {
-        const int64_t j = int64_t(piece) * params_.span + row;
-        return j < place_.seq.pending ? static_cast<const Element*>(pending.data) + place_.pending(pending, j)
-                                      : static_cast<const Element*>(fresh.data) + place_.fresh(fresh, j);
-      };
-      if (params_.vectors) {
-        constexpr int kParts = Traits::kDim / 8;
-        for (int i = threadIdx.x; i < params_.rows * kParts; i += Traits::kThreads) {
-          const int row = i / kParts, column = i % kParts * 8;
-          const bool inside = first <= row && row < count;
-          cp_async_16(to + row * Traits::kPitch + column, inside ? token(row) + column : fresh.data, inside);
-        }
-      } else {
-        for (int i = threadIdx.x; i < params_.rows * Traits::kDim; i += Traits::kThreads) {
-          const int row = i / Traits::kDim, column = i % Traits::kDim;
-          const bool inside = first <= row && row < count && column < problem_.dim;
-          to[row * Traits::kPitch + column] = inside ? token(row)[column] : Element(0.0f);
-        }
-      }
-    }
-    cp_async_commit();
-  }
-
-  __device__ __forceinline__ void store_outputs(int piece, int stage) const {
-    const TokenView& output = params_.result.output;
-    if (!output.data) return;
-    const int first = first_query(piece), count = token_count(piece);
-    const Element* from = tensor(stage, kQueries);
-    const auto token = [&](int row) {
-      return static_cast<Element*>(output.data) + place_.fresh(output, int64_t(piece) * params_.span + row);
-    };
-    if (params_.vectors) {
-      constexpr int kParts = Traits::kDim / 8;
-      for (int i = threadIdx.x + first * kParts; i < count * kParts; i += Traits::kThreads) {
-        const int row = i / kParts, column = i % kParts * 8;
-        *reinterpret_cast<uint4*>(token(row) + column) =
-            *reinterpret_cast<const uint4*>(from + row * Traits::kPitch + column);
-      }
-    } else {
-      for (int i = threadIdx.x + first * Traits::kDim; i < count * Traits::kDim; i += Traits::kThreads) {
-        const int row = i / Traits::kDim, column = i % Traits::kDim;
-        if (column < problem_.dim) token(row)[column] = from[row * Traits::kPitch + column];
-      }
-    }
-  }
-
-  // ---- state --------------------------------------------------------------------------------------------------------
-
-  __device__ __forceinline__ int64_t final_row() const { return place_.sequence * problem_.heads + place_.head; }
-  // The momentum does not fit on chip beside the weights: it is read and written once for each chunk, through L2.
-  __device__ __forceinline__ ParkedState<Traits> momentum() const { return {params_.workspace, blockIdx.x}; }
-
-  // The state is staged where partial sums lie at other times.
-  __device__ __forceinline__ float* staging() const { return reinterpret_cast<float*>(partial(0)); }
-
-  // Matrix of this (sequence, head), staged for all to see; the block moves on together from `use`.
-  template <bool kOut, int kInput, class Use>
-  __device__ __forceinline__ void load_matrix(const MatrixView& view, const Use& use) const {
-    const StagedMatrix<Traits, kOut, kInput> staged(staging());
-    const int rows = kOut ? problem_.hidden : problem_.dim, columns = kOut ? problem_.dim : problem_.hidden;
-    const int64_t first = place_.sequence * view.sequence + place_.head * view.head;
-    if (!view.data)
-      staged.load(static_cast<const float*>(nullptr), view, 0, 0);
-    else if (view.dtype == DType::float32)
-      staged.load(static_cast<const float*>(view.data) + first, view, rows, columns);
-    else
-      staged.load(static_cast<const Element*>(view.data) + first, view, rows, columns);
-    __syncthreads();  // the matrix is staged
-    use(staged);
-    __syncthreads();  // nobody reads it any more
-  }
-  // The other way: `fill` stages this thread's numbers.
-  template <bool kOut, int kInput, class Fill>
-  __device__ __forceinline__ void store_matrix(void* matrices, int64_t row, const Fill& fill) const {
-    if (!matrices) return;
-    const StagedMatrix<Traits, kOut, kInput> staged(staging());
-    const int rows = kOut ? problem_.hidden : problem_.dim, columns = kOut ? problem_.dim : problem_.hidden;
-    fill(staged);
-    __syncthreads();  // the matrix is staged
-    staged.store(static_cast<float*>(matrices) + row * rows * columns, rows, columns);
-    __syncthreads();  // nobody reads it any more
-  }
-
-  // All matrices into the registers of the state.
-  __device__ __forceinline__ void load_matrices(const MatrixView* views) {
-    const auto get_in = [&](const auto& staged) {
-      each_in(state_, [&](int i, int j, float(&x)[4]) { staged.get(i, j, x); });
-    };
-    load_matrix<false, 0>(views[0], get_in);
-    if constexpr (Traits::kInputs == 2) load_matrix<false, 1>(views[1], get_in);
-    load_matrix<true, 0>(views[Traits::kInputs], [&](const auto& staged) {
-      each_out(state_, [&](int i, int j, float(&x)[4]) { staged.get(i, j, x); });
-    });
-  }
-  // The other way, from in(i, j, registers) and out(i, j, registers).
-  template <class In, class Out>
-  __device__ __forceinline__ void store_matrices(void* const* to, int64_t row, const In& in, const Out& out) {
-    const auto put_in = [&](const auto& staged) {
-      each_in(state_, [&](int i, int j, float(&x)[4]) { staged.put(i, j, in(i, j, x)); });
-    };
-    store_matrix<false, 0>(to[0], row, put_in);
-    if constexpr (Traits::kInputs == 2) store_matrix<false, 1>(to[1], row, put_in);
-    store_matrix<true, 0>(to[Traits::kInputs], row, [&](const auto& staged) {
-      each_out(state_, [&](int i, int j, float(&x)[4]) { staged.put(i, j, out(i, j, x)); });
-    });
-  }
-
-  __device__ __forceinline__ void load_initial() {
-    if constexpr (Traits::kMomentum) {
-      const ParkedState<Traits> parked = momentum();
-      load_matrices(problem_.momentum);
-      each_in(state_, [&](int i, int j, float(&x)[4]) { parked.in(i, j) = four(x); });
-      each_out(state_, [&](int i, int j, float(&x)[4]) { parked.out(i, j) = four(x); });
-    }
-    load_matrices(problem_.weights);
-  }
-
-  // Stores the state before a piece where a checkpoint or, behind the last piece, the result wants it.
-  __device__ __forceinline__ void save_state(int piece) {
-    const bool last = piece == place_.pieces;
-    const bool checkpoint = !last && piece > 0 && piece <= place_.chunks &&
-                            piece % int(problem_.checkpoint_interval) == 0 && params_.result.checkpoints[0];
-    if (!checkpoint && !(last && params_.result.weights[0])) return;
-    const int64_t row = checkpoint ? place_.checkpoint_row(problem_, params_.checkpoints, piece) : final_row();
-    const auto held = [](int, int, const float(&x)[4]) { return four(x); };
-    store_matrices(checkpoint ? params_.result.checkpoints : params_.result.weights, row, held, held);
-    if constexpr (Traits::kMomentum) {
-      const ParkedState<Traits> parked = momentum();
-      store_matrices(
-          checkpoint ? params_.result.checkpoints + kMaxWeights : params_.result.momentum, row,
-          [&](int i, int j, const float(&)[4]) { return parked.in(i, j); },
-          [&](int i, int j, const float(&)[4]) { return parked.out(i, j); });
-    }
-  }
+ protected:
+  using Block::blocks;
+  using Block::first_query;
+  using Block::kept;
+  using Block::load_initial;
+  using Block::load_tokens;
+  using Block::momentum;
+  using Block::of_chunk;
+  using Block::of_tokens;
+  using Block::params_;
+  using Block::place_;
+  using Block::problem_;
+  using Block::reads_alone;
+  using Block::save_state;
+  using Block::state_;
+  using Block::store_outputs;
+  using Block::sum_;
+  using Block::sums_;
+  using Block::tensor;
+  using Block::tile;
+  using Block::token_count;
+  using Block::writes;
 
   // ---- (1) the memory applied to tokens -----------------------------------------------------------------------------
 
@@ -274,11 +100,10 @@ class ForwardScan {
     }
   }
 
-  // This warp's part of H W_out of one slice, for the sum over the warps. h[n] holds rows g and g + 8 of unit tile n.
-  __device__ __forceinline__ void multiply_out(const uint32_t (&h)[Traits::kUnitTiles][2], float4* sums) const {
-    sums += threadIdx.x / kWarp * (Traits::kDimTiles * kWarp) + threadIdx.x % kWarp;
+  // This warp's part of H W_out of one slice, kSumTiles tiles from `first` on. h[n] holds rows g and g + 8 of unit tile n.
+  __device__ __forceinline__ void multiply_out(const uint32_t (&h)[Traits::kUnitTiles][2], int first, float4* part) const {
 #pragma unroll
-    for (int j = 0; j < Traits::kDimTiles; ++j) {
+    for (int j = first; j < first + Traits::kSumTiles; ++j) {
       float y[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
       for (int m = 0; m < Traits::kUnitTiles; m += 2) {
@@ -291,24 +116,7 @@ class ForwardScan {
         else  // the product takes sixteen units at once
           Numbers::mma(y, {h[m][0], h[m][1], 0, 0}, {packed(m), 0});
       }
-      sums[j * kWarp] = float4{y[0], y[1], y[2], y[3]};
-    }
-  }
-
-  // Sums the warps' parts of a slice, warp 0 first, and calls finish(row, column, sum0, sum1) for pairs of columns.
-  template <class Finish>
-  __device__ __forceinline__ void sum_warps(const float4* sums, int slice, const Finish& finish) const {
-    constexpr int kCount = Traits::kDimTiles * kWarp;
-    for (int i = threadIdx.x; i < kCount; i += Traits::kThreads) {
-      float4 x = sums[i];
-#pragma unroll
-      for (int w = 1; w < Traits::kWarps; ++w) {
-        const float4 y = sums[w * kCount + i];
-        x.x += y.x, x.y += y.y, x.z += y.z, x.w += y.w;
-      }
-      const int row = slice * kSlice + i % kWarp / 4, column = i / kWarp * 8 + i % 4 * 2;
-      finish(row, column, x.x, x.y);
-      finish(row + 8, column, x.z, x.w);
+      part[(j - first) * kWarp] = float4{y[0], y[1], y[2], y[3]};
     }
   }
 
@@ -316,9 +124,6 @@ class ForwardScan {
     return *reinterpret_cast<uint32_t*>(rows + row * Traits::kPitch + column);
   }
 
-  __device__ __forceinline__ const float* of_tokens(const void* steps, int piece) const {
-    return static_cast<const float*>(steps) + place_.coefficient_row(problem_, piece) * problem_.chunk_size;
-  }
   // A power of two near the largest of a chunk's weights. float16 has few small numbers: its weights are rounded divided by
   // this, and what is added to the state is multiplied by it. bfloat16 has float32's range and needs no scale.
   __device__ __forceinline__ float scale_of(const void* steps, int piece) const {
@@ -439,25 +244,28 @@ class ForwardScan {
       }
       uint32_t hidden[Traits::kUnitTiles][2];
       pack<Traits::kInputs>(hidden, h);
-      float4* sums = partial(i & 1);
-      multiply_out(hidden, sums);
-      __syncthreads();  // every warp's part of this slice is there; the set before this one is free
       const float residual = problem_.residual ? 1.0f : 0.0f;
       const bool shared_read = is_key && params_.shared_read;
       Element* from = is_key ? tensor(stage, kKeys) : tensor(stage, kQueries);
       Element* to = is_key ? tensor(stage, kValues) : tensor(stage, kQueries);
-      sum_warps(sums, slice, [&](int row, int column, float x0, float x1) {
-        const float2 x = Numbers::unpack(pair_at(from, row, column));
-        uint32_t& place = pair_at(to, row, column);
-        x0 = fmaf(residual, x.x, x0), x1 = fmaf(residual, x.y, x1);
-        if (shared_read) pair_at(tensor(stage, kQueries), row, column) = Numbers::pack(x0, x1);
-        if (is_key) {
-          const float2 v = Numbers::unpack(place);
-          const float of_target = self ? residual : 1.0f;
-          x0 = fmaf(-of_target, v.x, x0), x1 = fmaf(-of_target, v.y, x1);
-        }
-        place = Numbers::pack(x0, x1);
-      });
+#pragma unroll
+      for (int first = 0; first < Traits::kDimTiles; first += Traits::kSumTiles) {
+        multiply_out(hidden, first, sum_.part(sums_));
+        // Every block needs all errors of the keys; an output is one block's to store.
+        sum_.finish(sums_++, is_key, [&](int row, int column, float x0, float x1) {
+          row += slice * kSlice, column += first * 8;
+          const float2 x = Numbers::unpack(pair_at(from, row, column));
+          uint32_t& place = pair_at(to, row, column);
+          x0 = fmaf(residual, x.x, x0), x1 = fmaf(residual, x.y, x1);
+          if (shared_read) pair_at(tensor(stage, kQueries), row, column) = Numbers::pack(x0, x1);
+          if (is_key) {
+            const float2 v = Numbers::unpack(place);
+            const float of_target = self ? residual : 1.0f;
+            x0 = fmaf(-of_target, v.x, x0), x1 = fmaf(-of_target, v.y, x1);
+          }
+          place = Numbers::pack(x0, x1);
+        });
+      }
     }
   }
 
@@ -508,10 +316,6 @@ class ForwardScan {
     const uint32_t a[4] = {e0[0], e1[0], e0[1], e1[1]};
     Numbers::mma(in[2 * k], a, {b[0], b[1]});
     Numbers::mma(in[2 * k + 1], a, {b[2], b[3]});
-  }
-
-  __device__ __forceinline__ float of_chunk(const void* coefficients, int piece, float absent) const {
-    return coefficients ? static_cast<const float*>(coefficients)[place_.coefficient_row(problem_, piece)] : absent;
   }
 
   __device__ __forceinline__ void multiply_state(float factor) {
@@ -658,12 +462,6 @@ class ForwardScan {
       for (int j = 0; j < Traits::kUnitTiles; ++j) parked.out(i, j) = four(speed[j], scale);
     }
   }
-
-  const ForwardParams& params_;
-  const ScanProblem& problem_;
-  char* const shared_;
-  const Place& place_;  // in shared memory: registers are for the state
-  ScanState<Traits> state_;
 };
 
 }  // namespace hope::cuda

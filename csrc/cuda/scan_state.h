@@ -55,10 +55,10 @@ class StagedMatrix {
       for (int c = threadIdx.x % kWarp; c < kColumns; c += kWarp)
         shared_[r * kColumns + c] = r < rows && c < columns ? float(from[r * view.in + c * view.out]) : 0.0f;
   }
-  // To a contiguous matrix.
-  __device__ __forceinline__ void store(float* to, int rows, int columns) const {
+  // To a matrix whose rows begin `pitch` numbers apart.
+  __device__ __forceinline__ void store(float* to, int rows, int columns, int pitch) const {
     for (int r = threadIdx.x / kWarp; r < rows; r += Traits::kWarps)
-      for (int c = threadIdx.x % kWarp; c < columns; c += kWarp) to[int64_t(r) * columns + c] = shared_[r * kColumns + c];
+      for (int c = threadIdx.x % kWarp; c < columns; c += kWarp) to[int64_t(r) * pitch + c] = shared_[r * kColumns + c];
   }
 
  private:

@@ -14,7 +14,7 @@ from torch import Tensor
 from hope_kernels.backends.interface import ScanProblem
 from tests.cuda_host import build
 
-SOURCES = [build.ROOT / "csrc/cuda/scan_forward.cu", build.HERE / "scan_driver.cpp"]
+SOURCES = [*sorted((build.ROOT / "csrc/cuda").glob("scan_forward*.cu")), build.HERE / "scan_driver.cpp"]
 SHARED_MEMORY = {80: 166_912, 90: 232_448}  # bytes a block may have
 
 _MAX_WEIGHTS = 3

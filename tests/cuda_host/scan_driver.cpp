@@ -60,13 +60,14 @@ int scan_forward(const ScanProblem* problem, const ForwardResult* result, const 
 }
 
 // One head of one sequence: `chunks` chunks of 20 tokens, three of them pending, and two tokens behind. Words of the name:
-// "small" for a memory of 32 x 128 instead of 64 x 256, "single" for shared memory that has room for one stage, "glu",
-// "momentum", "self", "write" for no queries.
+// "small" for a memory of 32 x 128 instead of 64 x 256, "cluster" for one that takes two blocks, "single" for shared memory that
+// has room for one stage, "glu", "momentum", "self", "write" for no queries.
 int run_case(const char* name) {
   const std::string words = name;
   const auto has = [&](const char* word) { return words.find(word) != std::string::npos; };
   const bool momentum = has("momentum"), glu = has("glu");
-  const int64_t D = has("small") ? 32 : 64, H = 4 * D, C = 20, chunks = 2, pending = 3, T = chunks * C - pending + 2;
+  const bool cluster = has("cluster");
+  const int64_t D = has("small") ? 32 : cluster ? (glu ? 40 : 72) : 64, H = cluster ? 136 : 4 * D, C = 20, chunks = 2, pending = 3, T = chunks * C - pending + 2;
   Numbers numbers;
   auto q = numbers.tokens(T * D), k = numbers.tokens(T * D), v = numbers.tokens(T * D), y = numbers.tokens(T * D);
   auto old_k = numbers.tokens(pending * D), old_v = numbers.tokens(pending * D);

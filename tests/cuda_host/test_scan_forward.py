@@ -1,111 +1,44 @@
 """The CUDA engine's forward scan, run on the CPU: results against float64, exact equalities, refusals, barriers.
 
-The kernels stand in for the CPU engine, so that the public functions prepare every problem as they would for a GPU.
+Memories that one block holds; test_scan_cluster.py has those of several.
 """
 
 from __future__ import annotations
 
-import ctypes
-import re
-from dataclasses import dataclass, replace
-from pathlib import Path
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from hope_kernels import MemorySpec, backends, memory_read, memory_scan, memory_write
-from hope_kernels.backends.interface import BackendStatus, ScanProblem
-from tests.cases import Evaluation, Problem, assert_within_budget, make_problem, oracle_results, package_results
+from hope_kernels import MemorySpec, memory_read, memory_write
+from hope_kernels.backends.interface import ScanProblem
+from tests.cases import Evaluation, Problem, assert_within_budget, make_problem, oracle_results
 from tests.cuda_host import build, scan
+from tests.cuda_host.forward_cases import (
+    FORMS,
+    HALVES,
+    assert_close_to_truth,
+    assert_identical,
+    exact,
+    needs_host_layer,
+    needs_thread_sanitizer,
+    pieces,
+    results,
+    scan_with,
+    small,
+    with_long_momentum,
+    with_mild_retention,
+    written_barriers,
+)
 from tests.golden_cases import GOLDEN, load_golden
 
-pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=str(build.unavailable()))
-needs_thread_sanitizer = pytest.mark.skipif(
-    build.thread_sanitizer_unavailable() is not None, reason=str(build.thread_sanitizer_unavailable())
-)
-HALVES = [torch.bfloat16, torch.float16]
+pytestmark = needs_host_layer
 KINDS = [
     pytest.param("mlp", False, id="mlp"),
     pytest.param("mlp", True, id="mlp momentum"),
     pytest.param("glu", True, id="glu momentum"),
 ]
-FORMS = ["mlp", "glu"]
-KERNEL = build.ROOT / "csrc/cuda/forward_scan.h"
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return scan.load(tmp_path_factory.mktemp("scan"))
-
-
-@dataclass
-class Host:
-    """The kernels in the place of backend "cpu", on a device that can be changed; keeps the last problem."""
-
-    library: ctypes.CDLL
-    architecture: int = 90
-    shared_memory: int = 0
-    problem: ScanProblem | None = None
-
-    def scan_forward(self, problem: ScanProblem, *, save: bool) -> tuple[Tensor, list, list, list]:
-        assert not save
-        self.problem = problem
-        device = {"architecture": self.architecture, "shared_memory": self.shared_memory}
-        return scan.scan_forward(self.library, problem, **device)
-
-
-@pytest.fixture
-def host(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Host:
-    found = Host(library)
-    module = SimpleNamespace(
-        status=lambda: BackendStatus("cpu", True, "the CUDA kernels"),
-        refuses=lambda spec, dtype, device: None,
-        scan_forward=found.scan_forward,
-    )
-    before = backends.implementation
-    monkeypatch.setattr(backends, "implementation", lambda name: module if name == "cpu" else before(name))
-    return found
-
-
-def results(problem: Problem, backend: str = "cpu", **options) -> dict[str, Tensor]:
-    with torch.no_grad():
-        return package_results(problem, backend=backend, **options)
-
-
-def exact(problem: Problem) -> Problem:
-    return problem.map(lambda _, t: t.double())
-
-
-def assert_close_to_truth(problem: Problem, dtype: torch.dtype, truth: dict[str, Tensor] | None = None) -> None:
-    """Within twice the eager reference's error and one rounding, both against float64."""
-    problem = problem.cast(dtype)
-    parts = results(problem), results(problem, "reference"), truth or results(exact(problem), "reference")
-    assert_within_budget(*(Evaluation(part, {}) for part in parts), dtype)
-
-
-def assert_identical(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert sorted(found) == sorted(expected)
-    changed = [name for name, want in expected.items() if not torch.equal(found[name], want)]
-    assert not changed, f"not identical: {', '.join(changed)}"
-
-
-def with_mild_retention(problem: Problem) -> Problem:
-    """Retention in [0.96, 1] in place of [0.6, 1]: a chunk leaves something of the weights, so that a result is made by
-    many tokens, and its error is no matter of how one number happens to be rounded."""
-    return problem.map(lambda name, t: 1 - 0.1 * (1 - t) if name == "retention" else t)
-
-
-def with_long_momentum(problem: Problem) -> Problem:
-    """Momentum in [0.82, 0.98] in place of [0.1, 0.9], for the same reason: its speed is made by many tokens."""
-    return problem.map(lambda name, t: 0.8 + 0.2 * t if name == "momentum" else t)
-
-
-def small(spec: MemorySpec, **options) -> Problem:
-    sizes = {"heads": 1, "dim": 32, "hidden": 128, "chunk_size": 20, "tokens": 46, "retention": True, "max_lr": 0.1}
-    return with_mild_retention(make_problem(spec, **(sizes | options)))
-
 
 # ---- values ----------------------------------------------------------------------------------------------------------
 
@@ -139,8 +72,8 @@ def test_any_size_that_fits_stays_within_twice_the_eager_error(host, sizes, form
         MemorySpec(form), retention=True, momentum=momentum, initial_momentum=momentum, max_lr=0.1, **sizes
     )
     problem = with_long_momentum(problem)
-    # float16 gets the strong retention: weights of tokens that are too small for it. Not in a glu, of whose hidden values,
-    # products of two numbers, it leaves none that float16 holds, on any path.
+    # float16 gets the strong retention: weights of tokens that are too small for it. Not in a glu, whose hidden values,
+    # products of two numbers, it makes too small for float16 on any path.
     strong = dtype == torch.float16 and form == "mlp"
     assert_close_to_truth(problem if strong else with_mild_retention(problem), dtype)
 
@@ -209,28 +142,6 @@ def test_weights_are_read_in_any_form(host, form):
         return t.float() if form == "float32" else t.expand(2, *t.shape)
 
     assert_identical(results(problem.map(change)), expected)
-
-
-def pieces(problem: Problem, rows: list[tuple[int, int]]) -> list[Problem]:
-    """Tokens [start, end) of row b, for each b."""
-    return [problem.row(b).span(start, end) for b, (start, end) in enumerate(rows)]
-
-
-def scan_with(problem: Problem, tensors: dict[str, Tensor], **options) -> dict[str, Tensor]:
-    gates = {name: tensors.get(name) for name in ("retention", "momentum")}
-    with torch.no_grad():
-        output, state = memory_scan(
-            *(tensors[name] for name in ("q", "k", "v", "lr")),
-            problem.weights,
-            spec=problem.spec,
-            chunk_size=problem.chunk_size,
-            backend="cpu",
-            **gates,
-            **options,
-        )
-    named = {f"weight{i}": w for i, w in enumerate(state.weights)}
-    named |= {f"momentum{i}": m for i, m in enumerate(state.momentum or ())}
-    return {"output": output} | named
 
 
 @pytest.mark.parametrize(("form", "momentum"), KINDS)
@@ -396,11 +307,8 @@ def test_a_call_that_completes_no_chunk(host, sizes):
     ("change", "reason"),
     [
         ({"spec": MemorySpec("linear")}, "computes mlp and glu memories only"),
-        ({"spec": MemorySpec("glu"), "hidden": 129}, "hidden of a glu at most 128"),
         ({"spec": MemorySpec("mlp", rule="dgd")}, "computes the rule gd only"),
         ({"dtype": torch.float32}, "takes bfloat16 or float16 tokens"),
-        ({"dim": 65}, "dim at most 64"),
-        ({"hidden": 257}, "hidden at most 256"),
         ({"chunk_size": 200, "tokens": 200, "hidden": 256, "dim": 64}, "chunk_size is too large"),
         ({"architecture": 75}, "sm_80 or newer"),
         ({"architecture": 80, "dim": 64, "hidden": 256, "chunk_size": 96, "tokens": 96}, "chunk_size is too large"),
@@ -440,12 +348,6 @@ def test_the_largest_chunk_is_the_documented_one(host, form, dim, hidden, archit
 CASES = ["small", "small glu", "small single", "small momentum", "small self", "small write"]
 
 
-@pytest.fixture(scope="session")
-def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    sources = [*scan.SOURCES, build.HERE / "case_main.cpp"]
-    return build.build(tmp_path_factory.mktemp("sanitized") / "scan", sources, thread_sanitizer=True)
-
-
 @needs_thread_sanitizer
 @pytest.mark.parametrize("case", [*CASES, "full"])
 def test_no_thread_sees_what_no_barrier_has_ordered(sanitized, case):
@@ -454,9 +356,8 @@ def test_no_thread_sees_what_no_barrier_has_ordered(sanitized, case):
 
 @needs_thread_sanitizer
 def test_without_any_one_of_its_barriers_the_kernel_races(sanitized, tmp_path):
-    lines = enumerate(KERNEL.read_text().splitlines(), 1)
-    written = {f"{KERNEL.name}:{number}" for number, line in lines if re.search(r"\b__syncthreads\(", line)}
     passed = {case: build.barriers(sanitized, tmp_path / "barriers", case) for case in ("small", "small single")}
+    written = written_barriers("__syncthreads")
     assert written == {barrier for barriers in passed.values() for barrier in barriers}
     for barrier in sorted(written):
         case = next(case for case, barriers in passed.items() if barrier in barriers)
