@@ -5,13 +5,14 @@
 // 8 D bytes of tokens from and to global memory. The state (2 D H float32) stays in the registers of the block for the whole
 // sequence. What limits it: the activations' special functions, and the sum of F over the warps (8 D floats written and read
 // through shared memory for each token), beside the issue of tensor-core instructions. In a cluster every block takes all
-// tokens through its share of the hidden units; a sum over the blocks costs a barrier of the cluster for every 16 tokens and 64
-// columns, and 4 D bytes for each token read from each of the other blocks.
+// tokens through its share of the hidden units; a sum over the blocks costs a barrier of the cluster for every 16 tokens and
+// 64 columns, and 4 D bytes for each token read from each of the other blocks.
 //
 // A chunk: (1) every warp applies its hidden units to a slice of 16 tokens, keys first, then queries; the warps' parts of
 // the output are summed in fixed order through shared memory, and become the errors of the keys, laid over the values, or
 // the outputs, laid over the queries; (2) every warp forms the errors of its hidden units from its rows of W_out as they were,
-// and adds its part of the products to the state. Numbers are rounded to 16 bits only as operands of products.
+// and adds its part of the products to the state. Numbers are rounded to 16 bits only as operands of products. Between the
+// two, dgd solves for the errors that the weights are written with (forward_delta_rule.h).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,6 +20,7 @@
 #include "activation.h"
 #include "cuda/ptx.h"
 #include "scan_block.h"
+#include "scan_delta_rule.h"
 
 namespace hope::cuda {
 
@@ -51,7 +53,12 @@ class ForwardScan : protected ScanBlock<Traits> {
       const int stage = piece & (params_.stages - 1);
       apply(piece, stage);
       __syncthreads();  // the last slice's errors or outputs are complete
-      if (writes(piece)) write(piece, stage);
+      if (writes(piece)) {
+        if constexpr (Traits::kDelta)
+          write_corrected(piece, stage);
+        else
+          write(piece, stage);
+      }
       store_outputs(piece, stage);
     }
   }
@@ -70,6 +77,7 @@ class ForwardScan : protected ScanBlock<Traits> {
   using Block::problem_;
   using Block::reads_alone;
   using Block::save_state;
+  using Block::shared_;
   using Block::state_;
   using Block::store_outputs;
   using Block::sum_;
@@ -128,7 +136,10 @@ class ForwardScan : protected ScanBlock<Traits> {
   // this, and what is added to the state is multiplied by it. bfloat16 has float32's range and needs no scale.
   __device__ __forceinline__ float scale_of(const void* steps, int piece) const {
     if constexpr (Traits::kType == DType::bfloat16) return 1.0f;
-    const float* weights = of_tokens(steps, piece);
+    return scale_of(of_tokens(steps, piece));
+  }
+  __device__ __forceinline__ float scale_of(const float* weights) const {
+    if constexpr (Traits::kType == DType::bfloat16) return 1.0f;
     float most = 0.0f;
     for (int t = threadIdx.x % kWarp; t < params_.span; t += kWarp) most = fmaxf(most, fabsf(weights[t]));
 #pragma unroll
@@ -160,6 +171,14 @@ class ForwardScan : protected ScanBlock<Traits> {
   // way to the products of W_in (the slope; of a glu, slope times up, and act(gate)). Without momentum both are kept
   // already multiplied by their tokens' weights: one rounding fewer.
   __device__ __forceinline__ void activate_keys(float (&z)[Traits::kInTiles][4], int piece, int slice, float scale) const {
+    if constexpr (Traits::kDelta) {
+      uint32_t products[Traits::kInTiles][2], hidden[Traits::kUnitTiles][2];
+      pack(products, z);
+      store_kept(slice, kKeptErrors, products);
+      activate_slice(z);
+      pack<Traits::kInputs>(hidden, z);
+      return store_kept(slice, kKeptHidden, hidden);
+    }
     const Lane lane;
     float w[2] = {1.0f, 1.0f};
     if constexpr (!Traits::kMomentum) {
@@ -221,6 +240,8 @@ class ForwardScan : protected ScanBlock<Traits> {
     const int first_slice = first / kSlice;
     const int query_slices = reads_alone(piece) && first < count ? (count + kSlice - 1) / kSlice - first_slice : 0;
     const float scale = key_slices > 0 ? scale_of(problem_.step, piece) : 1.0f;
+    if constexpr (Traits::kDelta)
+      if (key_slices > 0) delta_rule().load_products(retention(piece), params_.span);
     for (int i = 0; i < key_slices + query_slices; ++i) {
       const bool is_key = i < key_slices;
       const int slice = is_key ? i : i - key_slices + first_slice;
@@ -230,6 +251,28 @@ class ForwardScan : protected ScanBlock<Traits> {
         activate_keys(h, piece, slice, scale);
       else
         activate_slice(h);
+      const float residual = problem_.residual ? 1.0f : 0.0f;
+      const bool shared_read = is_key && params_.shared_read;
+      Element* from = is_key ? tensor(stage, kKeys) : tensor(stage, kQueries);
+      Element* to = is_key ? tensor(stage, kValues) : tensor(stage, kQueries);
+      if constexpr (Traits::kDelta) if (is_key) {
+        // The right side of the output layer's system, beside errors and outputs.
+        add_up(h, slice, true, [&](int row, int column, float x0, float x1) {
+          const float2 k = Numbers::unpack(pair_at(from, row, column)), v = Numbers::unpack(pair_at(to, row, column));
+          const float before = delta_rule().before()[row];
+          float2 right{before * x0, before * x1}, error = v;
+          x0 = fmaf(residual, k.x, x0), x1 = fmaf(residual, k.y, x1);
+          if (shared_read) pair_at(tensor(stage, kQueries), row, column) = Numbers::pack(x0, x1);
+          if (!self) {
+            if (objective == Objective::l2) error = float2{x0 - v.x, x1 - v.y};
+            if (objective == Objective::dot) error = float2{-v.x, -v.y};
+            right.x += error.x, right.y += error.y;
+            pair_at(to, row, column) = Numbers::pack(error.x, error.y);
+          }
+          delta_rule().right(row, column) = right;
+        });
+        if (!self) continue;
+      }
       // The errors of `dot` and `error` do not depend on the memory.
       if (is_key && (objective == Objective::dot || objective == Objective::error)) continue;
       if (is_key && self) {
@@ -242,30 +285,38 @@ class ForwardScan : protected ScanBlock<Traits> {
 #pragma unroll
           for (int e = 0; e < 4; ++e) h[n][e] -= target[n][e];
       }
-      uint32_t hidden[Traits::kUnitTiles][2];
-      pack<Traits::kInputs>(hidden, h);
-      const float residual = problem_.residual ? 1.0f : 0.0f;
-      const bool shared_read = is_key && params_.shared_read;
-      Element* from = is_key ? tensor(stage, kKeys) : tensor(stage, kQueries);
-      Element* to = is_key ? tensor(stage, kValues) : tensor(stage, kQueries);
-#pragma unroll
-      for (int first = 0; first < Traits::kDimTiles; first += Traits::kSumTiles) {
-        multiply_out(hidden, first, sum_.part(sums_));
-        // Every block needs all errors of the keys; an output is one block's to store.
-        sum_.finish(sums_++, is_key, [&](int row, int column, float x0, float x1) {
-          row += slice * kSlice, column += first * 8;
-          const float2 x = Numbers::unpack(pair_at(from, row, column));
-          uint32_t& place = pair_at(to, row, column);
-          x0 = fmaf(residual, x.x, x0), x1 = fmaf(residual, x.y, x1);
-          if (shared_read) pair_at(tensor(stage, kQueries), row, column) = Numbers::pack(x0, x1);
-          if (is_key) {
-            const float2 v = Numbers::unpack(place);
-            const float of_target = self ? residual : 1.0f;
-            x0 = fmaf(-of_target, v.x, x0), x1 = fmaf(-of_target, v.y, x1);
+      // Every block needs all errors of the keys; an output is one block's to store.
+      add_up(h, slice, is_key, [&](int row, int column, float x0, float x1) {
+        const float2 x = Numbers::unpack(pair_at(from, row, column));
+        uint32_t& place = pair_at(to, row, column);
+        x0 = fmaf(residual, x.x, x0), x1 = fmaf(residual, x.y, x1);
+        if (shared_read && !Traits::kDelta) pair_at(tensor(stage, kQueries), row, column) = Numbers::pack(x0, x1);
+        if (is_key) {
+          const float2 v = Numbers::unpack(place);
+          const float of_target = self ? residual : 1.0f;
+          x0 = fmaf(-of_target, v.x, x0), x1 = fmaf(-of_target, v.y, x1);
+          if constexpr (Traits::kDelta) {
+            float2& right = delta_rule().right(row, column);
+            right = float2{right.x + x0, right.y + x1};
           }
-          place = Numbers::pack(x0, x1);
-        });
-      }
+        }
+        place = Numbers::pack(x0, x1);
+      });
+    }
+  }
+
+  // H W_out of a slice, summed over all hidden units: finish(row, column, x0, x1) for pairs of columns.
+  template <class Finish>
+  __device__ __forceinline__ void add_up(const float (&h)[Traits::kInTiles][4], int slice, bool everywhere,
+                                         const Finish& finish) {
+    uint32_t hidden[Traits::kUnitTiles][2];
+    pack<Traits::kInputs>(hidden, h);
+#pragma unroll
+    for (int first = 0; first < Traits::kDimTiles; first += Traits::kSumTiles) {
+      multiply_out(hidden, first, sum_.part(sums_));
+      sum_.finish(sums_++, everywhere, [&](int row, int column, float x0, float x1) {
+        finish(slice * kSlice + row, first * 8 + column, x0, x1);
+      });
     }
   }
 
@@ -291,6 +342,11 @@ class ForwardScan : protected ScanBlock<Traits> {
   }
   __device__ __forceinline__ void weigh(uint32_t (&x)[Traits::kUnitTiles][2], const void* steps, int piece, int slice,
                                         float scale) const {
+    const Lane lane;
+    weigh(x, weight(steps, piece, slice * kSlice + lane.group, scale),
+          weight(steps, piece, slice * kSlice + lane.group + 8, scale));
+  }
+  static __device__ __forceinline__ void weigh(uint32_t (&x)[Traits::kUnitTiles][2], float w0, float w1) {
     float wide[Traits::kUnitTiles][4];
 #pragma unroll
     for (int n = 0; n < Traits::kUnitTiles; ++n)
@@ -299,7 +355,7 @@ class ForwardScan : protected ScanBlock<Traits> {
         const float2 y = Numbers::unpack(x[n][r]);
         wide[n][2 * r] = y.x, wide[n][2 * r + 1] = y.y;
       }
-    pack_weighted(x, wide, steps, piece, slice, scale);
+    pack(x, wide, w0, w1);
   }
   template <int kTiles>
   static __device__ __forceinline__ void turn(uint32_t (&x)[kTiles][2]) {
@@ -318,20 +374,21 @@ class ForwardScan : protected ScanBlock<Traits> {
     Numbers::mma(in[2 * k + 1], a, {b[2], b[3]});
   }
 
-  __device__ __forceinline__ void multiply_state(float factor) {
-    const auto multiply = [&](int, int, float(&x)[4]) {
+  __device__ __forceinline__ void multiply_state(float factor) { multiply_state(factor, factor); }
+  __device__ __forceinline__ void multiply_state(float in, float out) {
+    each_in(state_, [&](int, int, float(&x)[4]) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) x[e] *= factor;
-    };
-    each_in(state_, multiply);
-    each_out(state_, multiply);
+      for (int e = 0; e < 4; ++e) x[e] *= in;
+    });
+    each_out(state_, [&](int, int, float(&x)[4]) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x[e] *= out;
+    });
   }
 
-  __device__ __forceinline__ void write(int piece, int stage) {
-    const int slices = params_.rows / kSlice;
-    const Element *k = tensor(stage, kKeys), *delta = tensor(stage, kValues);
-    // W_out as it was: the B fragments of its transpose.
-    uint32_t turned[Traits::kDimTiles / 2][Traits::kUnitTiles][2];
+  // W_out as it is now: the B fragments of its transpose.
+  using Turned = uint32_t[Traits::kDimTiles / 2][Traits::kUnitTiles][2];
+  __device__ __forceinline__ void turn_out(Turned& turned) const {
 #pragma unroll
     for (int p = 0; p < Traits::kDimTiles / 2; ++p) {
 #pragma unroll
@@ -342,6 +399,28 @@ class ForwardScan : protected ScanBlock<Traits> {
       }
       turn(turned[p]);
     }
+  }
+  // e = delta W_out^T of one slice, this warp's units.
+  __device__ __forceinline__ void multiply_back(float (&e)[Traits::kUnitTiles][4], const Turned& turned,
+                                                const Element* delta, int slice) const {
+#pragma unroll
+    for (int n = 0; n < Traits::kUnitTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) e[n][i] = 0.0f;
+#pragma unroll
+    for (int p = 0; p < Traits::kDimTiles / 2; ++p) {
+      uint32_t a[4];
+      ldmatrix(a, tile(delta, slice, 16 * p));
+#pragma unroll
+      for (int n = 0; n < Traits::kUnitTiles; ++n) Numbers::mma(e[n], a, turned[p][n]);
+    }
+  }
+
+  __device__ __forceinline__ void write(int piece, int stage) {
+    const int slices = params_.rows / kSlice;
+    const Element *k = tensor(stage, kKeys), *delta = tensor(stage, kValues);
+    Turned turned;
+    turn_out(turned);
     const float decay = of_chunk(problem_.decay, piece, 1.0f);
     const float scale = scale_of(problem_.step, piece);
     const float speed_scale = Traits::kMomentum ? scale_of(problem_.momentum_step, piece) : 1.0f;
@@ -351,18 +430,7 @@ class ForwardScan : protected ScanBlock<Traits> {
       uint32_t errors[Traits::kInTiles][2];
       {
         float e[Traits::kUnitTiles][4];
-#pragma unroll
-        for (int n = 0; n < Traits::kUnitTiles; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) e[n][i] = 0.0f;
-#pragma unroll
-        for (int p = 0; p < Traits::kDimTiles / 2; ++p) {
-          uint32_t a[4];
-          ldmatrix(a, tile(delta, s, 16 * p));
-#pragma unroll
-          for (int n = 0; n < Traits::kUnitTiles; ++n)
-            Numbers::mma(e[n], a, turned[p][n]);
-        }
+        multiply_back(e, turned, delta, s);
         load_kept(s, kKeptErrors, errors);
         float each[Traits::kInTiles][4];
 #pragma unroll
@@ -385,20 +453,27 @@ class ForwardScan : protected ScanBlock<Traits> {
       uint32_t hidden[Traits::kUnitTiles][2];
       load_kept(s, kKeptHidden, hidden);
       if constexpr (Traits::kMomentum) weigh(hidden, problem_.step, piece, s, scale);
-      turn(errors);
-#pragma unroll
-      for (int j = 0; j < Traits::kDimTiles / 2; ++j) {
-        uint32_t b[4];
-        ldmatrix_transposed(b, tile(k, s, 16 * j));
-#pragma unroll
-        for (int i = 0; i < Traits::kInTiles / 2; ++i) add_in(state_.in[i], errors[2 * i], errors[2 * i + 1], j, b);
-      }
-      turn(hidden);
-#pragma unroll
-      for (int p = 0; p < Traits::kDimTiles / 2; ++p) add_out(state_.out[p], hidden, delta, s, p);
+      add_slice(errors, hidden, k, delta, s);
     }
     if constexpr (Traits::kType == DType::float16) multiply_state(scale);
     if constexpr (Traits::kMomentum) write_momentum(piece, k, delta, slices, speed_scale);
+  }
+
+  // What one slice adds to the state: W_in += K^T E, W_out += H^T delta, errors and hidden values weighted.
+  __device__ __forceinline__ void add_slice(uint32_t (&errors)[Traits::kInTiles][2],
+                                            uint32_t (&hidden)[Traits::kUnitTiles][2], const Element* k,
+                                            const Element* delta, int slice) {
+    turn(errors);
+#pragma unroll
+    for (int j = 0; j < Traits::kDimTiles / 2; ++j) {
+      uint32_t b[4];
+      ldmatrix_transposed(b, tile(k, slice, 16 * j));
+#pragma unroll
+      for (int i = 0; i < Traits::kInTiles / 2; ++i) add_in(state_.in[i], errors[2 * i], errors[2 * i + 1], j, b);
+    }
+    turn(hidden);
+#pragma unroll
+    for (int p = 0; p < Traits::kDimTiles / 2; ++p) add_out(state_.out[p], hidden, delta, slice, p);
   }
 
   // out[n] += delta^T H of one slice for 16 features: hidden values turned.
@@ -462,6 +537,27 @@ class ForwardScan : protected ScanBlock<Traits> {
       for (int j = 0; j < Traits::kUnitTiles; ++j) parked.out(i, j) = four(speed[j], scale);
     }
   }
+
+  // ---- (2) for dgd --------------------------------------------------------------------------------------------------
+
+  __device__ __forceinline__ DeltaRule<Traits> delta_rule() const {
+    return {shared_, params_.layout.delta, params_.rows};
+  }
+  // Retention of a chunk's tokens; null: all ones.
+  __device__ __forceinline__ const float* retention(int piece) const {
+    return problem_.retention ? of_tokens(problem_.retention, piece) : nullptr;
+  }
+
+  // In forward_delta_rule.h.
+  template <class Visit>
+  __device__ __forceinline__ void each_pair(int first, int step, int count, const Visit& visit) const;
+  __device__ __forceinline__ void overlap_keys(const Element* k) const;
+  __device__ __forceinline__ void overlap_hidden();
+  __device__ __forceinline__ void right_of_inputs(float (&r)[Traits::kInTiles][4], const Turned& turned,
+                                                  const Element* delta, int slice) const;
+  __device__ __forceinline__ void write_corrected(int piece, int stage);
 };
 
 }  // namespace hope::cuda
+
+#include "forward_delta_rule.h"

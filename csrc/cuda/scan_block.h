@@ -1,5 +1,5 @@
-// One block at work on its share of one (sequence, head): where it is, its tokens, and its part of the state, on the way between
-// global memory, shared memory and registers. What is computed with them is forward_scan.h's.
+// One block at work on its share of one (sequence, head): where it is, its tokens, and its part of the state, on the way
+// between global memory, shared memory and registers. What is computed with them is forward_scan.h's.
 #pragma once
 
 #include <cuda_runtime.h>

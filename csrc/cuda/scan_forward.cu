@@ -12,7 +12,6 @@ Status supports_class(const ScanProblem& p, const ForwardResult& r, const Device
   constexpr int64_t kMost = int64_t(1) << 31;
   if (device.architecture < 80) return refused("the CUDA engine needs an sm_80 or newer device");
   if (p.form == Form::linear) return refused("the CUDA scan computes mlp and glu memories only");
-  if (p.rule != Rule::gd) return refused("the CUDA scan computes the rule gd only");
   if (p.dtype != DType::bfloat16 && p.dtype != DType::float16)
     return refused("the CUDA scan takes bfloat16 or float16 tokens");
   if (p.dim > 128) return refused("the CUDA scan keeps the state in registers: dim at most 128");
@@ -72,8 +71,9 @@ Status scan_forward(const ScanProblem& problem, const ForwardResult& result, con
   const int64_t tasks = problem.sequence_count * problem.heads;
   if (tasks == 0) return {};
   if (!workspace && forward_workspace(problem) > 0) return {StatusCode::invalid_argument, "the workspace is missing"};
-  return problem.form == Form::glu ? start_forward<Form::glu>(problem, result, device, workspace, stream)
-                                   : start_forward<Form::mlp>(problem, result, device, workspace, stream);
+  return with_kind(problem, [&](auto kind) {
+    return start_forward<kind.kForm, kind.kRule>(problem, result, device, workspace, stream);
+  });
 }
 
 Status current_device(Device* device) {

@@ -3,6 +3,6 @@
 
 namespace hope::cuda {
 
-template Status start_forward<Form::glu>(const ScanProblem&, const ForwardResult&, const Device&, void*, void*);
+template Status start_forward<Form::glu, Rule::gd>(const ScanProblem&, const ForwardResult&, const Device&, void*, void*);
 
 }  // namespace hope::cuda

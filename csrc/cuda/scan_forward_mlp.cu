@@ -3,6 +3,6 @@
 
 namespace hope::cuda {
 
-template Status start_forward<Form::mlp>(const ScanProblem&, const ForwardResult&, const Device&, void*, void*);
+template Status start_forward<Form::mlp, Rule::gd>(const ScanProblem&, const ForwardResult&, const Device&, void*, void*);
 
 }  // namespace hope::cuda

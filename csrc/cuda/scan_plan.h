@@ -54,42 +54,58 @@ ForwardParams make_params(const ScanProblem& problem, const ForwardResult& resul
       problem.dim == Traits::kDim &&
       rows_aligned({problem.q, problem.k, problem.v, problem.pending_k, problem.pending_v, result.output});
   const TokenView &q = problem.q, &k = problem.k;
-  // The product of `self` is not the output, and `dot` and `error` make none of the keys.
-  params.shared_read = problem.objective == Objective::l2 && q.data && q.data == k.data && q.row == k.row &&
-                       q.token == k.token && q.head == k.head;
+  // With gd the product of `self` is not the output, and `dot` and `error` make none of the keys.
+  const bool makes_outputs = problem.objective == Objective::l2 || problem.rule == Rule::dgd;
+  params.shared_read = makes_outputs && q.data && q.data == k.data && q.row == k.row && q.token == k.token &&
+                       q.head == k.head;
   const TokenView fresh[kTensors] = {problem.q, problem.k, problem.v};
   const TokenView pending[kTensors] = {problem.q, problem.pending_k, problem.pending_v};
   for (int t = 0; t < kTensors; ++t) params.tokens[t] = fresh[t], params.pending[t] = pending[t];
   return params;
 }
 
-// Calls body(Traits{}) with the smallest plan that holds a memory of this form.
-template <DType kType, bool kMomentum, Form kForm, class Body>
+// Calls body(Traits{}) with the smallest plan that holds a memory of this form and rule.
+template <DType kType, bool kMomentum, Form kForm, Rule kRule, class Body>
 Status with_sizes(const ScanProblem& problem, const Body& body) {
+  const int64_t D = problem.dim, H = problem.hidden;
   if constexpr (kForm == Form::glu) {
-    if (problem.dim <= 32 && problem.hidden <= 128) return body(ScanTraits<kType, 32, 128, kMomentum, kForm>{});
-    if (problem.dim <= 64) return body(ScanTraits<kType, 64, 128, kMomentum, kForm, true>{});
-    return body(ScanTraits<kType, 128, 64, kMomentum, kForm, true>{});
+    if (D <= 32 && H <= 128) return body(ScanTraits<kType, 32, 128, kMomentum, kForm, false, kRule>{});
+    if (D <= 64) return body(ScanTraits<kType, 64, 128, kMomentum, kForm, true, kRule>{});
+    return body(ScanTraits<kType, 128, 64, kMomentum, kForm, true, kRule>{});
   } else {
-    if (problem.dim > 64 || problem.hidden > 256) return body(ScanTraits<kType, 128, 128, kMomentum, kForm, true>{});
-    if (problem.dim <= 32 && problem.hidden <= 128) return body(ScanTraits<kType, 32, 128, kMomentum, kForm>{});
-    if (problem.hidden <= 128) return body(ScanTraits<kType, 64, 128, kMomentum, kForm>{});
-    return body(ScanTraits<kType, 64, 256, kMomentum, kForm>{});
+    if (D > 64 || H > 256) return body(ScanTraits<kType, 128, 128, kMomentum, kForm, true, kRule>{});
+    if (D <= 32 && H <= 128) return body(ScanTraits<kType, 32, 128, kMomentum, kForm, false, kRule>{});
+    if (H <= 128) return body(ScanTraits<kType, 64, 128, kMomentum, kForm, false, kRule>{});
+    return body(ScanTraits<kType, 64, 256, kMomentum, kForm, false, kRule>{});
   }
 }
-template <Form kForm, class Body>
+template <Form kForm, Rule kRule, class Body>
 Status with_traits(const ScanProblem& problem, const Body& body) {
-  const bool momentum = problem.momentum_step != nullptr;
-  if (problem.dtype == DType::bfloat16)
-    return momentum ? with_sizes<DType::bfloat16, true, kForm>(problem, body)
-                    : with_sizes<DType::bfloat16, false, kForm>(problem, body);
-  return momentum ? with_sizes<DType::float16, true, kForm>(problem, body)
-                  : with_sizes<DType::float16, false, kForm>(problem, body);
+  const bool half = problem.dtype == DType::float16;
+  if constexpr (kRule == Rule::gd)
+    if (problem.momentum_step)
+      return half ? with_sizes<DType::float16, true, kForm, kRule>(problem, body)
+                  : with_sizes<DType::bfloat16, true, kForm, kRule>(problem, body);
+  return half ? with_sizes<DType::float16, false, kForm, kRule>(problem, body)
+              : with_sizes<DType::bfloat16, false, kForm, kRule>(problem, body);
 }
-// The same for every form.
+
+// A form and a rule as a type.
+template <Form kForm_, Rule kRule_>
+struct ScanKind {
+  static constexpr Form kForm = kForm_;
+  static constexpr Rule kRule = kRule_;
+};
+// Calls body(ScanKind{}) with the problem's.
+template <class Body>
+Status with_kind(const ScanProblem& problem, const Body& body) {
+  if (problem.form == Form::glu)
+    return problem.rule == Rule::dgd ? body(ScanKind<Form::glu, Rule::dgd>{}) : body(ScanKind<Form::glu, Rule::gd>{});
+  return problem.rule == Rule::dgd ? body(ScanKind<Form::mlp, Rule::dgd>{}) : body(ScanKind<Form::mlp, Rule::gd>{});
+}
 template <class Body>
 Status with_traits(const ScanProblem& problem, const Body& body) {
-  return problem.form == Form::glu ? with_traits<Form::glu>(problem, body) : with_traits<Form::mlp>(problem, body);
+  return with_kind(problem, [&](auto kind) { return with_traits<kind.kForm, kind.kRule>(problem, body); });
 }
 
 }  // namespace hope::cuda

@@ -1,8 +1,8 @@
 // Sums over the hidden units of a memory: over the warps of a block through its shared memory, and over the blocks of a
 // cluster through each other's. Always in the same order: warp 0 first, block 0 first.
 //
-// A sum is of kSumTiles tiles of 16x8 numbers. Traffic per sum and block: 512 kWarps kSumTiles bytes of shared memory written
-// and read; with several blocks 512 kSumTiles read from each of them, or a share of that where one block needs the result.
+// A sum is of kSumTiles tiles of 16x8 numbers. Traffic per sum and block: 512 kWarps kSumTiles bytes of shared memory
+// written and read; with several blocks 512 kSumTiles read from each of them, or a share of that where one block needs it.
 #pragma once
 
 #include "cuda/ptx.h"
@@ -11,7 +11,7 @@
 namespace hope::cuda {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr bool kClusters = false;  // the host launches single blocks only
+constexpr bool kClusters = false;  // of such code the host launches single blocks only
 #else
 constexpr bool kClusters = true;
 #endif
@@ -27,8 +27,8 @@ class ScanSum {
         block_sums_(reinterpret_cast<float4*>(shared + layout.block_sums)),
         blocks_(blocks) {}
 
-  // Where this lane puts its accumulators of tile j, at [j * kWarp], of sum number `count`. There are two sets of all this: one
-  // is filled while the other, of the sum before, is read. So each sum of a block has the number after the one before.
+  // Where this lane puts its accumulators of tile j, at [j * kWarp], of sum number `count`. There are two sets of all this:
+  // one is filled while the other, of the sum before, is read. So the sums of a block are numbered one after the other.
   __device__ __forceinline__ float4* part(int count) const {
     return partial_ + ((count & 1) * Traits::kWarps + threadIdx.x / kWarp) * kNumbers + threadIdx.x % kWarp;
   }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ needs_thread_sanitizer = pytest.mark.skipif(
 )
 FORMS = ["mlp", "glu"]
 HALVES = [torch.bfloat16, torch.float16]
+DELTA_RULE = [build.ROOT / "csrc/cuda" / name for name in ("forward_delta_rule.h", "scan_delta_rule.h")]
 KERNEL = [build.ROOT / "csrc/cuda" / name for name in ("forward_scan.h", "scan_block.h", "scan_sum.h")]
 
 
@@ -81,11 +83,11 @@ def scan_with(problem: Problem, tensors: dict[str, Tensor], **options) -> dict[s
     return {"output": output} | named
 
 
-def written_barriers(name: str) -> set[str]:
-    """The places in the kernel's headers, each ``file.h:line``, that call a barrier of this name."""
+def written_barriers(name: str, headers: list[Path] = KERNEL) -> set[str]:
+    """The places in these headers, each ``file.h:line``, that call a barrier of this name."""
     return {
         f"{header.name}:{number}"
-        for header in KERNEL
+        for header in headers
         for number, line in enumerate(header.read_text().splitlines(), 1)
         if re.search(rf"\b{name}\(", line)
     }

@@ -61,7 +61,7 @@ int scan_forward(const ScanProblem* problem, const ForwardResult* result, const 
 
 // One head of one sequence: `chunks` chunks of 20 tokens, three of them pending, and two tokens behind. Words of the name:
 // "small" for a memory of 32 x 128 instead of 64 x 256, "cluster" for one that takes two blocks, "single" for shared memory that
-// has room for one stage, "glu", "momentum", "self", "write" for no queries.
+// has room for one stage, "glu", "dgd", "momentum", "self", "write" for no queries.
 int run_case(const char* name) {
   const std::string words = name;
   const auto has = [&](const char* word) { return words.find(word) != std::string::npos; };
@@ -73,6 +73,7 @@ int run_case(const char* name) {
   auto old_k = numbers.tokens(pending * D), old_v = numbers.tokens(pending * D);
   const auto w_in = numbers.floats(D * H, 0.2f), w_out = numbers.floats(D * H, 0.1f);
   const auto step = numbers.floats(chunks * C, 0.1f), scalars = numbers.floats(chunks, 0.9f);
+  const auto retention = numbers.floats(chunks * C, 0.9f);
   std::vector<float> states[6];
   for (auto& state : states) state.assign(D * H, 0.0f);
 
@@ -80,7 +81,7 @@ int run_case(const char* name) {
   p.form = glu ? Form::glu : Form::mlp;
   p.activation = Activation::gelu_tanh;
   p.objective = has("self") ? Objective::self : Objective::l2;
-  p.rule = Rule::gd;
+  p.rule = has("dgd") ? Rule::dgd : Rule::gd;
   p.residual = 1;
   p.dtype = DType::bfloat16;
   p.batch = p.heads = p.sequence_count = 1;
@@ -90,7 +91,10 @@ int run_case(const char* name) {
   p.q = has("write") ? TokenView{} : view(q);
   p.k = view(k), p.v = view(v), p.pending_k = view(old_k), p.pending_v = view(old_v);
   p.step = step.data();
-  p.decay = scalars.data();
+  if (p.rule == Rule::dgd)
+    p.retention = retention.data();
+  else
+    p.decay = scalars.data();
   if (momentum) p.momentum_step = step.data(), p.momentum_carry = p.momentum_decay = scalars.data();
   const int inputs = weight_count(p.form) - 1;
   for (int i = 0; i < inputs; ++i)

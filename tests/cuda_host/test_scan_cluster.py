@@ -178,6 +178,15 @@ def test_what_is_not_covered_is_refused_with_the_reason(host, form, dim, hidden,
         results(problem)
 
 
+def test_kernels_built_without_clusters_are_not_started_in_one(host, library):
+    library.cuda_host_set_device(8, 0, 2, 1)
+    try:
+        with pytest.raises(scan.Refused, match="not built for sm_90"):
+            results(spread(batch=1).cast(torch.bfloat16))
+    finally:
+        library.cuda_host_set_device(9, 0, 2, 1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "dim", "hidden", "architecture", "largest"),

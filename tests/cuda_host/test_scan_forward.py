@@ -307,7 +307,6 @@ def test_a_call_that_completes_no_chunk(host, sizes):
     ("change", "reason"),
     [
         ({"spec": MemorySpec("linear")}, "computes mlp and glu memories only"),
-        ({"spec": MemorySpec("mlp", rule="dgd")}, "computes the rule gd only"),
         ({"dtype": torch.float32}, "takes bfloat16 or float16 tokens"),
         ({"chunk_size": 200, "tokens": 200, "hidden": 256, "dim": 64}, "chunk_size is too large"),
         ({"architecture": 75}, "sm_80 or newer"),
