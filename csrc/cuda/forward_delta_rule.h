@@ -18,6 +18,29 @@ __device__ __forceinline__ void ForwardScan<Traits>::each_pair(int first, int st
       if (number >= first && (number - first) % step == 0 && left > 0) visit(s, t), --left;
 }
 
+// From the hidden values of a slice of keys: what H W_out gives to the right side of the output layer's system, to outputs
+// that are asked for with the keys, and, but for `self`, the errors over the values.
+template <class Traits>
+__device__ __forceinline__ void ForwardScan<Traits>::read_keys(const float (&h)[Traits::kInTiles][4], int stage, int slice) {
+  const Objective objective = problem_.objective;
+  const float residual = problem_.residual ? 1.0f : 0.0f;
+  add_up(h, slice, true, [&](int row, int column, float x0, float x1) {
+    uint32_t& place = pair_at(tensor(stage, kValues), row, column);
+    const float2 k = Numbers::unpack(pair_at(tensor(stage, kKeys), row, column)), v = Numbers::unpack(place);
+    const float before = delta_rule().before()[row];
+    float2 right{before * x0, before * x1}, error = v;
+    x0 = fmaf(residual, k.x, x0), x1 = fmaf(residual, k.y, x1);
+    if (params_.shared_read) pair_at(tensor(stage, kQueries), row, column) = Numbers::pack(x0, x1);
+    if (objective != Objective::self) {
+      if (objective == Objective::l2) error = float2{x0 - v.x, x1 - v.y};
+      if (objective == Objective::dot) error = float2{-v.x, -v.y};
+      right.x += error.x, right.y += error.y;
+      place = Numbers::pack(error.x, error.y);
+    }
+    delta_rule().right(row, column) = right;
+  });
+}
+
 // K K^T, a warp one pair of slices in turn.
 template <class Traits>
 __device__ __forceinline__ void ForwardScan<Traits>::overlap_keys(const Element* k) const {

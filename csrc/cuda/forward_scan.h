@@ -255,23 +255,9 @@ class ForwardScan : protected ScanBlock<Traits> {
       const bool shared_read = is_key && params_.shared_read;
       Element* from = is_key ? tensor(stage, kKeys) : tensor(stage, kQueries);
       Element* to = is_key ? tensor(stage, kValues) : tensor(stage, kQueries);
-      if constexpr (Traits::kDelta) if (is_key) {
-        // The right side of the output layer's system, beside errors and outputs.
-        add_up(h, slice, true, [&](int row, int column, float x0, float x1) {
-          const float2 k = Numbers::unpack(pair_at(from, row, column)), v = Numbers::unpack(pair_at(to, row, column));
-          const float before = delta_rule().before()[row];
-          float2 right{before * x0, before * x1}, error = v;
-          x0 = fmaf(residual, k.x, x0), x1 = fmaf(residual, k.y, x1);
-          if (shared_read) pair_at(tensor(stage, kQueries), row, column) = Numbers::pack(x0, x1);
-          if (!self) {
-            if (objective == Objective::l2) error = float2{x0 - v.x, x1 - v.y};
-            if (objective == Objective::dot) error = float2{-v.x, -v.y};
-            right.x += error.x, right.y += error.y;
-            pair_at(to, row, column) = Numbers::pack(error.x, error.y);
-          }
-          delta_rule().right(row, column) = right;
-        });
-        if (!self) continue;
+      if constexpr (Traits::kDelta) {
+        if (is_key) read_keys(h, stage, slice);
+        if (is_key && !self) continue;
       }
       // The errors of `dot` and `error` do not depend on the memory.
       if (is_key && (objective == Objective::dot || objective == Objective::error)) continue;
@@ -551,6 +537,7 @@ class ForwardScan : protected ScanBlock<Traits> {
   // In forward_delta_rule.h.
   template <class Visit>
   __device__ __forceinline__ void each_pair(int first, int step, int count, const Visit& visit) const;
+  __device__ __forceinline__ void read_keys(const float (&h)[Traits::kInTiles][4], int stage, int slice);
   __device__ __forceinline__ void overlap_keys(const Element* k) const;
   __device__ __forceinline__ void overlap_hidden();
   __device__ __forceinline__ void right_of_inputs(float (&r)[Traits::kInTiles][4], const Turned& turned,
