@@ -44,10 +44,10 @@ class BackwardScan : private ForwardScan<Traits> {
   using Forward::scale_of;
   using Forward::shared_;
   using Forward::state_;  // the state while it is rebuilt, its adjoint while chunks are walked back
-  using Forward::sum_warps;
   using Forward::tile;
   using Forward::turn;
   using Forward::weight;
+  using Sum = ScanSum<Traits>;
   using Group = float[2][4];                            // accumulators of a slice and 16 of this warp's hidden units
   using PackedUnits = uint32_t[Traits::kUnitTiles][2];  // a slice and all of them, as operands
   static constexpr int kGroups = Traits::kUnitTiles / 2;
@@ -301,37 +301,22 @@ class BackwardScan : private ForwardScan<Traits> {
   __device__ __forceinline__ void load_adjoint() {
     if constexpr (Traits::kMomentum) {
       const ParkedState<Traits> speed = momentum_adjoint();
-      this->template load_matrix<false>(back_.result.grad_momentum[0], [&](const StagedMatrix<Traits, false>& staged) {
-        each_in(state_, [&](int i, int j, float(&x)[4]) { staged.get(i, j, x), speed.in(i, j) = four(x); });
-      });
-      this->template load_matrix<true>(back_.result.grad_momentum[1], [&](const StagedMatrix<Traits, true>& staged) {
-        each_out(state_, [&](int i, int j, float(&x)[4]) { staged.get(i, j, x), speed.out(i, j) = four(x); });
-      });
+      this->load_matrices(back_.result.grad_momentum);
+      each_in(state_, [&](int i, int j, float(&x)[4]) { speed.in(i, j) = four(x); });
+      each_out(state_, [&](int i, int j, float(&x)[4]) { speed.out(i, j) = four(x); });
     }
-    this->template load_matrix<false>(back_.result.grad_weights[0], [&](const StagedMatrix<Traits, false>& staged) {
-      each_in(state_, [&](int i, int j, float(&x)[4]) { staged.get(i, j, x); });
-    });
-    this->template load_matrix<true>(back_.result.grad_weights[1], [&](const StagedMatrix<Traits, true>& staged) {
-      each_out(state_, [&](int i, int j, float(&x)[4]) { staged.get(i, j, x); });
-    });
+    this->load_matrices(back_.result.grad_weights);
   }
 
   __device__ __forceinline__ void store_adjoint() {
     const int64_t row = this->final_row();
-    this->template store_matrix<false>(back_.result.weights[0], row, [&](const StagedMatrix<Traits, false>& staged) {
-      each_in(state_, [&](int i, int j, float(&x)[4]) { staged.put(i, j, x); });
-    });
-    this->template store_matrix<true>(back_.result.weights[1], row, [&](const StagedMatrix<Traits, true>& staged) {
-      each_out(state_, [&](int i, int j, float(&x)[4]) { staged.put(i, j, x); });
-    });
+    const auto held = [](int, int, const float(&x)[4]) { return four(x); };
+    this->store_matrices(back_.result.weights, row, held, held);
     if constexpr (Traits::kMomentum) {
       const ParkedState<Traits> speed = momentum_adjoint();
-      this->template store_matrix<false>(back_.result.momentum[0], row, [&](const StagedMatrix<Traits, false>& staged) {
-        each_in(state_, [&](int i, int j, float(&)[4]) { staged.put(i, j, speed.in(i, j)); });
-      });
-      this->template store_matrix<true>(back_.result.momentum[1], row, [&](const StagedMatrix<Traits, true>& staged) {
-        each_out(state_, [&](int i, int j, float(&)[4]) { staged.put(i, j, speed.out(i, j)); });
-      });
+      this->store_matrices(
+          back_.result.momentum, row, [&](int i, int j, const float(&)[4]) { return speed.in(i, j); },
+          [&](int i, int j, const float(&)[4]) { return speed.out(i, j); });
     }
   }
 
@@ -593,7 +578,9 @@ class BackwardScan : private ForwardScan<Traits> {
       own[(2 * p + 1) * kWarp] = four(y[1]);
     }
     __syncthreads();  // every warp's part of this slice is there; with two sets the other one is free
-    sum_warps(sums, slice, finish);
+    Sum::over_warps(sums, [&](int i, const float4& sum) {
+      Sum::in_pairs(i, sum, [&](int row, int column, float x0, float x1) { finish(slice * kSlice + row, column, x0, x1); });
+    });
   }
 
   // A_out += Y^T H of one slice, as it is held: H turned.

@@ -121,6 +121,20 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" : : "n"(kGroups) : "memory");
 }
 
+// Waits for all threads of all blocks of the cluster. sm_90 and up.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// What lies at `shared`, an address of this block's, in block `rank` of the cluster. sm_90 and up.
+__device__ __forceinline__ float4 cluster_load(const float4* shared, int rank) {
+  uint32_t address;
+  float4 x;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(shared)), "r"(rank));
+  asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(address) : "memory");
+  return x;
+}
+
 // Barrier `id` (1 to 15; 0 is __syncthreads) among `threads` threads of the block, a multiple of 32.
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("barrier.sync %0, %1;" : : "r"(id), "r"(threads) : "memory");

@@ -18,7 +18,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) scan_backward_kernel(cons
 // Whether registers hold the adjoint of the state and what its products take: beside the largest one there is no room for the
 // products with the adjoint of the momentum, nor for the scales of float16, the compiler would put some into local memory.
 template <class Traits>
-constexpr bool kFits = Traits::kHidden <= 128 || !(Traits::kMomentum || Traits::kType == DType::float16);
+constexpr bool kFits = !Traits::kCluster && (Traits::kHidden <= 128 || !(Traits::kMomentum || Traits::kType == DType::float16));
+
+// Calls body(Traits{}) with the plan of a problem of the class that has a backward.
+template <class Body>
+Status with_backward_traits(const ScanProblem& problem, const Body& body) {
+  return with_traits<Form::mlp, Rule::gd>(problem, body);
+}
 
 // What the kernel keeps in static shared memory, which lies in front of the dynamic.
 constexpr int64_t kStaticBytes = kPlaceBytes + 256;
@@ -80,6 +86,13 @@ int64_t lay_out_workspace(BackwardParams& params, char* start) {
   return used;
 }
 
+// Why the class of a problem that has a forward has no backward.
+Status supports_class(const ScanProblem& p) {
+  if (p.form != Form::mlp) return refused("the CUDA scan's backward computes mlp memories only");
+  if (p.rule != Rule::gd) return refused("the CUDA scan's backward computes the rule gd only");
+  return {};
+}
+
 Status supports_gradients(const ScanProblem& p, const BackwardResult& r) {
   for (int i = 0; i < weight_count(p.form); ++i)
     for (const MatrixView& grad : {r.grad_weights[i], r.grad_momentum[i]})
@@ -97,12 +110,17 @@ Status supports_gradients(const ScanProblem& p, const BackwardResult& r) {
 
 Status supports_backward(const ScanProblem& problem, const BackwardResult& result, const Device& device) {
   Status status = supports_forward(problem, {}, device);
+  if (status.code == StatusCode::ok) status = supports_class(problem);
   if (status.code == StatusCode::ok) status = supports_gradients(problem, result);
   if (status.code != StatusCode::ok) return status;
-  return with_traits(problem, [&](auto traits) {
-    if (!kFits<decltype(traits)>)
+  return with_backward_traits(problem, [&](auto traits) {
+    using Traits = decltype(traits);
+    if (Traits::kCluster)
+      return refused("the CUDA scan's backward keeps the adjoint in the registers of one block: dim at most 64, hidden at "
+                     "most 256");
+    if (!kFits<Traits>)
       return refused("the CUDA scan's backward has no registers for momentum or float16 at this size: hidden at most 128");
-    const BackwardParams params = make_backward_params<decltype(traits)>(problem, result, device);
+    const BackwardParams params = make_backward_params<Traits>(problem, result, device);
     return params.layout.bytes ? Status{}
                                : refused("the CUDA scan's backward keeps a chunk in shared memory: chunk_size is too large");
   });
@@ -110,7 +128,7 @@ Status supports_backward(const ScanProblem& problem, const BackwardResult& resul
 
 int64_t backward_workspace(const ScanProblem& problem, const BackwardResult& result, const Device& device) {
   int64_t bytes = 0;
-  with_traits(problem, [&](auto traits) {
+  with_backward_traits(problem, [&](auto traits) {
     BackwardParams params = make_backward_params<decltype(traits)>(problem, result, device);
     bytes = lay_out_workspace<decltype(traits)>(params, nullptr);
     return Status{};
@@ -125,7 +143,7 @@ Status scan_backward(const ScanProblem& problem, const BackwardResult& result, c
   const int64_t tasks = problem.sequence_count * problem.heads;
   if (tasks == 0) return {};
   if (!workspace) return {StatusCode::invalid_argument, "the workspace is missing"};
-  return with_traits(problem, [&](auto traits) {
+  return with_backward_traits(problem, [&](auto traits) {
     using Traits = decltype(traits);
     Status started;
     if constexpr (kFits<Traits>) {

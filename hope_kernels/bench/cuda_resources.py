@@ -89,7 +89,7 @@ def compile_source(
         ptx: whether the newest of them is compiled to PTX as well.
 
     Raises:
-        DoesNotCompileError: with nvcc's words.
+        DoesNotCompileError: with nvcc's words; or a kernel's report is not one that :func:`read_report` understands.
     """
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
     if ptx:
@@ -113,7 +113,10 @@ def compile_source(
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     if result.returncode:
         raise DoesNotCompileError(f"{source.name}: {result.stderr.strip()}")
-    return Compiled(source, tuple(read_report(source.name, result.stderr)), seconds)
+    kernels = tuple(read_report(source.name, result.stderr))
+    if len(kernels) != result.stderr.count("Compiling entry function"):
+        raise DoesNotCompileError(f"{source.name}: what ptxas says of its kernels was not understood")
+    return Compiled(source, kernels, seconds)
 
 
 def read_report(source: str, said: str) -> Iterable[Kernel]:

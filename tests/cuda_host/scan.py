@@ -14,8 +14,8 @@ from torch import Tensor
 from hope_kernels.backends.interface import ScanGradients, ScanProblem
 from tests.cuda_host import build
 
-_KERNELS = build.ROOT / "csrc/cuda"
-SOURCES = [_KERNELS / "scan_forward.cu", _KERNELS / "scan_backward.cu", build.HERE / "scan_driver.cpp"]
+SCANS = [*sorted((build.ROOT / "csrc/cuda").glob("scan_forward*.cu")), build.ROOT / "csrc/cuda/scan_backward.cu"]
+SOURCES = [*SCANS, build.HERE / "scan_driver.cpp"]
 SHARED_MEMORY = {80: 166_912, 90: 232_448}  # bytes a block may have
 
 _MAX_WEIGHTS = 3
@@ -238,8 +238,8 @@ def scan_backward(
     if problem.sequence_count == 0:
         return found
 
-    r = _BackwardResult()
-    for first, tensors in ((0, saved[:2]), (_MAX_WEIGHTS, saved[2:])):
+    r, matrices = _BackwardResult(), len(problem.weights)
+    for first, tensors in ((0, saved[:matrices]), (_MAX_WEIGHTS, saved[matrices:])):
         for i, tensor in enumerate(tensors):
             r.checkpoints[first + i] = _pointer(tensor)
     r.grad_output = _token_view(grad_output)

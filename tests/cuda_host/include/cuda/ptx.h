@@ -121,6 +121,11 @@ void cp_async_wait() {
   cuda_host::async_wait(kGroups);
 }
 
+inline void cluster_sync(CUDA_HOST_SITE) { cuda_host::cluster_barrier({"cluster_sync", file, line}); }
+inline float4 cluster_load(const float4* shared, int rank) {
+  return *static_cast<const float4*>(cuda_host::map_shared_rank(shared, unsigned(rank)));
+}
+
 inline cuda_host::Barrier& named_barrier(int id, int threads, const cuda_host::Site& site) {
   if (id < 1 || id > 15 || threads < 32 || threads % 32 != 0)
     cuda_host::die("%s at %s:%d: barrier %d of %d threads; want 1 to 15 and a multiple of 32", site.name, site.file,
