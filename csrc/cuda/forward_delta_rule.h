@@ -44,8 +44,8 @@ __device__ __forceinline__ void ForwardScan<Traits>::read_keys(const float (&h)[
 // K K^T, a warp one pair of slices in turn.
 template <class Traits>
 __device__ __forceinline__ void ForwardScan<Traits>::overlap_keys(const Element* k) const {
-  const Lane lane;
-  each_pair(threadIdx.x / kWarp, Traits::kWarps, params_.rows, [&](int s, int t) {
+  const Lane lane(thread_);
+  each_pair(thread_ / kWarp, Traits::kWarps, params_.rows, [&](int s, int t) {
     float x[2][4] = {};
 #pragma unroll
     for (int j = 0; j < Traits::kDimTiles / 2; ++j) {
@@ -112,7 +112,7 @@ __device__ __forceinline__ void ForwardScan<Traits>::write_corrected(int piece, 
   rule.solve_out();
   __syncthreads();  // the errors that W_out is written with are there
 
-  const Lane lane;
+  const Lane lane(thread_);
   Turned turned;
   turn_out(turned);
   const float *weights_in = rule.weights(kInSystem), *weights_out = rule.weights(kOutSystem);
@@ -143,7 +143,7 @@ __device__ __forceinline__ void ForwardScan<Traits>::right_of_inputs(float (&r)[
                                                                      const Turned& turned, const Element* delta,
                                                                      int slice) const {
   constexpr int kInputs = Traits::kInputs;
-  const Lane lane;
+  const Lane lane(thread_);
   const float* before = delta_rule().before() + slice * kSlice + lane.group;
   float e[Traits::kUnitTiles][4];
   multiply_back(e, turned, delta, slice);

@@ -11,10 +11,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) scan_forward_kernel(const
   ForwardScan<Traits>(params, dynamic_shared<char>()).run();
 }
 
-template <Form kForm, Rule kRule>
+template <class Kind>
 Status start_forward(const ScanProblem& problem, const ForwardResult& result, const Device& device, void* workspace,
                      void* stream) {
-  return with_traits<kForm, kRule>(problem, [&](auto traits) {
+  return with_traits<Kind>(problem, [&](auto traits) {
     using Traits = decltype(traits);
     ForwardParams params = make_params<Traits>(problem, result, device);
     params.workspace = workspace;

@@ -35,9 +35,10 @@ class ForwardScan : protected ScanBlock<Traits> {
   using Block::Block;
 
   __device__ __forceinline__ void run() {
-    if (threadIdx.x == 0) block_shared<Place>() = place_of(problem_, blockIdx.x / blocks(), params_.span);
+    if (thread_ == 0) block_shared<Place>() = place_of(problem_, blockIdx.x / blocks(), params_.span);
     // With two stages piece i + 1 is loaded while piece i is computed.
     for (int next = 0;; ++next) {
+      begin_phase();
       cp_async_wait<0>();
       __syncthreads();  // the place is known; everyone's share of the tokens is there; the stage loaded next is free
       if (next < place_.pieces) load_tokens(next, next & (params_.stages - 1));
@@ -59,11 +60,13 @@ class ForwardScan : protected ScanBlock<Traits> {
         else
           write(piece, stage);
       }
+      begin_phase();
       store_outputs(piece, stage);
     }
   }
 
  protected:
+  using Block::begin_phase;
   using Block::blocks;
   using Block::first_query;
   using Block::kept;
@@ -83,6 +86,7 @@ class ForwardScan : protected ScanBlock<Traits> {
   using Block::sum_;
   using Block::sums_;
   using Block::tensor;
+  using Block::thread_;
   using Block::tile;
   using Block::token_count;
   using Block::writes;
@@ -141,7 +145,7 @@ class ForwardScan : protected ScanBlock<Traits> {
   __device__ __forceinline__ float scale_of(const float* weights) const {
     if constexpr (Traits::kType == DType::bfloat16) return 1.0f;
     float most = 0.0f;
-    for (int t = opaque(threadIdx.x) % kWarp; t < params_.span; t += kWarp) most = fmaxf(most, fabsf(weights[t]));
+    for (int t = thread_ % kWarp; t < params_.span; t += kWarp) most = fmaxf(most, fabsf(weights[t]));
 #pragma unroll
     for (int distance = kWarp / 2; distance > 0; distance /= 2)
       most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, distance));
@@ -179,7 +183,7 @@ class ForwardScan : protected ScanBlock<Traits> {
       pack<Traits::kInputs>(hidden, z);
       return store_kept(slice, kKeptHidden, hidden);
     }
-    const Lane lane;
+    const Lane lane(thread_);
     float w[2] = {1.0f, 1.0f};
     if constexpr (!Traits::kMomentum) {
       w[0] = weight(problem_.step, piece, slice * kSlice + lane.group, scale);
@@ -232,6 +236,7 @@ class ForwardScan : protected ScanBlock<Traits> {
 
   // Keys: what the write needs of them, and their errors over the values. Queries: their outputs over themselves.
   __device__ __forceinline__ void apply(int piece, int stage) {
+    begin_phase();
     const Objective objective = problem_.objective;
     const bool self = objective == Objective::self;
     const int key_slices = writes(piece) ? params_.rows / kSlice : 0;
@@ -324,13 +329,13 @@ class ForwardScan : protected ScanBlock<Traits> {
   template <int kTiles>
   __device__ __forceinline__ void pack_weighted(uint32_t (&to)[kTiles][2], const float (&x)[kTiles][4], const void* steps,
                                                 int piece, int slice, float scale) const {
-    const Lane lane;
+    const Lane lane(thread_);
     pack(to, x, weight(steps, piece, slice * kSlice + lane.group, scale),
          weight(steps, piece, slice * kSlice + lane.group + 8, scale));
   }
   __device__ __forceinline__ void weigh(uint32_t (&x)[Traits::kUnitTiles][2], const void* steps, int piece, int slice,
                                         float scale) const {
-    const Lane lane;
+    const Lane lane(thread_);
     weigh(x, weight(steps, piece, slice * kSlice + lane.group, scale),
           weight(steps, piece, slice * kSlice + lane.group + 8, scale));
   }
@@ -405,6 +410,7 @@ class ForwardScan : protected ScanBlock<Traits> {
   }
 
   __device__ __forceinline__ void write(int piece, int stage) {
+    begin_phase();
     const int slices = params_.rows / kSlice;
     const Element *k = tensor(stage, kKeys), *delta = tensor(stage, kValues);
     Turned turned;

@@ -34,7 +34,7 @@ __device__ __forceinline__ T& block_shared() {
 
 // x. The compiler cannot tell: what follows from the result is computed where it is used, instead of once in front of a loop
 // to be held in registers.
-__device__ __forceinline__ int opaque(int x) {
+__device__ __forceinline__ unsigned opaque(unsigned x) {
   asm volatile("" : "+r"(x));
   return x;
 }

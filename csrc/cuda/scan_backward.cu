@@ -16,15 +16,12 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) scan_backward_kernel(cons
 }
 
 // Whether registers hold the adjoint of the state and what its products take: beside the largest one there is no room for the
-// products with the adjoint of the momentum, nor for the scales of float16, the compiler would put some into local memory.
+// products with the adjoint of the momentum, the compiler would put some into local memory.
 template <class Traits>
-constexpr bool kFits = !Traits::kCluster && (Traits::kHidden <= 128 || !(Traits::kMomentum || Traits::kType == DType::float16));
+constexpr bool kFits = Traits::kHidden <= 128 || !Traits::kMomentum;
 
-// Calls body(Traits{}) with the plan of a problem of the class that has a backward.
-template <class Body>
-Status with_backward_traits(const ScanProblem& problem, const Body& body) {
-  return with_traits<Form::mlp, Rule::gd>(problem, body);
-}
+// The memories that have a backward.
+using BackwardKind = ScanKind<Form::mlp, Rule::gd>;
 
 // What the kernel keeps in static shared memory, which lies in front of the dynamic.
 constexpr int64_t kStaticBytes = kPlaceBytes + 256;
@@ -90,6 +87,9 @@ int64_t lay_out_workspace(BackwardParams& params, char* start) {
 Status supports_class(const ScanProblem& p) {
   if (p.form != Form::mlp) return refused("the CUDA scan's backward computes mlp memories only");
   if (p.rule != Rule::gd) return refused("the CUDA scan's backward computes the rule gd only");
+  if (clustered(p))
+    return refused("the CUDA scan's backward keeps the adjoint in the registers of one block: dim at most 64, hidden at "
+                   "most 256");
   return {};
 }
 
@@ -113,13 +113,10 @@ Status supports_backward(const ScanProblem& problem, const BackwardResult& resul
   if (status.code == StatusCode::ok) status = supports_class(problem);
   if (status.code == StatusCode::ok) status = supports_gradients(problem, result);
   if (status.code != StatusCode::ok) return status;
-  return with_backward_traits(problem, [&](auto traits) {
+  return with_traits<BackwardKind>(problem, [&](auto traits) {
     using Traits = decltype(traits);
-    if (Traits::kCluster)
-      return refused("the CUDA scan's backward keeps the adjoint in the registers of one block: dim at most 64, hidden at "
-                     "most 256");
     if (!kFits<Traits>)
-      return refused("the CUDA scan's backward has no registers for momentum or float16 at this size: hidden at most 128");
+      return refused("the CUDA scan's backward has no registers for momentum at this size: hidden at most 128");
     const BackwardParams params = make_backward_params<Traits>(problem, result, device);
     return params.layout.bytes ? Status{}
                                : refused("the CUDA scan's backward keeps a chunk in shared memory: chunk_size is too large");
@@ -128,7 +125,7 @@ Status supports_backward(const ScanProblem& problem, const BackwardResult& resul
 
 int64_t backward_workspace(const ScanProblem& problem, const BackwardResult& result, const Device& device) {
   int64_t bytes = 0;
-  with_backward_traits(problem, [&](auto traits) {
+  with_traits<BackwardKind>(problem, [&](auto traits) {
     BackwardParams params = make_backward_params<decltype(traits)>(problem, result, device);
     bytes = lay_out_workspace<decltype(traits)>(params, nullptr);
     return Status{};
@@ -143,7 +140,7 @@ Status scan_backward(const ScanProblem& problem, const BackwardResult& result, c
   const int64_t tasks = problem.sequence_count * problem.heads;
   if (tasks == 0) return {};
   if (!workspace) return {StatusCode::invalid_argument, "the workspace is missing"};
-  return with_backward_traits(problem, [&](auto traits) {
+  return with_traits<BackwardKind>(problem, [&](auto traits) {
     using Traits = decltype(traits);
     Status started;
     if constexpr (kFits<Traits>) {

@@ -42,6 +42,10 @@ class ScanBlock {
         sum_(shared, params.layout, params.blocks) {}
 
  protected:
+  // A part of the work begins: what follows from the thread's number, addresses above all, is computed once for each part
+  // rather than held in registers for the whole scan.
+  __device__ __forceinline__ void begin_phase() { thread_ = opaque(threadIdx.x); }
+
   // ---- pieces of the sequence: its chunks, then what follows them and is only read ----------------------------------
 
   __device__ __forceinline__ bool writes(int piece) const { return piece < place_.chunks; }
@@ -75,11 +79,11 @@ class ScanBlock {
   }
   // What this thread keeps of a slice of keys; no other thread looks at it.
   __device__ __forceinline__ uint4* kept(int slice) const {
-    return reinterpret_cast<uint4*>(shared_ + params_.layout.kept) + slice * Traits::kKept * Traits::kThreads + threadIdx.x;
+    return reinterpret_cast<uint4*>(shared_ + params_.layout.kept) + slice * Traits::kKept * Traits::kThreads + thread_;
   }
   // Address this lane gives for the 16x16 tile of a slice of `rows` that starts at a column.
   __device__ __forceinline__ const Element* tile(const Element* rows, int slice, int column) const {
-    const int lane = threadIdx.x % kWarp;
+    const int lane = thread_ % kWarp;
     return rows + (slice * kSlice + lane % 16) * Traits::kPitch + column + lane / 16 * 8;
   }
 
@@ -104,13 +108,13 @@ class ScanBlock {
     };
     if (params_.vectors) {
       constexpr int kParts = Traits::kDim / 8;
-      for (int i = threadIdx.x; i < params_.rows * kParts; i += Traits::kThreads) {
+      for (int i = thread_; i < params_.rows * kParts; i += Traits::kThreads) {
         const int row = i / kParts, column = i % kParts * 8;
         const bool inside = first <= row && row < count;
         cp_async_16(to + row * Traits::kPitch + column, inside ? token(row) + column : fresh.data, inside);
       }
     } else {
-      for (int i = threadIdx.x; i < params_.rows * Traits::kDim; i += Traits::kThreads) {
+      for (int i = thread_; i < params_.rows * Traits::kDim; i += Traits::kThreads) {
         const int row = i / Traits::kDim, column = i % Traits::kDim;
         const bool inside = first <= row && row < count && column < problem_.dim;
         to[row * Traits::kPitch + column] = inside ? token(row)[column] : Element(0.0f);
@@ -128,14 +132,14 @@ class ScanBlock {
     };
     if (params_.vectors) {
       constexpr int kParts = Traits::kDim / 8;
-      for (int i = threadIdx.x + first * kParts; i < count * kParts; i += Traits::kThreads) {
+      for (int i = thread_ + first * kParts; i < count * kParts; i += Traits::kThreads) {
         const int row = i / kParts, column = i % kParts * 8;
         if (!sum_.owns(column / 8)) continue;
         *reinterpret_cast<uint4*>(token(row) + column) =
             *reinterpret_cast<const uint4*>(from + row * Traits::kPitch + column);
       }
     } else {
-      for (int i = threadIdx.x + first * Traits::kDim; i < count * Traits::kDim; i += Traits::kThreads) {
+      for (int i = thread_ + first * Traits::kDim; i < count * Traits::kDim; i += Traits::kThreads) {
         const int row = i / Traits::kDim, column = i % Traits::kDim;
         if (column < problem_.dim && sum_.owns(column / 8)) token(row)[column] = from[row * Traits::kPitch + column];
       }
@@ -154,7 +158,7 @@ class ScanBlock {
   // This block's units of a matrix of this (sequence, head), staged for all to see; the block moves on together from `use`.
   template <bool kOut, int kInput = 0, class Use>
   __device__ __forceinline__ void load_matrix(const MatrixView& view, const Use& use) const {
-    const StagedMatrix<Traits, kOut, kInput> staged(staging());
+    const StagedMatrix<Traits, kOut, kInput> staged(staging(), thread_);
     const int rows = kOut ? units() : problem_.dim, columns = kOut ? problem_.dim : units();
     const int64_t first = place_.sequence * view.sequence + place_.head * view.head +
                           (Traits::kCluster ? first_unit() * (kOut ? view.in : view.out) : 0);
@@ -172,7 +176,7 @@ class ScanBlock {
   template <bool kOut, int kInput = 0, class Fill>
   __device__ __forceinline__ void store_matrix(void* matrices, int64_t row, const Fill& fill) const {
     if (!matrices) return;
-    const StagedMatrix<Traits, kOut, kInput> staged(staging());
+    const StagedMatrix<Traits, kOut, kInput> staged(staging(), thread_);
     const int rows = kOut ? units() : problem_.dim, columns = kOut ? problem_.dim : units();
     const int64_t first = row * problem_.dim * problem_.hidden + first_unit() * (kOut ? problem_.dim : 1);
     fill(staged);
@@ -183,6 +187,7 @@ class ScanBlock {
 
   // All matrices into the registers of the state.
   __device__ __forceinline__ void load_matrices(const MatrixView* views) {
+    begin_phase();
     const auto get_in = [&](const auto& staged) {
       each_in(state_, [&](int i, int j, float(&x)[4]) { staged.get(i, j, x); });
     };
@@ -195,6 +200,7 @@ class ScanBlock {
   // The other way, from in(i, j, registers) and out(i, j, registers).
   template <class In, class Out>
   __device__ __forceinline__ void store_matrices(void* const* to, int64_t row, const In& in, const Out& out) {
+    begin_phase();
     const auto put_in = [&](const auto& staged) {
       each_in(state_, [&](int i, int j, float(&x)[4]) { staged.put(i, j, in(i, j, x)); });
     };
@@ -248,6 +254,7 @@ class ScanBlock {
   char* const shared_;
   const Place& place_;  // in shared memory: registers are for the state
   const ScanSum<Traits> sum_;
+  unsigned thread_ = threadIdx.x;  // of the block; see begin_phase
   int sums_ = 0;  // formed so far
   ScanState<Traits> state_;
 };

@@ -72,7 +72,7 @@ Status scan_forward(const ScanProblem& problem, const ForwardResult& result, con
   if (tasks == 0) return {};
   if (!workspace && forward_workspace(problem) > 0) return {StatusCode::invalid_argument, "the workspace is missing"};
   return with_kind(problem, [&](auto kind) {
-    return start_forward<kind.kForm, kind.kRule>(problem, result, device, workspace, stream);
+    return start_forward<decltype(kind)>(problem, result, device, workspace, stream);
   });
 }
 

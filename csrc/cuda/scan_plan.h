@@ -65,48 +65,63 @@ ForwardParams make_params(const ScanProblem& problem, const ForwardResult& resul
   return params;
 }
 
-// Calls body(Traits{}) with the smallest plan that holds a memory of this form and rule.
-template <DType kType, bool kMomentum, Form kForm, Rule kRule, class Body>
-Status with_sizes(const ScanProblem& problem, const Body& body) {
+// Whether the registers of one block may be too few for a memory of this size.
+inline bool clustered(const ScanProblem& problem) {
   const int64_t D = problem.dim, H = problem.hidden;
-  if constexpr (kForm == Form::glu) {
-    if (D <= 32 && H <= 128) return body(ScanTraits<kType, 32, 128, kMomentum, kForm, false, kRule>{});
+  return problem.form == Form::glu ? D > 32 || H > 128 : D > 64 || H > 256;
+}
+
+// What kernels are compiled for, file by file.
+template <Form kForm_, Rule kRule_, bool kCluster_ = false>
+struct ScanKind {
+  static constexpr Form kForm = kForm_;
+  static constexpr Rule kRule = kRule_;
+  static constexpr bool kCluster = kCluster_;
+};
+// Calls body(ScanKind{}) with the problem's.
+template <class Body>
+Status with_kind(const ScanProblem& problem, const Body& body) {
+  const auto with_cluster = [&](auto kind) {
+    return clustered(problem) ? body(ScanKind<kind.kForm, kind.kRule, true>{}) : body(ScanKind<kind.kForm, kind.kRule>{});
+  };
+  const bool delta = problem.rule == Rule::dgd;
+  if (problem.form == Form::glu)
+    return delta ? with_cluster(ScanKind<Form::glu, Rule::dgd>{}) : with_cluster(ScanKind<Form::glu, Rule::gd>{});
+  return delta ? with_cluster(ScanKind<Form::mlp, Rule::dgd>{}) : with_cluster(ScanKind<Form::mlp, Rule::gd>{});
+}
+
+// Calls body(Traits{}) with the smallest plan that holds a memory of this kind.
+template <class Kind, DType kType, bool kMomentum, class Body>
+Status with_sizes(const ScanProblem& problem, const Body& body) {
+  constexpr Form kForm = Kind::kForm;
+  constexpr Rule kRule = Kind::kRule;
+  const int64_t D = problem.dim, H = problem.hidden;
+  if constexpr (kForm == Form::glu && Kind::kCluster) {
     if (D <= 64) return body(ScanTraits<kType, 64, 128, kMomentum, kForm, true, kRule>{});
     return body(ScanTraits<kType, 128, 64, kMomentum, kForm, true, kRule>{});
+  } else if constexpr (Kind::kCluster) {
+    return body(ScanTraits<kType, 128, 128, kMomentum, kForm, true, kRule>{});
+  } else if constexpr (kForm == Form::glu) {
+    return body(ScanTraits<kType, 32, 128, kMomentum, kForm, false, kRule>{});
   } else {
-    if (D > 64 || H > 256) return body(ScanTraits<kType, 128, 128, kMomentum, kForm, true, kRule>{});
     if (D <= 32 && H <= 128) return body(ScanTraits<kType, 32, 128, kMomentum, kForm, false, kRule>{});
     if (H <= 128) return body(ScanTraits<kType, 64, 128, kMomentum, kForm, false, kRule>{});
     return body(ScanTraits<kType, 64, 256, kMomentum, kForm, false, kRule>{});
   }
 }
-template <Form kForm, Rule kRule, class Body>
+template <class Kind, class Body>
 Status with_traits(const ScanProblem& problem, const Body& body) {
   const bool half = problem.dtype == DType::float16;
-  if constexpr (kRule == Rule::gd)
+  if constexpr (Kind::kRule == Rule::gd)
     if (problem.momentum_step)
-      return half ? with_sizes<DType::float16, true, kForm, kRule>(problem, body)
-                  : with_sizes<DType::bfloat16, true, kForm, kRule>(problem, body);
-  return half ? with_sizes<DType::float16, false, kForm, kRule>(problem, body)
-              : with_sizes<DType::bfloat16, false, kForm, kRule>(problem, body);
-}
-
-// A form and a rule as a type.
-template <Form kForm_, Rule kRule_>
-struct ScanKind {
-  static constexpr Form kForm = kForm_;
-  static constexpr Rule kRule = kRule_;
-};
-// Calls body(ScanKind{}) with the problem's.
-template <class Body>
-Status with_kind(const ScanProblem& problem, const Body& body) {
-  if (problem.form == Form::glu)
-    return problem.rule == Rule::dgd ? body(ScanKind<Form::glu, Rule::dgd>{}) : body(ScanKind<Form::glu, Rule::gd>{});
-  return problem.rule == Rule::dgd ? body(ScanKind<Form::mlp, Rule::dgd>{}) : body(ScanKind<Form::mlp, Rule::gd>{});
+      return half ? with_sizes<Kind, DType::float16, true>(problem, body)
+                  : with_sizes<Kind, DType::bfloat16, true>(problem, body);
+  return half ? with_sizes<Kind, DType::float16, false>(problem, body)
+              : with_sizes<Kind, DType::bfloat16, false>(problem, body);
 }
 template <class Body>
 Status with_traits(const ScanProblem& problem, const Body& body) {
-  return with_kind(problem, [&](auto kind) { return with_traits<kind.kForm, kind.kRule>(problem, body); });
+  return with_kind(problem, [&](auto kind) { return with_traits<decltype(kind)>(problem, body); });
 }
 
 }  // namespace hope::cuda

@@ -19,7 +19,7 @@ struct ScanState {
 // Rows and columns of a thread's accumulators.
 struct Lane {
   int group, pair;  // row within 8, first of two columns within 8
-  __device__ __forceinline__ Lane() : group(threadIdx.x % kWarp / 4), pair(2 * (threadIdx.x % 4)) {}
+  __device__ __forceinline__ explicit Lane(unsigned thread) : group(thread % kWarp / 4), pair(2 * (thread % 4)) {}
 };
 
 // One matrix of a state in shared memory, [in, out] and whole: W_in [kDim, kHidden] (kOut false; of a glu the one of kInput)
@@ -29,9 +29,9 @@ class StagedMatrix {
  public:
   static constexpr int kRows = kOut ? Traits::kHidden : Traits::kDim, kColumns = kOut ? Traits::kDim : Traits::kHidden;
 
-  __device__ __forceinline__ explicit StagedMatrix(float* shared) : shared_(shared) {
-    const Lane lane;
-    const int unit = threadIdx.x / kWarp * Traits::kUnits;
+  __device__ __forceinline__ StagedMatrix(float* shared, unsigned thread) : shared_(shared), thread_(thread) {
+    const Lane lane(thread);
+    const int unit = thread / kWarp * Traits::kUnits;
     own_ = shared_ + (kOut ? (unit + lane.pair) * kColumns + lane.group : lane.pair * kColumns + unit + lane.group);
   }
 
@@ -51,14 +51,14 @@ class StagedMatrix {
   // From a matrix of any strides; zero beyond its size.
   template <class From>
   __device__ __forceinline__ void load(const From* from, const MatrixView& view, int rows, int columns) const {
-    for (int r = threadIdx.x / kWarp; r < kRows; r += Traits::kWarps)
-      for (int c = threadIdx.x % kWarp; c < kColumns; c += kWarp)
+    for (int r = thread_ / kWarp; r < kRows; r += Traits::kWarps)
+      for (int c = thread_ % kWarp; c < kColumns; c += kWarp)
         shared_[r * kColumns + c] = r < rows && c < columns ? float(from[r * view.in + c * view.out]) : 0.0f;
   }
   // To a matrix whose rows begin `pitch` numbers apart.
   __device__ __forceinline__ void store(float* to, int rows, int columns, int pitch) const {
-    for (int r = threadIdx.x / kWarp; r < rows; r += Traits::kWarps)
-      for (int c = threadIdx.x % kWarp; c < columns; c += kWarp) to[int64_t(r) * pitch + c] = shared_[r * kColumns + c];
+    for (int r = thread_ / kWarp; r < rows; r += Traits::kWarps)
+      for (int c = thread_ % kWarp; c < columns; c += kWarp) to[int64_t(r) * pitch + c] = shared_[r * kColumns + c];
   }
 
  private:
@@ -71,6 +71,7 @@ class StagedMatrix {
   }
 
   float *shared_, *own_;
+  unsigned thread_;
 };
 
 // Memory for a state in the order of the registers: accumulators of one tile lie side by side, one thread beside the other.

@@ -25,7 +25,7 @@ T& block_shared() {
   return *reinterpret_cast<T*>(cuda_host::static_shared(StaticShared<T>::offset));
 }
 
-inline int opaque(int x) { return x; }
+inline unsigned opaque(unsigned x) { return x; }
 
 namespace host {
 
