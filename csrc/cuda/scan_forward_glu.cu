@@ -3,9 +3,9 @@
 
 namespace hope::cuda {
 
-template Status start_forward<ScanKind<Form::glu, Rule::gd>>(const ScanProblem&, const ForwardResult&, const Device&, void*,
-                                                             void*);
-template Status start_forward<ScanKind<Form::glu, Rule::dgd>>(const ScanProblem&, const ForwardResult&, const Device&, void*,
-                                                              void*);
+template Status start_forward<ScanKind<Form::glu, Rule::gd>>(
+    const ScanProblem&, const ForwardResult&, const Device&, void*, void*);
+template Status start_forward<ScanKind<Form::glu, Rule::dgd>>(
+    const ScanProblem&, const ForwardResult&, const Device&, void*, void*);
 
 }  // namespace hope::cuda

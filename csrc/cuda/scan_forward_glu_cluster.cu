@@ -3,9 +3,9 @@
 
 namespace hope::cuda {
 
-template Status start_forward<ScanKind<Form::glu, Rule::gd, true>>(const ScanProblem&, const ForwardResult&, const Device&, void*,
-                                                                   void*);
-template Status start_forward<ScanKind<Form::glu, Rule::dgd, true>>(const ScanProblem&, const ForwardResult&, const Device&, void*,
-                                                                    void*);
+template Status start_forward<ScanKind<Form::glu, Rule::gd, true>>(
+    const ScanProblem&, const ForwardResult&, const Device&, void*, void*);
+template Status start_forward<ScanKind<Form::glu, Rule::dgd, true>>(
+    const ScanProblem&, const ForwardResult&, const Device&, void*, void*);
 
 }  // namespace hope::cuda

@@ -3,7 +3,7 @@
 
 namespace hope::cuda {
 
-template Status start_forward<ScanKind<Form::mlp, Rule::dgd>>(const ScanProblem&, const ForwardResult&, const Device&, void*,
-                                                              void*);
+template Status start_forward<ScanKind<Form::mlp, Rule::dgd>>(
+    const ScanProblem&, const ForwardResult&, const Device&, void*, void*);
 
 }  // namespace hope::cuda

@@ -109,15 +109,16 @@ Status with_sizes(const ScanProblem& problem, const Body& body) {
     return body(ScanTraits<kType, 64, 256, kMomentum, kForm, false, kRule>{});
   }
 }
+template <class Kind, bool kMomentum, class Body>
+Status with_types(const ScanProblem& problem, const Body& body) {
+  return problem.dtype == DType::float16 ? with_sizes<Kind, DType::float16, kMomentum>(problem, body)
+                                         : with_sizes<Kind, DType::bfloat16, kMomentum>(problem, body);
+}
 template <class Kind, class Body>
 Status with_traits(const ScanProblem& problem, const Body& body) {
-  const bool half = problem.dtype == DType::float16;
   if constexpr (Kind::kRule == Rule::gd)
-    if (problem.momentum_step)
-      return half ? with_sizes<Kind, DType::float16, true>(problem, body)
-                  : with_sizes<Kind, DType::bfloat16, true>(problem, body);
-  return half ? with_sizes<Kind, DType::float16, false>(problem, body)
-              : with_sizes<Kind, DType::bfloat16, false>(problem, body);
+    if (problem.momentum_step) return with_types<Kind, true>(problem, body);
+  return with_types<Kind, false>(problem, body);
 }
 template <class Body>
 Status with_traits(const ScanProblem& problem, const Body& body) {

@@ -2,9 +2,9 @@
 
 Every source is compiled alone, as ``nvcc -std=c++17 -Icsrc`` with no definition on the command line, to machine code of
 each architecture and to PTX: of the newest one for what knows its instructions, clusters of blocks (``*_cluster.cu``),
-of the oldest one for all else, whose machine code comes from that PTX too. A kernel is to keep its numbers in registers: one that
-spills, or whose stack is not empty, must not be shipped. Shared memory is what a kernel has fixed; what scans take
-beside it depends on the chunk and is chosen at the launch.
+of the oldest one for all else, whose machine code comes from that PTX too. A kernel is to keep its numbers in
+registers: one that spills, or whose stack is not empty, must not be shipped. Shared memory is what a kernel has fixed;
+what scans take beside it depends on the chunk and is chosen at the launch.
 """
 
 from __future__ import annotations

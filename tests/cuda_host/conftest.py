@@ -74,5 +74,4 @@ def host(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Host:
 @pytest.fixture(scope="session")
 def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A program that runs the cases of scan_driver.cpp under ThreadSanitizer."""
-    sources = [*scan.SOURCES, build.HERE / "case_main.cpp"]
-    return build.build(tmp_path_factory.mktemp("sanitized") / "scan", sources, thread_sanitizer=True)
+    return build.build(tmp_path_factory.mktemp("sanitized") / "scan", scan.CASES, thread_sanitizer=True)

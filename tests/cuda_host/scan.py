@@ -14,8 +14,14 @@ from torch import Tensor
 from hope_kernels.backends.interface import ScanGradients, ScanProblem
 from tests.cuda_host import build
 
-SCANS = [*sorted((build.ROOT / "csrc/cuda").glob("scan_forward*.cu")), build.ROOT / "csrc/cuda/scan_backward.cu"]
+KERNELS = build.ROOT / "csrc/cuda"
+SCANS = sorted(KERNELS.glob("scan_*.cu"))
 SOURCES = [*SCANS, build.HERE / "scan_driver.cpp"]
+# A program of run_case's cases, and of no kernel beside theirs.
+CASES = [
+    *(KERNELS / "scan_forward.cu", KERNELS / "scan_backward.cu"),
+    *(build.HERE / "scan_cases.cu", build.HERE / "scan_driver.cpp", build.HERE / "case_main.cpp"),
+]
 SHARED_MEMORY = {80: 166_912, 90: 232_448}  # bytes a block may have
 
 _MAX_WEIGHTS = 3
