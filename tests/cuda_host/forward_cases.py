@@ -17,8 +17,17 @@ needs_host_layer = pytest.mark.skipif(build.unavailable() is not None, reason=st
 needs_thread_sanitizer = pytest.mark.skipif(
     build.thread_sanitizer_unavailable() is not None, reason=str(build.thread_sanitizer_unavailable())
 )
+
+
+def slow(*values: object):
+    """Parameters of a case that is left to the slow tier, where a like one is in the quick tier."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 FORMS = ["mlp", "glu"]
 HALVES = [torch.bfloat16, torch.float16]
+ONE_HALF = [torch.bfloat16, slow(torch.float16)]
+ONE_FORM = ["mlp", slow("glu")]
 DELTA_RULE = [build.ROOT / "csrc/cuda" / name for name in ("forward_delta_rule.h", "scan_delta_rule.h")]
 KERNEL = [build.ROOT / "csrc/cuda" / name for name in ("forward_scan.h", "scan_block.h", "scan_sum.h")]
 

@@ -12,6 +12,8 @@ from tests.cuda_host.forward_cases import (
     DELTA_RULE,
     FORMS,
     HALVES,
+    ONE_FORM,
+    ONE_HALF,
     assert_close_to_truth,
     assert_identical,
     exact,
@@ -20,6 +22,7 @@ from tests.cuda_host.forward_cases import (
     pieces,
     results,
     scan_with,
+    slow,
     small,
     with_mild_retention,
     written_barriers,
@@ -78,7 +81,7 @@ def test_every_objective_and_activation(host, form, objective, activation, dtype
     assert_close_to_truth(small(spec, batch=1, max_lr=0.4), dtype)
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dtype", ONE_HALF, ids=str)
 @pytest.mark.parametrize("name", [name for name in GOLDEN if name.startswith("mlp_dgd")])
 def test_golden_cases(host, name, dtype):
     case = load_golden(name)
@@ -115,7 +118,7 @@ def test_a_retention_of_zero_forgets_what_was_before(host):
 # ---- exact equalities ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["mlp", pytest.param("glu", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("form", ONE_FORM)
 def test_a_call_of_any_length_gives_the_same_bits(host, form):
     problem = problem_of(form).cast(torch.bfloat16)
     whole = results(problem)
@@ -125,6 +128,7 @@ def test_a_call_of_any_length_gives_the_same_bits(host, form):
             assert torch.equal(split[name], whole[name]), (lengths, name)
 
 
+@pytest.mark.slow
 def test_a_row_does_not_depend_on_its_neighbours_even_if_they_are_nan(host):
     problem = problem_of(batch=3).cast(torch.bfloat16)
     whole = results(problem)
@@ -137,7 +141,7 @@ def test_a_row_does_not_depend_on_its_neighbours_even_if_they_are_nan(host):
             assert torch.equal(spoiled[name][b], whole[name][b]) and torch.equal(alone[name][0], whole[name][b])
 
 
-@pytest.mark.parametrize("kind", ["packed", "padded"])
+@pytest.mark.parametrize("kind", ["packed", slow("padded")])
 def test_packed_and_padded_sequences_are_what_they_are_alone(host, kind):
     problem = problem_of(batch=3).cast(torch.bfloat16)
     rows = [(0, 46), (3, 22), (40, 46)]
@@ -157,7 +161,7 @@ def test_packed_and_padded_sequences_are_what_they_are_alone(host, kind):
             assert torch.equal(found[f"weight{i}"][b], want[f"weight{i}"][0])
 
 
-@pytest.mark.parametrize("objective", ["l2", "dot", "self"])
+@pytest.mark.parametrize("objective", [slow("l2"), slow("dot"), "self"])
 def test_queries_that_are_the_keys_give_the_bits_of_queries_that_equal_them(host, objective):
     problem = problem_of(objective=objective).cast(torch.bfloat16)
     problem.tensors["q"] = problem["k"].clone()
@@ -211,15 +215,14 @@ def test_the_largest_chunk_is_the_documented_one(host, form, dim, hidden, archit
 
 
 @needs_thread_sanitizer
-@pytest.mark.parametrize(
-    "case",
-    [
-        "small dgd",
-        *(pytest.param(case, marks=pytest.mark.slow) for case in ("small glu dgd self", "cluster glu dgd")),
-    ],
-)
+@pytest.mark.parametrize("case", ["small dgd", slow("small glu dgd self"), slow("cluster glu dgd")])
 def test_no_thread_sees_what_no_barrier_has_ordered(sanitized, case):
     assert build.races(sanitized, case) == []
+
+
+@needs_thread_sanitizer
+def test_without_a_barrier_the_kernel_races(sanitized):
+    assert build.races(sanitized, "small dgd", without=min(written_barriers("__syncthreads", DELTA_RULE)))
 
 
 @needs_thread_sanitizer

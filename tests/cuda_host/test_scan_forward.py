@@ -18,6 +18,8 @@ from tests.cuda_host import build, scan
 from tests.cuda_host.forward_cases import (
     FORMS,
     HALVES,
+    ONE_FORM,
+    ONE_HALF,
     assert_close_to_truth,
     assert_identical,
     exact,
@@ -26,6 +28,7 @@ from tests.cuda_host.forward_cases import (
     pieces,
     results,
     scan_with,
+    slow,
     small,
     with_long_momentum,
     with_mild_retention,
@@ -34,10 +37,11 @@ from tests.cuda_host.forward_cases import (
 from tests.golden_cases import GOLDEN, load_golden
 
 pytestmark = needs_host_layer
+QUICK_GOLDEN = ["glu_gd_dot_momentum", "mlp_carried_state", "mlp_gd_momentum"]
 KINDS = [
-    pytest.param("mlp", False, id="mlp"),
+    pytest.param("mlp", False, id="mlp", marks=pytest.mark.slow),
     pytest.param("mlp", True, id="mlp momentum"),
-    pytest.param("glu", True, id="glu momentum"),
+    pytest.param("glu", True, id="glu momentum", marks=pytest.mark.slow),
 ]
 
 # ---- values ----------------------------------------------------------------------------------------------------------
@@ -90,8 +94,11 @@ def test_every_objective_and_activation(host, form, objective, activation, dtype
         assert_close_to_truth(small(spec, batch=1, momentum=momentum), dtype)
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("name", [name for name in GOLDEN if not name.startswith("linear") and "dgd" not in name])
+@pytest.mark.parametrize("dtype", ONE_HALF, ids=str)
+@pytest.mark.parametrize(
+    "name",
+    [n if n in QUICK_GOLDEN else slow(n) for n in GOLDEN if not n.startswith("linear") and "dgd" not in n],
+)
 def test_golden_cases(host, name, dtype):
     """The truth is the stored one: tokens and weights are rounded to `dtype` first for the eager path as for this one,
     so what rounding the inputs does to the results is in the budget."""
@@ -129,7 +136,7 @@ def test_tokens_of_any_stride_and_alignment_are_read_where_they_lie(host):
     assert host.problem.k.data_ptr() == spread_out["k"].data_ptr()
 
 
-@pytest.mark.parametrize("form", ["float32", "16 bits", "transposed", "per sequence"])
+@pytest.mark.parametrize("form", [slow("float32"), "16 bits", "transposed", slow("per sequence")])
 def test_weights_are_read_in_any_form(host, form):
     problem = small(MemorySpec("glu")).cast(torch.bfloat16, torch.bfloat16)
     expected = results(problem)
@@ -210,7 +217,7 @@ def test_a_call_of_any_length_gives_the_same_bits(host, form, momentum):
             assert torch.equal(split[name], whole[name]), (lengths, name)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ONE_FORM)
 def test_a_row_does_not_depend_on_its_neighbours_even_if_they_are_nan(host, form):
     problem = small(MemorySpec(form), batch=3).cast(torch.bfloat16)
     whole = results(problem)
@@ -223,7 +230,7 @@ def test_a_row_does_not_depend_on_its_neighbours_even_if_they_are_nan(host, form
             assert torch.equal(spoiled[name][b], whole[name][b]) and torch.equal(alone[name][0], whole[name][b])
 
 
-@pytest.mark.parametrize("objective", ["l2", "dot", "self"])
+@pytest.mark.parametrize("objective", ["l2", slow("dot"), slow("self")])
 @pytest.mark.parametrize("form", FORMS)
 def test_queries_that_are_the_keys_give_the_bits_of_queries_that_equal_them(host, form, objective):
     problem = small(MemorySpec(form, objective=objective)).cast(torch.bfloat16)
@@ -234,7 +241,7 @@ def test_queries_that_are_the_keys_give_the_bits_of_queries_that_equal_them(host
     assert host.problem.q.data_ptr() == host.problem.k.data_ptr()
 
 
-@pytest.mark.parametrize(("form", "momentum", "one_stage"), [("mlp", False, 58_000), ("glu", True, 66_000)])
+@pytest.mark.parametrize(("form", "momentum", "one_stage"), [("mlp", False, 58_000), slow("glu", True, 66_000)])
 def test_the_number_of_stages_and_the_architecture_change_no_bit(host, form, momentum, one_stage):
     problem = small(MemorySpec(form), momentum=momentum).cast(torch.float16)
     expected = results(problem)
@@ -244,7 +251,7 @@ def test_the_number_of_stages_and_the_architecture_change_no_bit(host, form, mom
     assert_identical(results(problem), expected)
 
 
-@pytest.mark.parametrize("form", ["mlp", pytest.param("glu", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("form", ONE_FORM)
 def test_checkpoints_are_the_states_of_shorter_calls(host, library, monkeypatch, form):
     monkeypatch.setattr(ScanProblem, "checkpoint_interval", 2)
     full = small(MemorySpec(form), chunk_size=7, tokens=47, momentum=True).cast(torch.bfloat16)
@@ -327,11 +334,11 @@ def test_what_is_not_covered_is_refused_with_the_reason(host, change, reason):
 @pytest.mark.parametrize(
     ("form", "dim", "hidden", "architecture", "largest"),
     [
-        *(("mlp", 32, 128, 80, 176), ("mlp", 32, 128, 90, 256)),
-        *(("mlp", 64, 128, 80, 96), ("mlp", 64, 128, 90, 176)),
-        *(("mlp", 64, 256, 80, 64), ("mlp", 64, 256, 90, 112)),
-        *(("glu", 32, 128, 80, 128), ("glu", 32, 128, 90, 192)),
-        *(("glu", 64, 128, 80, 80), ("glu", 64, 128, 90, 128)),
+        *(slow("mlp", 32, 128, 80, 176), slow("mlp", 32, 128, 90, 256)),
+        *(slow("mlp", 64, 128, 80, 96), slow("mlp", 64, 128, 90, 176)),
+        *(("mlp", 64, 256, 80, 64), slow("mlp", 64, 256, 90, 112)),
+        *(slow("glu", 32, 128, 80, 128), slow("glu", 32, 128, 90, 192)),
+        *(slow("glu", 64, 128, 80, 80), slow("glu", 64, 128, 90, 128)),
     ],
 )
 def test_the_largest_chunk_is_the_documented_one(host, form, dim, hidden, architecture, largest):
@@ -344,16 +351,24 @@ def test_the_largest_chunk_is_the_documented_one(host, form, dim, hidden, archit
 
 # ---- barriers --------------------------------------------------------------------------------------------------------
 
-CASES = ["small", "small glu", "small single", "small momentum", "small self", "small write"]
+QUICK = ["small", "small glu"]
+CASES = ["small single", "small momentum", "small self", "small write", "full"]
 
 
 @needs_thread_sanitizer
-@pytest.mark.parametrize("case", [*CASES, "full"])
+@pytest.mark.parametrize("case", [*QUICK, *map(slow, CASES)])
 def test_no_thread_sees_what_no_barrier_has_ordered(sanitized, case):
     assert build.races(sanitized, case) == []
 
 
 @needs_thread_sanitizer
+def test_without_a_barrier_the_kernel_races(sanitized, tmp_path):
+    written = written_barriers("__syncthreads") & set(build.barriers(sanitized, tmp_path / "barriers", "small"))
+    assert build.races(sanitized, "small", without=min(written))
+
+
+@needs_thread_sanitizer
+@pytest.mark.slow
 def test_without_any_one_of_its_barriers_the_kernel_races(sanitized, tmp_path):
     passed = {case: build.barriers(sanitized, tmp_path / "barriers", case) for case in ("small", "small single")}
     written = written_barriers("__syncthreads")
