@@ -20,9 +20,10 @@ TEST_ARGS ?=
 BENCH_ARGS ?=
 RESOURCES_ARGS ?=
 GPU_ARGS ?=
+SANITIZE_CASES ?= 200
 
 .PHONY: help install demo test test-slow test-oldest-triton lint format bench bench-suite triton-resources \
-	triton-resources-oldest cuda-resources gpu-suite doctor clean
+	triton-resources-oldest cuda-resources sanitize gpu-suite doctor clean
 .DELETE_ON_ERROR:
 
 help: ## list the commands
@@ -52,14 +53,32 @@ $(OLDEST)/installed.stamp: constraints.txt Makefile
 demo: $(INSTALLED) ## verify, benchmark and train on real text, into demo_output/ (DEMO_ARGS=--quick: shorter)
 	$(BIN)/hope-kernels demo $(DEMO_ARGS)
 
-test: $(INSTALLED) ## the test-suite but its slow tier (TEST_ARGS: more for pytest)
-	$(BIN)/python -m pytest $(TEST_ARGS)
+# Most tests keep one core busy: they run in as many processes as there are cores, up to four, a file in one of them, so
+# that what it compiles is compiled once.
+IN_PARALLEL := -n logical --maxprocesses 4 --dist loadfile
+ONE_THREAD_EACH := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
+
+test: $(INSTALLED) ## the test-suite but its slow tier (TEST_ARGS: more for pytest, as -n0 for one process)
+	$(ONE_THREAD_EACH) $(BIN)/python -m pytest $(IN_PARALLEL) $(TEST_ARGS)
 
 test-slow: $(INSTALLED) ## the slow tier alone
-	$(BIN)/python -m pytest -m slow $(TEST_ARGS)
+	$(ONE_THREAD_EACH) $(BIN)/python -m pytest $(IN_PARALLEL) -m slow $(TEST_ARGS)
 
 test-oldest-triton: $(OLDEST)/installed.stamp ## the Triton engine's tests with the oldest Triton (TEST_ARGS)
 	$(OLDEST)/bin/python -m pytest tests/backends/test_triton.py $(TEST_ARGS)
+
+# One build with the address and the undefined-behaviour sanitizer, one with the thread sanitizer; the cases run on every
+# instruction set this processor has.
+sanitize: $(INSTALLED) ## the CPU engine over random problems under the sanitizers (SANITIZE_CASES=200)
+	@for kind in address,undefined thread; do \
+		build=build/sanitize-$${kind%,*}; \
+		$(BIN)/cmake -S . -B $$build -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python \
+			-DCMAKE_BUILD_TYPE=None -DHOPE_KERNELS_SANITIZE=$$kind -DHOPE_KERNELS_CUDA=OFF > /dev/null && \
+		$(BIN)/cmake --build $$build --target sanitize_driver || exit 1; \
+		for isa in $$($(BIN)/python -c 'from hope_kernels import _core; print(*_core.isas())'); do \
+			echo "$$kind, $$isa:" && HOPE_KERNELS_CPU_ISA=$$isa $$build/sanitize_driver $(SANITIZE_CASES) || exit 1; \
+		done; \
+	done
 
 lint: $(INSTALLED) ## ruff over everything
 	$(BIN)/ruff check .

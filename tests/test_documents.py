@@ -29,7 +29,7 @@ def test_relative_links_lead_to_files(document: Path) -> None:
 
 def test_the_readmes_code_runs_and_computes_what_it_says() -> None:
     fenced = FENCED.findall((ROOT / "README.md").read_text())
-    (code,) = [body for language, body in fenced if language == "python"]
+    code, model = [body for language, body in fenced if language == "python"]
     # In the README the second call goes on from the first; one call over both must give the same.
     check = """
 both = lambda x: torch.cat([x, x], 1)
@@ -37,7 +37,11 @@ whole = memory_scan(both(q), both(k), both(v), both(lr), weights, spec=spec, chu
 torch.testing.assert_close(torch.cat([output, more], 1), whole.output, rtol=1e-4, atol=1e-5)
 assert y.shape == (2, 100, 128) and y.isfinite().all()
 """
-    result = subprocess.run([sys.executable, "-c", code + check], cwd=ROOT, capture_output=True, text=True)
+    check_model = """
+assert logits.shape == (1, text.shape[1] - 1, 256) and loss.isfinite()
+assert written.shape[1] == text.shape[1] + 20 and torch.equal(written[:, : text.shape[1]], text)
+"""
+    result = subprocess.run([sys.executable, "-c", code + check + model + check_model], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 

@@ -17,6 +17,8 @@
 // Deterministic: each sum has one order, whatever the batch, the number of blocks and the split.
 #include "cuda/step.h"
 
+#include <type_traits>
+
 #include "cuda/launch.h"
 #include "cuda/step_common.h"
 #include "cuda/step_products.h"
@@ -48,62 +50,71 @@ __device__ void look_at_the_stack(const StepProblem& p) {
   }
 }
 
-template <class T, int kBatch>
-__device__ void first_phase(const Arguments& a, const StepLevel& level, const Input<T>& in, float* sums, T* output,
-                            Deal& deal) {
-  const StepProblem& p = a.p;
-  const int64_t tiles = (p.batch + kBatch - 1) / kBatch;
-  if (!written(level)) {
-    if (level.form != Form::linear)
-      each(deal, tiles * column_tiles(level.hidden), [&](int64_t i) { plain_hidden<T, kBatch>(a, level, in, i); });
-    return;
-  }
-  if (p.split)
-    read_split(a, level, in, sums, deal);
+// Calls body with the dtype of tokens and shared weights, as a number, and the sequences that are multiplied together.
+template <class Body>
+__device__ __forceinline__ void with_products(const StepProblem& p, const Body& body) {
+  const auto with_batch = [&](auto number) {
+    if (p.batch == 1)
+      body(number, std::integral_constant<int, 1>{});
+    else
+      body(number, std::integral_constant<int, 8>{});
+  };
+  if (p.dtype == DType::bfloat16)
+    with_batch(__nv_bfloat16{});
+  else if (p.dtype == DType::float16)
+    with_batch(__half{});
   else
-    each(deal, p.batch * p.heads, [&](int64_t pair) {
-      if (!is_due(level, pair / p.heads)) read_whole(a, level, in, sums, output, pair);
-    });
-  each(deal, tiles * projection_blocks(a), [&](int64_t i) { project<T, kBatch>(a, level, in, i); });
+    with_batch(float{});
 }
 
-// What waits for the first phase of its own stage.
-template <class T, int kBatch>
-__device__ void second_phase(const Arguments& a, const StepLevel& level, const Input<T>& in, float* sums, T* output,
-                             Deal& deal) {
+// Targets and gates of a memory's tokens in the first phase; the two layers of a level that is never written, one in each.
+__device__ void shared_products(const Arguments& a, const StepLevel& level, int phase, float* sums, Deal& deal) {
   const StepProblem& p = a.p;
-  if (!written(level)) {
-    const int64_t items = (p.batch + kBatch - 1) / kBatch * column_tiles(width_of(p));
-    each(deal, items, [&](int64_t i) { plain_output<T, kBatch>(a, level, in, sums, output, i); });
-  } else if (!p.split) {
-    each(deal, p.batch * p.heads, [&](int64_t pair) {
-      if (!is_due(level, pair / p.heads)) return;
-      read_whole(a, level, in, sums, output, pair);
-      if (level.chunk_size == 1) {
-        __syncthreads();  // the prediction is another warp's
-        for (int piece = warp_id(); piece < piece_count(p, level); piece += kWarps)
-          write_token<T>(a, level, sums, pair, piece);
-      } else {
-        for (int piece = 0; piece < piece_count(p, level); ++piece) write_piece<T>(a, level, sums, pair, piece);
-      }
-    });
-  }
+  if (written(level) ? phase == 1 : phase == 0 && level.form == Form::linear) return;
+  with_products(p, [&](auto number, auto batch) {
+    using T = decltype(number);
+    constexpr int kBatch = decltype(batch)::value;
+    const int64_t tiles = (p.batch + kBatch - 1) / kBatch;
+    if (written(level))
+      each(deal, tiles * projection_blocks(a), [&](int64_t i) { project<T, kBatch>(a, level, i); });
+    else
+      each(deal, tiles * column_tiles(phase == 0 ? level.hidden : width_of(p)),
+           [&](int64_t i) { plain<T, kBatch>(a, level, phase == 1, sums, i); });
+  });
+}
+
+// Memories that are not split: read in the first phase, or read and written in the second where a chunk is complete.
+__device__ void read_and_write(const Arguments& a, const StepLevel& level, int phase, float* sums, Deal& deal) {
+  const StepProblem& p = a.p;
+  if (!written(level)) return;
+  each(deal, p.batch * p.heads, [&](int64_t pair) {
+    if (int(is_due(level, pair / p.heads)) != phase) return;
+    read_whole(a, level, sums, pair);
+    if (phase == 0) return;
+    if (level.chunk_size == 1) {
+      __syncthreads();  // the prediction is another warp's
+      for (int piece = warp_id(); piece < piece_count(p, level); piece += kWarps)
+        write_token(a, level, sums, pair, piece);
+    } else {
+      for (int piece = 0; piece < piece_count(p, level); ++piece) write_piece(a, level, sums, pair, piece);
+    }
+  });
 }
 
 // Split memories after their stage: complete chunks are written, of the others the prediction is kept.
-template <class T>
 __device__ void finish_split(const Arguments& a, const StepLevel& level, const float* sums, Deal& deal) {
   const StepProblem& p = a.p;
+  if (!written(level)) return;
   const int pieces = piece_count(p, level);
   if (level.chunk_size == 1) {
     __syncthreads();  // shared memory is another item's until here
     return each_warp(deal, p.batch * p.heads * pieces, [&](int64_t item) {
-      write_token<T>(a, level, sums, item / pieces, int(item % pieces));
+      write_token(a, level, sums, item / pieces, int(item % pieces));
     });
   }
   each(deal, p.batch * p.heads * pieces, [&](int64_t item) {
     const int64_t pair = item / pieces;
-    if (is_due(level, pair / p.heads)) write_piece<T>(a, level, sums, pair, int(item % pieces));
+    if (is_due(level, pair / p.heads)) write_piece(a, level, sums, pair, int(item % pieces));
   });
   const int64_t numbers = p.batch * p.heads * p.dim;
   each(deal, (numbers + kThreads - 1) / kThreads, [&](int64_t item) {
@@ -116,13 +127,11 @@ __device__ void finish_split(const Arguments& a, const StepLevel& level, const f
   });
 }
 
-template <class T>
-__device__ Input<T> output_of(const Arguments& a, int64_t level) {
+__device__ Input output_of(const Arguments& a, int64_t level) {
   return {nullptr, 0, a.sums[level], sums_kept(a.p, block_shared<Stack>().levels[level])};
 }
 
 // The layer's output from those of its levels: the last, or all in the shares softmax(mix).
-template <class T>
 __device__ void join(const Arguments& a, Deal& deal) {
   const StepProblem& p = a.p;
   const int64_t width = width_of(p), numbers = p.batch * width;
@@ -133,64 +142,64 @@ __device__ void join(const Arguments& a, Deal& deal) {
     const int column = int(i % width);
     float y = 0;
     if (!p.independent) {
-      y = read(p, output_of<T>(a, p.level_count - 1), b, column);
+      y = read(p, output_of(a, p.level_count - 1), b, column);
     } else {
-      const T* mix = static_cast<const T*>(p.mix);
-      float largest = to_float(mix[0]), total = 0;
+      const auto mix = [&](int64_t l) { return number_at(p.dtype, p.mix, l); };
+      float largest = mix(0), total = 0;
 #pragma unroll 1
-      for (int64_t l = 1; l < p.level_count; ++l) largest = max(largest, to_float(mix[l]));
+      for (int64_t l = 1; l < p.level_count; ++l) largest = max(largest, mix(l));
 #pragma unroll 1
-      for (int64_t l = 0; l < p.level_count; ++l) total += expf(to_float(mix[l]) - largest);
+      for (int64_t l = 0; l < p.level_count; ++l) total += expf(mix(l) - largest);
 #pragma unroll 1
       for (int64_t l = 0; l < p.level_count; ++l)
-        y = fmaf(expf(to_float(mix[l]) - largest) / total, read(p, output_of<T>(a, l), b, column), y);
+        y = fmaf(expf(mix(l) - largest) / total, read(p, output_of(a, l), b, column), y);
     }
-    static_cast<T*>(p.output)[i] = narrow<T>(y);
+    put_number(p.dtype, p.output, i, y);
   });
 }
 
-template <class T, int kBatch>
 __global__ void __launch_bounds__(kThreads, 1) step_kernel(const __grid_constant__ Arguments a) {
   const StepProblem& p = a.p;
   look_at_the_stack(p);
-  const StepLevel* const levels = block_shared<Stack>().levels;
-  const int64_t together = p.independent ? p.level_count : 1;
-  Input<T> in{static_cast<const T*>(p.x), p.x_row, nullptr, 0};
+  Stack& stack = block_shared<Stack>();
+  const StepLevel* const levels = stack.levels;
+  const int count = int(p.level_count), together = p.independent ? count : 1;
 #pragma unroll 1
-  for (int64_t first = 0; first < p.level_count; first += together) {
-    const bool last = first + together == p.level_count;
-    // A chain's last level hands its output over itself, unless it is split.
-    T* const output = last && !p.independent ? static_cast<T*>(p.output) : nullptr;
-    Deal deal;
-#pragma unroll 1
-    for (int64_t l = first; l < first + together; ++l)
-      first_phase<T, kBatch>(a, levels[l], in, a.sums[l], output, deal);
-    if (p.split && first > 0) finish_split<T>(a, levels[first - 1], a.sums[first - 1], deal);
-    cg::this_grid().sync();
-
+  for (int first = 0; first < count; first += together) {
+    const bool last = first + together == count;
+    if (threadIdx.x == 0) {
+      stack.in = first == 0 ? Input{p.x, p.x_row, nullptr, 0} : output_of(a, first - 1);
+      // A chain's last level hands its output over itself, unless it is split.
+      stack.output = last && !p.independent ? p.output : nullptr;
+    }
+    __syncthreads();  // the stage is known
     bool second = false;
 #pragma unroll 1
-    for (int64_t l = first; l < first + together; ++l)
-      second |= !written(levels[l]) || (!p.split && block_shared<Stack>().due[l]);
-    deal = {};
-    if (second)
+    for (int l = first; l < first + together; ++l) second |= !written(levels[l]) || (!p.split && stack.due[l]);
+    // Both phases are one code: what is inlined here is inlined once.
 #pragma unroll 1
-    for (int64_t l = first; l < first + together; ++l)
-        second_phase<T, kBatch>(a, levels[l], in, a.sums[l], output, deal);
-    if (last && p.split) {
+    for (int phase = 0; phase < 2; ++phase) {
+      Deal deal;
 #pragma unroll 1
-    for (int64_t l = first; l < first + together; ++l)
-        if (written(levels[l])) finish_split<T>(a, levels[l], a.sums[l], deal);
-      if (!p.independent && written(levels[first])) join<T>(a, deal);
+      for (int l = first; l < first + together && (phase == 0 || second); ++l) {
+        if (!p.split)
+          read_and_write(a, levels[l], phase, a.sums[l], deal);
+        else if (phase == 0)
+          read_split(a, levels[l], a.sums[l], deal);
+        shared_products(a, levels[l], phase, a.sums[l], deal);
+      }
+      // Split memories are finished a stage later, those of the last one in its second phase.
+      const int from = phase == 0 && first > 0 ? first - 1 : first, to = phase == 1 && last ? count : first;
+#pragma unroll 1
+      for (int l = from; l < to && p.split; ++l) finish_split(a, levels[l], a.sums[l], deal);
+      if (phase == 0 || (second && (!last || p.independent))) cg::this_grid().sync();
     }
-    if (second && (!last || p.independent)) cg::this_grid().sync();
-    in = output_of<T>(a, first);
   }
   Deal deal;
-  if (p.independent) join<T>(a, deal);
+  if (p.independent || (p.split && written(levels[count - 1]))) join(a, deal);
   // Every block has looked at the positions: all have met since.
   if (blockIdx.x == 0)
-    for (int b = int(threadIdx.x); b < p.batch; b += kThreads) p.positions[b] = block_shared<Stack>().at[b] + 1;
+    for (int b = int(threadIdx.x); b < p.batch; b += kThreads) p.positions[b] = stack.at[b] + 1;
 }
 
 int64_t rounded_up(int64_t bytes) { return (bytes + 127) / 128 * 128; }
@@ -217,9 +226,7 @@ size_t shared_bytes(const StepProblem& p) {
   return bytes;
 }
 
-template <class T, int kBatch>
 Status run(const Arguments& a, int device, cudaStream_t queue) {
-  const auto kernel = step_kernel<T, kBatch>;
   LaunchShape shape;
   shape.block = kThreads;
   shape.shared_bytes = shared_bytes(a.p);
@@ -229,19 +236,14 @@ Status run(const Arguments& a, int device, cudaStream_t queue) {
   // asking.
   int multiprocessors = 0, blocks = 0;
   cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.shared_bytes));
+      cudaFuncSetAttribute(step_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.shared_bytes));
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess)
-    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, shape.shared_bytes);
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, step_kernel, kThreads, shape.shared_bytes);
   if (error != cudaSuccess) return status_of(error, "step asks what the device holds");
   if (blocks < 1) return {StatusCode::unsupported, "step: this device holds no block of the kernel"};
   shape.grid = unsigned(blocks * multiprocessors);
-  return launch("step", shape, kernel, a);
-}
-
-template <class T>
-Status run(const Arguments& a, int device, cudaStream_t queue) {
-  return a.p.batch == 1 ? run<T, 1>(a, device, queue) : run<T, 8>(a, device, queue);
+  return launch("step", shape, step_kernel, a);
 }
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
@@ -309,12 +311,7 @@ Status step(const StepProblem& problem, void* workspace, int64_t workspace_bytes
   }
   // Few sequences: rather all multiprocessors at work than each input used for several rows.
   a.rows_together = problem.batch > 4 ? 4 : 1;
-  const auto queue = static_cast<cudaStream_t>(stream);
-  switch (problem.dtype) {
-    case DType::bfloat16: return stepping::run<__nv_bfloat16>(a, device, queue);
-    case DType::float16: return stepping::run<__half>(a, device, queue);
-    default: return stepping::run<float>(a, device, queue);
-  }
+  return stepping::run(a, device, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace hope::cuda

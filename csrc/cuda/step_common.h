@@ -43,17 +43,25 @@ using Four = Quad<float>;
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-template <class T>
-__device__ __forceinline__ T narrow(float x);
-template <>
-__device__ __forceinline__ float narrow<float>(float x) { return x; }
-template <>
-__device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
-template <>
-__device__ __forceinline__ __half narrow<__half>(float x) { return __float2half_rn(x); }
-template <class T>
-__device__ __forceinline__ float rounded(float x) {
-  return to_float(narrow<T>(x));
+
+// Single numbers of the tokens' dtype, which is looked at as the kernel runs: only products with shared weights, which read
+// many, are compiled for each dtype.
+__device__ __forceinline__ float number_at(DType dtype, const void* numbers, int64_t i) {
+  if (dtype == DType::bfloat16) return to_float(static_cast<const __nv_bfloat16*>(numbers)[i]);
+  if (dtype == DType::float16) return to_float(static_cast<const __half*>(numbers)[i]);
+  return static_cast<const float*>(numbers)[i];
+}
+__device__ __forceinline__ void put_number(DType dtype, void* numbers, int64_t i, float x) {
+  if (dtype == DType::bfloat16)
+    static_cast<__nv_bfloat16*>(numbers)[i] = __float2bfloat16_rn(x);
+  else if (dtype == DType::float16)
+    static_cast<__half*>(numbers)[i] = __float2half_rn(x);
+  else
+    static_cast<float*>(numbers)[i] = x;
+}
+__device__ __forceinline__ float rounded(DType dtype, float x) {
+  if (dtype == DType::bfloat16) return to_float(__float2bfloat16_rn(x));
+  return dtype == DType::float16 ? to_float(__float2half_rn(x)) : x;
 }
 
 __device__ __forceinline__ Four load_four(const float* from) { return *reinterpret_cast<const Four*>(from); }
@@ -123,13 +131,23 @@ __device__ __forceinline__ int gate_count(const StepLevel& level) {
   return 1 + (level.retention != nullptr) + (level.momentum_gate != nullptr);
 }
 
-// What the kernel keeps in shared memory from beginning to end: where each sequence stood when the step began, and the
-// levels. From the kernel's parameters the compiler reads all pointers of a level ahead of time, which costs a hundred
-// registers.
+// What a level reads: the call's tokens, or the sums of a level.
+struct Input {
+  const void* tokens;
+  int64_t row;
+  const float* sums;
+  int pieces;
+};
+
+// What the kernel keeps in shared memory from beginning to end: where each sequence stood when the step began, the levels
+// and the stage. From the kernel's parameters the compiler reads all pointers of a level ahead of time, which costs a
+// hundred registers; what lives through all phases would cost each of them some.
 struct Stack {
   int64_t at[kMaxStepBatch];
   int due[kMaxStepLevels];  // whether any sequence completes a chunk of the level
   StepLevel levels[kMaxStepLevels];
+  Input in;      // of the present stage
+  void* output;  // the layer's, where the present stage hands it over itself, else null
 };
 
 __device__ __forceinline__ int slot_of(const StepLevel& level, int64_t b) {
@@ -147,15 +165,6 @@ __device__ __forceinline__ int64_t kept_at(const StepProblem& p, const StepLevel
   return (b * level.chunk_size + slot) * p.heads + n;
 }
 
-// What a level reads: the call's tokens, or the sums of a level.
-template <class T>
-struct Input {
-  const T* tokens;
-  int64_t row;
-  const float* sums;
-  int pieces;
-};
-
 __device__ __forceinline__ float add_pieces(const float* sums, int pieces, int64_t stride) {
   float sum = sums[0];
 #pragma unroll 1
@@ -164,14 +173,17 @@ __device__ __forceinline__ float add_pieces(const float* sums, int pieces, int64
 }
 
 // Feature d of head n of sequence b, a number of the tokens' dtype.
-template <class T>
-__device__ __forceinline__ float read(const StepProblem& p, const Input<T>& in, int64_t b, int n, int d) {
-  if (in.tokens) return to_float(in.tokens[b * in.row + n * p.dim + d]);
-  return rounded<T>(add_pieces(in.sums + (b * p.heads + n) * in.pieces * p.dim + d, in.pieces, p.dim));
+__device__ __forceinline__ float read(const StepProblem& p, const Input& in, int64_t b, int n, int d) {
+  if (in.tokens) return number_at(p.dtype, in.tokens, b * in.row + n * p.dim + d);
+  return rounded(p.dtype, add_pieces(in.sums + (b * p.heads + n) * in.pieces * p.dim + d, in.pieces, p.dim));
 }
-template <class T>
-__device__ __forceinline__ float read(const StepProblem& p, const Input<T>& in, int64_t b, int i) {
+__device__ __forceinline__ float read(const StepProblem& p, const Input& in, int64_t b, int i) {
   return read(p, in, b, i / int(p.dim), i % int(p.dim));
+}
+
+// Feature i of the present stage's input, all heads counted.
+__device__ __forceinline__ float read_input(const StepProblem& p, int64_t b, int i) {
+  return read(p, block_shared<Stack>().in, b, i);
 }
 
 // Items of a phase are dealt to the blocks in turn; every kind of item goes on where the one before stopped.

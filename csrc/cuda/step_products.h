@@ -40,7 +40,7 @@ __device__ __forceinline__ int64_t projection_blocks(const Arguments& a) {
 }
 
 template <class T, int kBatch>
-__device__ void project(const Arguments& a, const StepLevel& level, const Input<T>& in, int64_t item) {
+__device__ void project(const Arguments& a, const StepLevel& level, int64_t item) {
   constexpr int kRows = 4, kChunk = kStaged / kBatch;
   static_assert(kChunk % 128 == 0, "lane l takes the inputs 4 l .. 4 l + 3 of every 128, wherever a chunk begins");
   const StepProblem& p = a.p;
@@ -64,7 +64,7 @@ __device__ void project(const Arguments& a, const StepLevel& level, const Input<
   for (float& x : sum) x = 0;
   for (int64_t i0 = 0; i0 < width; i0 += kChunk) {
     const int count = int(min(int64_t(kChunk), width - i0));
-    stage<kBatch>(p, shared, b0, i0, count, [&](int64_t b, int i) { return read(p, in, b, i); });
+    stage<kBatch>(p, shared, b0, i0, count, [&](int64_t b, int i) { return read_input(p, b, i); });
 #pragma unroll(kBatch == 1 ? 4 : 1)
     for (int i = 4 * lane_id(); i < count; i += 128) {
       Quad<T> w[kRows];
@@ -91,11 +91,11 @@ __device__ void project(const Arguments& a, const StepLevel& level, const Input<
   if (!gates) {
     if (mine) {
       const int64_t column = first_row + j;
-      static_cast<T*>(level.v)[kept_at(p, level, b, slot_of(level, b), 0) * p.dim + column] = narrow<T>(x);
+      put_number(p.dtype, level.v, kept_at(p, level, b, slot_of(level, b), 0) * p.dim + column, x);
     }
     return;
   }
-  if (mine) x += to_float(static_cast<const T*>(level.gate_bias)[j * p.heads + head]);
+  if (mine) x += number_at(p.dtype, level.gate_bias, j * p.heads + head);
   // The step is in the lane of gate 0 of the same sequence.
   const float lr = level.step_bound * stable_sigmoid(__shfl_sync(kAllLanes, x, index % kBatch * kSame));
   if (!mine) return;
@@ -152,19 +152,9 @@ __device__ float columns(const StepProblem& p, ProductShared& shared, const T* w
 
 __device__ __forceinline__ int64_t column_tiles(int64_t out) { return (out + 15) / 16; }
 
-// The input of a level that is never written, x / rms(x), as a function for `columns`.
-template <class T>
-struct Normed {
-  const StepProblem& p;
-  const Input<T>& in;
-  const float* scale;
-  int64_t b0;
-  __device__ float operator()(int64_t b, int i) const { return rounded<T>(read(p, in, b, i) * scale[b - b0]); }
-};
-
 // 1 / rms(x) of the sequences from b0 on. Warp w takes sequence b0 + w.
-template <class T, int kBatch>
-__device__ void root_mean_squares(const StepProblem& p, ProductShared& shared, const Input<T>& in, int64_t b0) {
+template <int kBatch>
+__device__ void root_mean_squares(const StepProblem& p, ProductShared& shared, int64_t b0) {
   static_assert(kBatch <= kWarps, "a warp for each sequence");
   __syncthreads();  // shared memory is another item's until here
   const int64_t b = b0 + warp_id(), width = width_of(p);
@@ -172,7 +162,7 @@ __device__ void root_mean_squares(const StepProblem& p, ProductShared& shared, c
     float sum = 0;
 #pragma unroll 1
     for (int i = lane_id(); i < width; i += 32) {
-      const float x = read(p, in, b, i);
+      const float x = read_input(p, b, i);
       sum = fmaf(x, x, sum);
     }
     sum = warp_sum(sum);
@@ -187,47 +177,38 @@ __device__ __forceinline__ float activated(Activation activation, float z, float
   return z;
 }
 
-// The hidden units of a level that is never written.
+// A level that is never written: its hidden units, or (`outputs`) its output x + f(x / rms(x)) from them. An item is 16
+// columns for kBatch sequences.
 template <class T, int kBatch>
-__device__ void plain_hidden(const Arguments& a, const StepLevel& level, const Input<T>& in, int64_t item) {
+__device__ void plain(const Arguments& a, const StepLevel& level, bool outputs, float* sums, int64_t item) {
   const StepProblem& p = a.p;
   ProductShared& shared = *dynamic_shared<ProductShared>();
-  const int64_t width = width_of(p), tiles = column_tiles(level.hidden), b0 = item / tiles * kBatch;
-  const int64_t first = item % tiles * 16;
-  root_mean_squares<T, kBatch>(p, shared, in, b0);
-  const Normed<T> normed{p, in, shared.scale, b0};
-  const auto weights = [&](int i) { return static_cast<const T*>(level.initial[i]); };
-  float slope;
-  float x = columns<T, kBatch>(p, shared, weights(0), width, level.hidden, first, b0, normed);
-  x = activated(level.activation, x, slope);
-  if (level.form == Form::glu) x *= columns<T, kBatch>(p, shared, weights(1), width, level.hidden, first, b0, normed);
-  const int64_t b = b0 + threadIdx.x / 16, column = first + threadIdx.x % 16;
-  if (int(threadIdx.x) < 16 * kBatch && b < p.batch && column < level.hidden) a.hidden[b * level.hidden + column] = x;
-}
-
-// The output x + f(x / rms(x)) of a level that is never written, from its hidden units. `output` is null where the level's
-// output is not the layer's.
-template <class T, int kBatch>
-__device__ void plain_output(const Arguments& a, const StepLevel& level, const Input<T>& in, float* sums, T* output,
-                             int64_t item) {
-  const StepProblem& p = a.p;
-  ProductShared& shared = *dynamic_shared<ProductShared>();
-  const int64_t width = width_of(p), tiles = column_tiles(width), b0 = item / tiles * kBatch;
+  const int64_t width = width_of(p), inner = outputs ? (level.form == Form::linear ? width : level.hidden) : width;
+  const int64_t size = outputs ? width : level.hidden, tiles = column_tiles(size), b0 = item / tiles * kBatch;
   const int64_t first = item % tiles * 16, b = b0 + threadIdx.x / 16, column = first + threadIdx.x % 16;
-  float y;
-  if (level.form == Form::linear) {
-    root_mean_squares<T, kBatch>(p, shared, in, b0);
-    y = columns<T, kBatch>(p, shared, static_cast<const T*>(level.initial[0]), width, width, first, b0,
-                           Normed<T>{p, in, shared.scale, b0});
-  } else {
-    const auto weights = static_cast<const T*>(level.initial[level.form == Form::mlp ? 1 : 2]);
-    y = columns<T, kBatch>(p, shared, weights, level.hidden, width, first, b0,
-                           [&](int64_t sequence, int i) { return a.hidden[sequence * level.hidden + i]; });
+  const bool of_tokens = !outputs || level.form == Form::linear;
+  if (of_tokens) root_mean_squares<kBatch>(p, shared, b0);
+  const auto input = [&](int64_t sequence, int i) {
+    if (!of_tokens) return a.hidden[sequence * level.hidden + i];
+    return rounded(p.dtype, read_input(p, sequence, i) * shared.scale[sequence - b0]);
+  };
+  const int weight = outputs ? last_weight(level.form) : 0, weights = !outputs && level.form == Form::glu ? 2 : 1;
+  float y = 0;
+#pragma unroll 1
+  for (int i = 0; i < weights; ++i) {
+    float slope;
+    const auto from = static_cast<const T*>(level.initial[weight + i]);
+    const float x = columns<T, kBatch>(p, shared, from, inner, size, first, b0, input);
+    y = outputs ? x : i == 0 ? activated(level.activation, x, slope) : y * x;
   }
-  if (int(threadIdx.x) >= 16 * kBatch || b >= p.batch || column >= width) return;
-  y += read(p, in, b, int(column));
-  sums[b * width + column] = y;
-  if (output) output[b * width + column] = narrow<T>(y);
+  if (int(threadIdx.x) >= 16 * kBatch || b >= p.batch || column >= size) return;
+  if (!outputs) {
+    a.hidden[b * size + column] = y;
+    return;
+  }
+  y += read_input(p, b, int(column));
+  sums[b * size + column] = y;
+  if (void* output = block_shared<Stack>().output) put_number(p.dtype, output, b * size + column, y);
 }
 
 }  // namespace hope::cuda::stepping

@@ -19,19 +19,18 @@ struct ReadShared {
 };
 
 // key = x_n / |x_n|, rounded to the tokens' dtype, into this warp's shared memory.
-template <class T>
-__device__ void make_key(const StepProblem& p, const Input<T>& in, int64_t pair, float* key) {
+__device__ void make_key(const StepProblem& p, int64_t pair, float* key) {
   const int64_t b = pair / p.heads;
   const int n = int(pair % p.heads), dim = int(p.dim);
   float square = 0;
   __syncwarp();  // the piece before has been read
   for (int d = lane_id(); d < dim; d += 32) {
-    const float x = read(p, in, b, n, d);
+    const float x = read(p, block_shared<Stack>().in, b, n, d);
     key[d] = x;
     square = fmaf(x, x, square);
   }
   const float scale = 1.0f / sqrtf(warp_sum(square) + kNormEps);
-  for (int d = lane_id(); d < dim; d += 32) key[d] = rounded<T>(key[d] * scale);
+  for (int d = lane_id(); d < dim; d += 32) key[d] = rounded(p.dtype, key[d] * scale);
   __syncwarp();
 }
 
@@ -41,7 +40,7 @@ __device__ __forceinline__ void project_units(float (&z)[4], const float* weight
   const int unit = 4 * (lane_id() % 8);
   for (float& one : z) one = 0;
   if (unit < units) {
-#pragma unroll 16
+#pragma unroll 8
     for (int d = lane_id() / 8; d < dim; d += 4) {
       const Four w = load_four(weights + d * hidden + unit);
       for (int j = 0; j < 4; ++j) z[j] = fmaf(x[d], w.x[j], z[j]);
@@ -90,7 +89,7 @@ __device__ void read_piece(const Arguments& a, const StepLevel& level, int64_t p
   y = {};
   if (d < dim) {
     const float* weights = level.weights[last_weight(level.form)] + behind_units(p, level, pair, unit0) + d;
-#pragma unroll 16
+#pragma unroll 8
     for (int u = lane / a.key_lanes; u < units; u += 32 / a.key_lanes) {
       const Four w = load_four(weights + u * dim);
       const float h = warp.hidden[u];
@@ -102,23 +101,22 @@ __device__ void read_piece(const Arguments& a, const StepLevel& level, int64_t p
 }
 
 // Keeps the key, D features, each by the lane (or thread) that calls.
-template <class T>
 __device__ __forceinline__ void keep_key(const StepProblem& p, const StepLevel& level, int64_t pair, int d, float x) {
   const int64_t b = pair / p.heads;
-  static_cast<T*>(level.k)[kept_at(p, level, b, slot_of(level, b), pair % p.heads) * p.dim + d] = narrow<T>(x);
+  put_number(p.dtype, level.k, kept_at(p, level, b, slot_of(level, b), pair % p.heads) * p.dim + d, x);
 }
 
 // A level that is split: pieces are dealt to the warps of all blocks; the sums of each are kept.
-template <class T>
-__device__ void read_split(const Arguments& a, const StepLevel& level, const Input<T>& in, float* sums, Deal& deal) {
+__device__ void read_split(const Arguments& a, const StepLevel& level, float* sums, Deal& deal) {
   const StepProblem& p = a.p;
+  if (!written(level)) return;
   WarpShared& warp = dynamic_shared<ReadShared>()->warp[warp_id()];
   const int pieces = piece_count(p, level), dim = int(p.dim);
   __syncthreads();  // shared memory is another item's until here
   each_warp(deal, p.batch * p.heads * pieces, [&](int64_t item) {
     const int64_t pair = item / pieces;
     const int piece = int(item % pieces);
-    make_key(p, in, pair, warp.key);
+    make_key(p, pair, warp.key);
     Four y;
     read_piece(a, level, pair, piece, warp, y);
     const int d = 4 * lane_id();
@@ -128,20 +126,18 @@ __device__ void read_split(const Arguments& a, const StepLevel& level, const Inp
       store_four(sums + item * dim + d, y);
     }
     if (piece == 0)
-      for (int i = lane_id(); i < dim; i += 32) keep_key<T>(p, level, pair, i, warp.key[i]);
+      for (int i = lane_id(); i < dim; i += 32) keep_key(p, level, pair, i, warp.key[i]);
   });
 }
 
 // A level that is not split: a block reads a pair. Output, key and prediction are kept.
-template <class T>
-__device__ void read_whole(const Arguments& a, const StepLevel& level, const Input<T>& in, float* sums, T* output,
-                           int64_t pair) {
+__device__ void read_whole(const Arguments& a, const StepLevel& level, float* sums, int64_t pair) {
   const StepProblem& p = a.p;
   ReadShared& shared = *dynamic_shared<ReadShared>();
   const int pieces = piece_count(p, level), dim = int(p.dim), tid = int(threadIdx.x);
   __syncthreads();  // shared memory is another item's until here
   WarpShared& warp = shared.warp[warp_id()];
-  make_key(p, in, pair, warp.key);
+  make_key(p, pair, warp.key);
   const float key = tid < dim ? warp.key[tid] : 0.0f;
   float sum = key;
 #pragma unroll 1
@@ -160,8 +156,8 @@ __device__ void read_whole(const Arguments& a, const StepLevel& level, const Inp
   const int64_t b = pair / p.heads;
   sums[pair * dim + tid] = sum;
   level.predictions[kept_at(p, level, b, slot_of(level, b), pair % p.heads) * dim + tid] = sum;
-  keep_key<T>(p, level, pair, tid, key);
-  if (output) output[pair * dim + tid] = narrow<T>(sum);
+  keep_key(p, level, pair, tid, key);
+  if (void* output = block_shared<Stack>().output) put_number(p.dtype, output, pair * dim + tid, sum);
 }
 
 }  // namespace hope::cuda::stepping

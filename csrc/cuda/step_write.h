@@ -113,7 +113,6 @@ __device__ __forceinline__ float prediction_of(const Arguments& a, const StepLev
 }
 
 // Keys and f(k) - v of the tokens t0 .. t0 + count - 1, zeros behind them.
-template <class T>
 __device__ void load_tokens(const Arguments& a, const StepLevel& level, const float* sums, const WritePlan& plan,
                             int64_t pair, int64_t t0, int count) {
   const StepProblem& p = a.p;
@@ -125,8 +124,8 @@ __device__ void load_tokens(const Arguments& a, const StepLevel& level, const fl
     float key = 0, delta = 0;
     if (t < count) {
       const int64_t at = kept_at(p, level, b, t0 + t, n) * dim + d;
-      key = to_float(static_cast<const T*>(level.k)[at]);
-      delta = prediction_of(a, level, sums, pair, t0 + t, d, at) - to_float(static_cast<const T*>(level.v)[at]);
+      key = number_at(p.dtype, level.k, at);
+      delta = prediction_of(a, level, sums, pair, t0 + t, d, at) - number_at(p.dtype, level.v, at);
     }
     plan.keys()[t * plan.pitch + d] = key;
     plan.deltas()[t * plan.pitch + d] = delta;
@@ -215,14 +214,13 @@ __device__ __forceinline__ void write_number(const StepLevel& level, int i, int 
 }
 
 // Back to the initial weights and zero momentum, by thread `index` of `threads`.
-template <class T>
 __device__ void start_again(const Arguments& a, const StepLevel& level, int64_t pair, int unit0, int units, int index,
                             int threads) {
   const StepProblem& p = a.p;
   const int dim = int(p.dim), last = last_weight(level.form);
   const int64_t head = pair % p.heads;
   const auto copy = [&](int i, int64_t from, int64_t to) {
-    level.weights[i][to] = to_float(static_cast<const T*>(level.initial[i])[from]);
+    level.weights[i][to] = number_at(p.dtype, level.initial[i], from);
     if (level.momentum[i]) level.momentum[i][to] = 0;
   };
   for (int i = 0; i < last; ++i)
@@ -238,19 +236,18 @@ __device__ void start_again(const Arguments& a, const StepLevel& level, int64_t 
 
 // Writes a piece with the present token alone, where each token is written, by one warp: W_out is read and written in one
 // pass, W_in in two, the second of which finds it in L1 or L2.
-template <class T>
 __device__ void write_token(const Arguments& a, const StepLevel& level, const float* sums, int64_t pair, int piece) {
   const StepProblem& p = a.p;
   const int64_t b = pair / p.heads, n = pair % p.heads, kept = kept_at(p, level, b, 0, n);
   const int lane = lane_id(), dim = int(p.dim), unit0 = piece * kUnits, units = units_of(p, level, piece);
   const int last = last_weight(level.form);
-  if (starts_again(level, b)) return start_again<T>(a, level, pair, unit0, units, lane, 32);
+  if (starts_again(level, b)) return start_again(a, level, pair, unit0, units, lane, 32);
   WarpShared& warp = dynamic_shared<ReadShared>()->warp[warp_id()];
   __syncwarp();  // the piece before has been written
   for (int d = lane; d < dim; d += 32) {
     const int64_t at = kept * dim + d;
-    warp.key[d] = to_float(static_cast<const T*>(level.k)[at]);
-    warp.delta[d] = prediction_of(a, level, sums, pair, 0, d, at) - to_float(static_cast<const T*>(level.v)[at]);
+    warp.key[d] = number_at(p.dtype, level.k, at);
+    warp.delta[d] = prediction_of(a, level, sums, pair, 0, d, at) - number_at(p.dtype, level.v, at);
   }
   __syncwarp();
   const float step = level.lr[kept];
@@ -316,12 +313,11 @@ __device__ void write_token(const Arguments& a, const StepLevel& level, const fl
 }
 
 // Writes a piece whose chunk is complete.
-template <class T>
 __device__ void write_piece(const Arguments& a, const StepLevel& level, const float* sums, int64_t pair, int piece) {
   const StepProblem& p = a.p;
   const int64_t b = pair / p.heads, n = pair % p.heads;
   const int dim = int(p.dim), unit0 = piece * kUnits, units = units_of(p, level, piece), last = last_weight(level.form);
-  if (starts_again(level, b)) return start_again<T>(a, level, pair, unit0, units, int(threadIdx.x), kThreads);
+  if (starts_again(level, b)) return start_again(a, level, pair, unit0, units, int(threadIdx.x), kThreads);
   const WritePlan plan(p.dim, level.form);
   WriteShared& shared = *dynamic_shared<WriteShared>();
   __syncthreads();  // shared memory is another item's until here
@@ -342,7 +338,7 @@ __device__ void write_piece(const Arguments& a, const StepLevel& level, const fl
       for (int64_t t0 = (level.chunk_size - 1) / kTile * kTile; t0 >= 0; t0 -= kTile) {
         const int count = int(min(int64_t(kTile), level.chunk_size - t0));
         __syncthreads();  // the tile before has been added
-        load_tokens<T>(a, level, sums, plan, pair, t0, count);
+        load_tokens(a, level, sums, plan, pair, t0, count);
         if (warp_id() == 0) weigh_tokens(p, level, shared, b, n, t0, count, behind);
         __syncthreads();
         hidden_and_errors(a, level, plan, unit0, count);

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hope_kernels import backends
+from hope_kernels.layers.checks import check_batch_size, check_input, check_width
 from hope_kernels.layers.cms_state import CMSBuffer, CMSState
 from hope_kernels.layers.level import CMSLevel, MemoryLevel, PlainLevel
 from hope_kernels.layers.one_launch import OneLaunch, Refused
@@ -63,13 +64,7 @@ class CMS(nn.Module):
     ) -> None:
         super().__init__()
         levels = _checked_levels(levels)
-        for name, value in (("dim", dim), ("heads", heads)):
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"CMS: {name} is {value!r}; want a positive int")
-            if value < 1:
-                raise ValueError(f"CMS: {name} is {value}; want at least 1")
-        if dim % heads:
-            raise ValueError(f"CMS: dim is {dim} and heads is {heads}; want dim divisible by heads")
+        check_width("CMS", dim, heads)
         if variant not in get_args(Variant):
             raise ValueError(f"CMS: variant is {variant!r}; want one of {', '.join(map(repr, get_args(Variant)))}")
         backends.check_name(backend)
@@ -117,10 +112,7 @@ class CMS(nn.Module):
 
         It refers to the parameters and copies nothing: gradients through it reach them.
         """
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int | torch.SymInt):
-            raise TypeError(f"CMS.init_state: batch_size is {batch_size!r}; want an int")
-        if batch_size < 0:
-            raise ValueError(f"CMS.init_state: batch_size is {batch_size}; want at least 0")
+        check_batch_size("CMS", batch_size)
         levels = (x.initial_state(batch_size) if isinstance(x, MemoryLevel) else None for x in self.levels)
         return CMSState(0, batch_size, tuple(levels))
 
@@ -169,7 +161,36 @@ class CMS(nn.Module):
             for level in self.levels:
                 if isinstance(level, MemoryLevel):
                     level.check_backend(dtype)
-        return CMSBuffer(state.position, state.batch_size, levels, dtype, kernel, refused)
+        return CMSBuffer(state.position, state.batch_size, levels, self._segments(), dtype, kernel, refused)
+
+    @torch.no_grad()
+    def replace_sequences(self, buffer: CMSBuffer, rows: Tensor | Sequence[int], state: CMSState | None = None) -> None:
+        """Put other sequences in the places ``rows`` of a buffer, as continuous batching does; all others stay.
+
+        Later steps take every sequence on from its own token. Nothing is allocated anew: a captured graph of
+        :meth:`step` stays valid. Where a kernel counts the tokens, this waits for the device.
+
+        Args:
+            buffer: of this layer.
+            rows: R different places, ``0 .. B - 1``.
+            state: of R sequences, such as :meth:`stream` returns after their prompts; None begins them anew.
+
+        Raises:
+            ValueError, TypeError, IndexError: ``buffer``, ``rows`` or ``state`` does not fit; the buffer is unchanged.
+        """
+        self._check_carried("buffer", buffer, CMSBuffer)
+        found = buffer.checked_rows(rows)
+        if state is None:
+            state = self.init_state(len(found))
+        self._check_carried("state", state, CMSState)
+        if state.batch_size != len(found):
+            raise ValueError(f"CMS: state has batch size {state.batch_size}, rows are {len(found)}; want the same")
+        if len(found):
+            levels = [
+                None if held is None else level.make_buffer(held, buffer.dtype)
+                for level, held in zip(self.levels, state.levels, strict=True)
+            ]
+            buffer.replace(found, levels, state.position)
 
     @torch.no_grad()
     def step(self, x: Tensor, buffer: CMSBuffer) -> Tensor:
@@ -247,6 +268,10 @@ class CMS(nn.Module):
         mixed = sum(part * output for part, output in zip(share.unbind(), outputs, strict=True))
         return mixed.to(outputs[0].dtype)
 
+    def _segments(self) -> tuple[int | None, ...]:
+        """Per level, the tokens after which it starts again, or None."""
+        return tuple(level.segment if isinstance(level, MemoryLevel) else None for level in self.levels)
+
     def _token_dtype(self) -> torch.dtype:
         """The dtype of keys and targets: that of the parameters, or of autocast where that is on."""
         parameter = next(self.parameters())
@@ -255,19 +280,7 @@ class CMS(nn.Module):
         return parameter.dtype
 
     def _check_input(self, x: Tensor, tokens: int | None = None) -> None:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"CMS: x is a {type(x).__name__}; want a tensor [B, T, dim]")
-        if x.dim() != 3 or x.shape[-1] != self.dim or (tokens is not None and x.shape[1] != tokens):
-            want = f"[B, T, {self.dim}]" if tokens is None else f"[B, {self.dim}] or [B, {tokens}, {self.dim}]"
-            raise ValueError(f"CMS: x has shape {tuple(x.shape)}; want {want}")
-        parameter = next(self.parameters())
-        if x.device != parameter.device:
-            raise ValueError(f"CMS: x is on {x.device}, the parameters on {parameter.device}; want one device")
-        if x.dtype == parameter.dtype:
-            return
-        cast = x.is_floating_point() and torch.is_autocast_enabled(x.device.type)
-        if not cast or torch.float64 in (x.dtype, parameter.dtype):
-            raise TypeError(f"CMS: x is {x.dtype}, the parameters are {parameter.dtype}; want one dtype")
+        check_input("CMS", x, self.dim, next(self.parameters()), tokens)
 
     def _check_carried(self, name: str, carried: CMSState | CMSBuffer, kind: type, x: Tensor | None = None) -> None:
         """That a state or buffer was made by a layer like this one, and for as many sequences as ``x`` has."""
@@ -277,8 +290,6 @@ class CMS(nn.Module):
             raise ValueError(f"CMS: {name} has batch size {carried.batch_size}, x has {x.shape[0]} rows; want the same")
         if len(carried.levels) != len(self.levels):
             raise ValueError(f"CMS: {name} has {len(carried.levels)} levels; want {len(self.levels)}")
-        # Not the buffer's `position`: that may wait for the device, and a step must not.
-        seen = carried.counted if isinstance(carried, CMSBuffer) else carried.position
         for index, (level, held) in enumerate(zip(self.levels, carried.levels, strict=True)):
             plain = isinstance(level, PlainLevel)
             if plain != (held is None):
@@ -297,12 +308,23 @@ class CMS(nn.Module):
             came, want = held.gates, (level.level.retention, level.level.momentum)
             if came is not None and came != want:
                 raise ValueError(f"CMS: {name} of level {index} has (retention, momentum) {came}; want {want}")
+            if isinstance(carried, CMSBuffer):
+                self._check_segment(index, carried.segments[index], level.segment)
+                continue
+            seen = carried.position
             position = seen if level.segment is None else seen % level.segment
             if held.position != position:
                 raise ValueError(
                     f"CMS: {name} of level {index} is at token {held.position}; want {position}, where variant "
                     f"{self.variant!r} has it at token {seen}"
                 )
+
+    def _check_segment(self, index: int, came: int | None, want: int | None) -> None:
+        if came != want:
+            came, want = ("never" if x is None else f"every {x} tokens" for x in (came, want))
+            raise ValueError(
+                f"CMS: buffer of level {index} starts again {came}; want {want}, as in variant {self.variant!r}"
+            )
 
 
 def _checked_levels(levels: Sequence[CMSLevel]) -> tuple[CMSLevel, ...]:

@@ -80,7 +80,7 @@ class LevelBuffer:
         weights, momentum: ``[B, N, in, out]`` in the state dtype; ``momentum`` is None for a level without.
         k, v: ``[B, C, N, D]``, of which the first ``pending`` tokens belong to the chunk in progress.
         lr, retention, momentum_gate: ``[B, C, N]`` gates of those tokens, None where the level has none.
-        position: tokens seen.
+        position: tokens seen; an int when all sequences agree, else int64 ``[B]`` on the CPU.
     """
 
     def __init__(self, state: MemoryState, dtype: torch.dtype, *, retention: bool, momentum: bool) -> None:
@@ -95,7 +95,7 @@ class LevelBuffer:
             return x.detach().to(gate_dtype, copy=True, memory_format=torch.contiguous_format)
 
         self.spec, self.chunk_size = state.spec, state.chunk_size
-        self.position = state.position
+        self.position: int | Tensor = state.position
         self.weights: Weights = tuple(owned(w) for w in state.weights)
         self.momentum: Weights | None = None
         if momentum:
@@ -117,13 +117,8 @@ class LevelBuffer:
         self.momentum_gate = storage(state.pending_momentum, dtype=gate_dtype) if momentum else None
 
     @property
-    def chunk_index(self) -> int:
-        """Chunks written."""
-        return self.position // self.chunk_size
-
-    @property
-    def pending(self) -> int:
-        """Tokens kept of the chunk in progress."""
+    def pending(self) -> int | Tensor:
+        """Tokens kept of the chunk in progress, in the form of ``position``."""
         return self.position % self.chunk_size
 
     @property
@@ -132,59 +127,87 @@ class LevelBuffer:
         return self.retention is not None, self.momentum_gate is not None
 
     @property
-    def memory(self) -> MemoryState:
-        """The weights and momentum as a state at the end of a chunk, sharing this buffer's storage."""
-        return MemoryState(self.spec, self.chunk_size, self.weights, self.momentum, self.weights[0].shape[0])
+    def _storage(self) -> tuple[Tensor | None, ...]:
+        """What is kept of tokens."""
+        return self.k, self.v, self.lr, self.retention, self.momentum_gate
 
-    def append(self, tokens: Tokens) -> bool:
-        """Keep one token per sequence; True when it completes the chunk, which is then to be written."""
-        for kept, new in (
-            (self.k, tokens.k),
-            (self.v, tokens.v),
-            (self.lr, tokens.lr),
-            (self.retention, tokens.retention),
-            (self.momentum_gate, tokens.momentum),
-        ):
+    def append(self, tokens: Tokens) -> None:
+        """Keep one token per sequence."""
+        if isinstance(self.position, int):
+            place: tuple[Any, Any] = slice(None), self.pending
+        else:
+            place = torch.arange(len(self.k), device=self.k.device), self.pending.to(self.k.device)
+        for kept, new in zip(self._storage, tokens, strict=True):
             if kept is not None:
-                kept[:, self.pending].copy_(new[:, 0])
-        self.position += 1
-        return self.pending == 0
+                kept[place] = new[:, 0]
+        self.position = self.position + 1
+
+    def due(self, period: int) -> slice | Tensor | None:
+        """The sequences for which the last token was the last of ``period`` tokens: all, int64 ``[R]``, or None."""
+        if isinstance(self.position, int):
+            return None if self.position % period else slice(None)
+        rows = (self.position % period == 0).nonzero().squeeze(1)
+        return rows.to(self.k.device) if len(rows) else None
+
+    def chunk(self, rows: slice | Tensor) -> tuple[MemoryState, dict[str, Tensor | None]]:
+        """What ``memory_write`` takes of the sequences ``rows``, which have completed a chunk: their memory, sharing
+        this buffer's storage where ``rows`` are all, and their tokens.
+        """
+        weights = tuple(w[rows] for w in self.weights)
+        momentum = None if self.momentum is None else tuple(m[rows] for m in self.momentum)
+        memory = MemoryState(self.spec, self.chunk_size, weights, momentum, len(weights[0]))
+        names = "k", "v", "lr", "retention", "momentum"
+        tokens = (None if kept is None else kept[rows] for kept in self._storage)
+        return memory, dict(zip(names, tokens, strict=True))
 
     def count(self, segment: int | None) -> None:
         """One token more, kept and where due written by others; back to 0 after ``segment`` tokens."""
-        self.position += 1
-        if self.position == segment:
-            self.position = 0
+        self.position = self.position + 1
+        if segment is not None:
+            self.position = self.position % segment
 
-    def replace(self, written: MemoryState) -> None:
-        """Take over the weights and momentum after the write of a chunk."""
-        _copy(self.weights, written.stored_weights)
+    def take_over(self, written: MemoryState, rows: slice | Tensor) -> None:
+        """The weights and momentum of the sequences ``rows`` after the write of a chunk."""
+        _copy(self.weights, written.stored_weights, rows)
         if self.momentum is not None:
-            _copy(self.momentum, written.stored_momentum)
+            _copy(self.momentum, written.stored_momentum, rows)
 
-    def restart(self, weights: Sequence[Tensor]) -> None:
-        """Back to initial weights ``[N, in, out]``, zero momentum, and token 0."""
-        _copy(self.weights, weights)
+    def restart(self, weights: Sequence[Tensor], rows: slice | Tensor) -> None:
+        """Initial weights ``[N, in, out]`` and zero momentum again for the sequences ``rows``."""
+        _copy(self.weights, weights, rows)
         for momentum in self.momentum or ():
-            momentum.zero_()
-        self.position = 0
+            momentum[rows] = 0
 
-    def to_state(self) -> MemoryState:
-        """The same as a value, sharing nothing with this buffer."""
+    def replace(self, rows: Tensor, other: LevelBuffer) -> None:
+        """The sequences ``rows`` (int64 ``[R]`` on the CPU) become those of ``other``, a buffer of the same level."""
+        here = rows.to(self.k.device)
+        _copy(self.weights, other.weights, here)
+        _copy(self.momentum or (), other.momentum or (), here)
+        for kept, new in zip(self._storage, other._storage, strict=True):
+            if kept is not None:
+                kept[here] = new
+
+    def to_state(self, rows: slice | Tensor, position: int) -> MemoryState:
+        """The sequences ``rows``, which all stand at ``position``, as a value that shares nothing with this buffer."""
+        pending, chunks = position % self.chunk_size, position // self.chunk_size
+
+        def copied(x: Tensor) -> Tensor:
+            return x[rows].clone()
 
         def kept(x: Tensor | None) -> Tensor | None:
-            return x[:, : self.pending].clone() if x is not None and self.pending else None
+            return copied(x[:, :pending]) if x is not None and pending else None
 
-        seen = self.position > 0
+        seen = position > 0
+        weights = tuple(copied(w) for w in self.weights)
         return MemoryState(
             self.spec,
             self.chunk_size,
-            tuple(w.clone() for w in self.weights),
-            None if self.momentum is None or not self.chunk_index else tuple(m.clone() for m in self.momentum),
-            batch_size=self.weights[0].shape[0],
-            position=self.position,
-            chunk_index=self.chunk_index,
-            pending_count=self.pending,
+            weights,
+            None if self.momentum is None or not chunks else tuple(copied(m) for m in self.momentum),
+            batch_size=len(weights[0]),
+            position=position,
+            chunk_index=chunks,
+            pending_count=pending,
             pending_k=kept(self.k),
             pending_v=kept(self.v),
             pending_lr=kept(self.lr),
@@ -195,9 +218,9 @@ class LevelBuffer:
         )
 
 
-def _copy(into: Sequence[Tensor], source: Sequence[Tensor]) -> None:
+def _copy(into: Sequence[Tensor], source: Sequence[Tensor], rows: slice | Tensor) -> None:
     for kept, new in zip(into, source, strict=True):
-        kept.copy_(new)
+        kept[rows] = new
 
 
 class CMSBuffer:
@@ -209,6 +232,7 @@ class CMSBuffer:
         batch_size: as in :class:`CMSState`.
         levels: a :class:`LevelBuffer` per level, None for a level that is never written. Their positions are those of
             the last ``step``, ``position`` or ``to_state``: replays of a captured graph move the device on alone.
+        segments: per level, the tokens after which it starts again, or None.
         dtype: of the tokens it keeps.
         kernel: what makes a step one launch; None where levels are served one after the other.
         refused: why there is no ``kernel``.
@@ -219,33 +243,89 @@ class CMSBuffer:
         position: int,
         batch_size: int,
         levels: Sequence[LevelBuffer | None],
+        segments: Sequence[int | None],
         dtype: torch.dtype,
         kernel: OneLaunch | None = None,
         refused: str | None = None,
     ) -> None:
-        self.counted, self.batch_size, self.levels, self.dtype = position, batch_size, tuple(levels), dtype
-        self.kernel, self.refused = kernel, refused
+        self.counted: int | Tensor = position
+        self.batch_size, self.levels, self.dtype = batch_size, tuple(levels), dtype
+        self.segments, self.kernel, self.refused = tuple(segments), kernel, refused
 
     @property
-    def position(self) -> int:
-        """Tokens seen by every sequence. Where a kernel counts them, this waits for the device."""
-        self._recount()
+    def position(self) -> int | Tensor:
+        """Tokens seen: an int when all sequences agree, else int64 ``[B]`` on the CPU.
+
+        Where a kernel counts them, this waits for the device.
+        """
+        if self.kernel is not None and self.batch_size:
+            self._move_to(self.kernel.positions.cpu())
         return self.counted
 
-    def to_state(self) -> CMSState:
+    def to_state(self, rows: Tensor | Sequence[int] | None = None) -> CMSState:
         """The state at this token as :meth:`CMS.stream` would have returned it; later steps do not change it.
 
         Where a kernel counts the tokens, this waits for the device.
-        """
-        self._recount()
-        levels = tuple(None if level is None else level.to_state() for level in self.levels)
-        return CMSState(self.counted, self.batch_size, levels)
 
-    def _recount(self) -> None:
-        """Take over the position from the device."""
-        if self.kernel is None or not self.batch_size:
-            return
-        self.counted = self.kernel.position()
-        for level, segment in zip(self.levels, self.kernel.segments, strict=True):
+        Args:
+            rows: the sequences, which stand at one token; None for all.
+
+        Raises:
+            ValueError, IndexError: ``rows`` are no sequences of this buffer, or stand at different tokens.
+        """
+        position, here = self.position, slice(None)
+        if rows is not None:
+            named = self.checked_rows(rows)
+            position = position if isinstance(position, int) else agreed(position[named])
+            here = named.to(next((level.k.device for level in self.levels if level is not None), "cpu"))
+        if not isinstance(position, int):
+            raise ValueError(f"rows: its sequences stand at tokens {position.tolist()}; want some that stand at one")
+        levels = (
+            None if level is None else level.to_state(here, position % segment if segment else position)
+            for level, segment in zip(self.levels, self.segments, strict=True)
+        )
+        return CMSState(position, self.batch_size if rows is None else len(named), tuple(levels))
+
+    def replace(self, rows: Tensor, levels: Sequence[LevelBuffer | None], position: int) -> None:
+        """The sequences ``rows`` (int64 ``[R]`` on the CPU) become those of buffers for R sequences at ``position``."""
+        positions = self.position
+        if isinstance(positions, int):
+            positions = torch.full((self.batch_size,), positions)
+        positions = positions.clone()
+        positions[rows] = position
+        for level, other in zip(self.levels, levels, strict=True):
             if level is not None:
-                level.position = self.counted % segment if segment else self.counted
+                level.replace(rows, other)
+        self._move_to(positions)
+        if self.kernel is not None:
+            self.kernel.replace(rows, position)
+
+    def checked_rows(self, rows: Tensor | Sequence[int]) -> Tensor:
+        """``rows`` as int64 ``[R]`` on the CPU.
+
+        Raises:
+            ValueError, IndexError: they are no different sequences of this buffer.
+        """
+        found = torch.as_tensor(rows, device="cpu")
+        if found.dim() != 1 or (len(found) and (found.is_floating_point() or found.dtype == torch.bool)):
+            raise ValueError(f"rows: got {found.dtype} of shape {tuple(found.shape)}; want whole numbers [R]")
+        found = found.to(torch.int64)
+        if len(found) and not 0 <= int(found.min()) <= int(found.max()) < self.batch_size:
+            raise IndexError(f"rows: got {found.tolist()}; want numbers from 0 to {self.batch_size - 1}")
+        if len(found.unique()) < len(found):
+            raise ValueError(f"rows: got {found.tolist()}; want each sequence once")
+        return found
+
+    def _move_to(self, positions: Tensor) -> None:
+        """Every sequence stands at ``positions``, int64 ``[B]`` on the CPU."""
+        self.counted = agreed(positions)
+        for level, segment in zip(self.levels, self.segments, strict=True):
+            if level is not None:
+                level.position = agreed(positions % segment) if segment else self.counted
+
+
+def agreed(positions: Tensor) -> int | Tensor:
+    """The position of all sequences where they agree, else ``positions``, int64 ``[B]``, as they are."""
+    if len(positions) and bool((positions == positions[0]).all()):
+        return int(positions[0])
+    return positions

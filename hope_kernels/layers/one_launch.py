@@ -33,7 +33,6 @@ class OneLaunch:
             captured graph serves every token.
         predictions: per level, float32 ``[B, C, N, D]``: what the memory answered to the tokens kept. A write needs it,
             and the weights it came from do not change within a chunk.
-        segments: per level, the tokens after which it starts again, or None.
 
     Raises:
         Refused: the kernel does not serve this layer.
@@ -46,20 +45,19 @@ class OneLaunch:
             raise Refused(reason)
         self.buffers, self.batch_size, self.width = tuple(buffers), batch_size, cms.dim
         self.dtype, self.device = parameter.dtype, parameter.device
-        self.segments = tuple(getattr(level, "segment", None) for level in cms.levels)
         self.positions = torch.full((batch_size,), position, dtype=torch.int64, device=self.device)
         self.predictions = tuple(
             None if held is None else torch.zeros(held.k.shape, dtype=torch.float32, device=self.device)
             for held in buffers
         )
         self._predicted = False
-        self._addresses: tuple[int, ...] = ()
+        self._described: tuple = ()
         self._tables: tuple[tuple, tuple] = ((), ())
         if (reason := self._tabulate(cms)) is not None:
             raise Refused(reason)
         size = cuda_step.workspace_bytes(*self._tables)
         self.workspace = torch.empty(size, dtype=torch.uint8, device=self.device)
-        self._predict()
+        self._predict(slice(None))
 
     def serves(self, cms: CMS) -> bool:
         """Whether the kernel takes the next step: parameters may have moved since the last one."""
@@ -68,7 +66,7 @@ class OneLaunch:
     def step(self, x: Tensor) -> Tensor:
         """One token per sequence, ``x [B, dim]`` -> ``[B, dim]``, after ``serves`` said yes."""
         if not self._predicted:
-            self._predict()
+            self._predict(slice(None))
         if x.stride(-1) != 1:
             x = x.contiguous()
         output = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -80,33 +78,31 @@ class OneLaunch:
         self.positions += 1
         self._predicted = False
 
-    def position(self) -> int:
-        """Tokens seen by every sequence, as the device has it; waits for the device.
+    def replace(self, rows: Tensor, position: int) -> None:
+        """The sequences ``rows``, int64 ``[R]``, of the buffer were replaced by others, which stand at ``position``."""
+        rows = rows.to(self.device)
+        self.positions[rows] = position
+        self._predict(rows)
 
-        Raises:
-            RuntimeError: the sequences stand at different tokens.
-        """
-        found = self.positions.unique().tolist()
-        if len(found) > 1:
-            raise RuntimeError(f"buffer: its sequences stand at tokens {found}; want all at one")
-        return found[0]
-
-    def _predict(self) -> None:
+    def _predict(self, rows: slice | Tensor) -> None:
         """Predictions of tokens kept by others than the kernel: of a state, or of steps level by level."""
         for held, predictions in zip(self.buffers, self.predictions, strict=True):
-            if held is None or predictions is None or held.pending == 0:
+            if held is None or predictions is None:
                 continue
-            keys = held.k[:, : held.pending].float()
-            predictions[:, : held.pending] = memory_read(keys, held.weights, spec=held.spec, backend="reference")
-        self._predicted = True
+            # Where sequences have kept different numbers of tokens, some have room behind theirs: it is not read.
+            kept = held.pending if isinstance(held.pending, int) else int(held.pending.max())
+            if kept > 0:
+                keys, weights = held.k[rows, :kept].float(), tuple(w[rows] for w in held.weights)
+                predictions[rows, :kept] = memory_read(keys, weights, spec=held.spec, backend="reference")
+        self._predicted = self._predicted or isinstance(rows, slice)
 
     def _tabulate(self, cms: CMS) -> str | None:
-        """Tables of the layer's parameters and the buffer, made anew when an address has changed."""
+        """Tables of the layer's parameters and the buffer, made anew when a parameter lies elsewhere or otherwise."""
         parameters = [_parameters(level) for level in cms.levels]
         mix = cms.mix if cms.variant == "independent" else None
         flat = [p for of_level in parameters for p in of_level] + ([] if mix is None else [mix])
-        addresses = tuple(p.data_ptr() for p in flat)
-        if addresses == self._addresses:
+        described = tuple((p.data_ptr(), p.dtype, p.stride()) for p in flat)
+        if described == self._described:
             return None
         for p in flat:
             if p.dtype != self.dtype:
@@ -132,7 +128,7 @@ class OneLaunch:
         )
         if (reason := cuda_step.refuses_stack(settings, levels)) is not None:
             return reason
-        self._addresses, self._tables = addresses, (settings, levels)
+        self._described, self._tables = described, (settings, levels)
         return None
 
 

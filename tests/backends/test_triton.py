@@ -257,12 +257,13 @@ def test_a_resident_scan_is_one_launch_forward_and_one_backward_whatever_the_len
 
 def test_tiled_launches_grow_with_the_chunks_alone(monkeypatch):
     def launches(**sizes: int) -> tuple[int, int]:
-        return launches_of(problem_for(MemorySpec(), chunk_size=20, **sizes), "triton:tiled", monkeypatch)
+        sizes = {"batch": 1, "heads": 1, "chunk_size": 20, **sizes}
+        return launches_of(problem_for(MemorySpec(), **sizes), "triton:tiled", monkeypatch)
 
     one, two, three = (launches(tokens=20 * n) for n in (1, 2, 3))
     assert two[0] - one[0] == three[0] - two[0] <= 8
     assert three[1] > two[1] > one[1]
-    assert launches(tokens=40, batch=3, heads=3, dim=33, hidden=70) == two
+    assert launches(tokens=40, batch=2, heads=2, dim=17, hidden=33) == two
 
 
 def test_a_plan_asked_for_by_name_is_obeyed_or_refused(monkeypatch):

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +53,14 @@ def test_indices_count_up_x_first(layer: ctypes.CDLL) -> None:
             thread = t % 4, t // 4 % 3, t // 12
             block_index = b % 2, b // 2 % 3, b // 6
             assert tuple(found[b, t]) == (*thread, *block_index, 4, 3, 2, t, threads)
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not here")
+def test_libraries_in_one_process_share_no_shared_memory(layer: ctypes.CDLL) -> None:
+    """The statics that stand for shared memory are each library's own, not the process's (GNU unique symbols)."""
+    found = subprocess.run(["nm", layer._name], capture_output=True, text=True, check=True).stdout
+    kinds = {line.split()[-2] for line in found.splitlines()}
+    assert "t" in kinds and "u" not in kinds
 
 
 def test_shuffles_and_votes_reach_the_lanes_they_name(layer: ctypes.CDLL) -> None:

@@ -207,41 +207,43 @@ def test_wide_layers(cuda_on_host, monkeypatch, dim, heads, pairs) -> None:
 def test_sequences_at_different_tokens_step_as_if_each_were_alone(cuda_on_host, variant) -> None:
     """The same bits, too: whatever the batch, the split and the number of blocks."""
     cms = make(stack(momentum=True), variant)
-    x = tokens(9, 3)
-    alone = [cms.make_buffer(1) for _ in range(3)]
-    for row, seen in enumerate((0, 4, 5)):
-        for token in x[:seen, row : row + 1]:
-            cms.step(token, alone[row])
-    together = cms.make_buffer(3)
-    for index, held in enumerate(together.levels):
-        for name in ("k", "v", "lr", "retention", "momentum_gate", "weights", "momentum") if held is not None else ():
-            for part, *rows in zip(*(_parts(b.levels[index], name) for b in (together, *alone)), strict=True):
-                part.copy_(torch.cat(rows))
-        if held is not None:
-            rows = [b.kernel.predictions[index] for b in alone]
-            together.kernel.predictions[index].copy_(torch.cat(rows))
-    together.kernel.positions.copy_(torch.tensor([0, 4, 5]))
-    for step in range(3):
-        token = torch.stack([x[seen + step, row] for row, seen in enumerate((0, 4, 5))])
+    x = tokens(8, 3)
+    alone, together = [cms.make_buffer(1) for _ in range(3)], cms.make_buffer(3)
+    begun = {3: [1], 5: [2]}  # sequences that begin anew before these tokens
+    for t, token in enumerate(x):
+        for row in begun.get(t, []):
+            alone[row] = cms.make_buffer(1)
+        cms.replace_sequences(together, begun.get(t, []))
         expected = torch.cat([cms.step(token[row : row + 1], alone[row]) for row in range(3)])
-        cuda_on_host.cuda_host_set_device(9, 0, 1 + 2 * step, 1)
+        cuda_on_host.cuda_host_set_device(9, 0, 1 + t % 3, 1)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cuda_step, "SPLIT_PAIRS", NONE_SPLIT)
-            together.kernel._addresses = ()
+            patch.setattr(cuda_step, "SPLIT_PAIRS", ALL_SPLIT if t % 2 else NONE_SPLIT)
+            together.kernel._described = ()
             assert torch.equal(cms.step(token, together), expected)
         cuda_on_host.cuda_host_set_device(9, 0, 2, 1)
-    for index, held in enumerate(together.levels):
-        for name in ("weights", "momentum", "k", "v", "lr") if held is not None else ():
-            for part, *rows in zip(*(_parts(b.levels[index], name) for b in (together, *alone)), strict=True):
-                assert torch.equal(part, torch.cat(rows)), f"level {index} {name}"
-    assert together.kernel.positions.tolist() == [3, 7, 8]
-    with pytest.raises(RuntimeError, match=r"its sequences stand at tokens \[3, 7, 8\]; want all at one"):
-        together.to_state()
+    assert together.position.tolist() == [8, 5, 3]
+    for row in range(3):
+        assert_same_bits(results(together.to_state([row])), results(alone[row]))
 
 
-def _parts(held, name: str) -> tuple[Tensor, ...]:
-    found = getattr(held, name)
-    return () if found is None else tuple(found) if isinstance(found, tuple) else (found,)
+@on_host
+def test_a_sequence_with_a_prompt_takes_anothers_place(cuda_on_host) -> None:
+    """In the middle of its chunks, whose predictions the kernel has not made itself."""
+    cms = make(stack(momentum=True), "nested")
+    eager = twin(cms, torch.float64)
+    x = tokens(9, 3)
+    with torch.no_grad():
+        server = twin(cms, torch.float32)
+        _, prompt = server.stream(x[:5, :2].transpose(0, 1).contiguous(), server.init_state(2))
+    buffer = cms.make_buffer(3)
+    for token in x[:2]:
+        cms.step(token, buffer)
+    positions = buffer.kernel.positions
+    cms.replace_sequences(buffer, [2, 0], prompt)
+    assert buffer.kernel.positions is positions and positions.tolist() == [5, 2, 5]
+    stepped = torch.stack([cms.step(token[[1, 2, 0]], buffer) for token in x[5:]])
+    whole = eager(x[:, :2].double().transpose(0, 1)).transpose(0, 1)
+    torch.testing.assert_close(stepped[:, [2, 0]].double(), whole[5:], rtol=1e-3, atol=1e-4)
 
 
 @on_host
@@ -330,7 +332,8 @@ def test_parameters_that_moved_are_found(cuda_on_host) -> None:
         old.mul_(2)
     cms.levels[1].weights[0] = old
     assert torch.equal(moved, cms.step(x[1], fresh))
-    cms.levels[1].weights[0] = torch.nn.Parameter(old.detach().t().contiguous().t())
+    cms.step(x[1], buffer)
+    cms.levels[1].weights[0] = torch.nn.Parameter(old.detach().t())  # at the same address
     assert not buffer.kernel.serves(cms)
 
 
@@ -378,7 +381,7 @@ def test_an_input_that_does_not_fit_leaves_the_buffer_as_it_was(cuda_on_host) ->
         cms.step(x, buffer)
     for token in x[:2]:
         cms.step(token, buffer)
-    with pytest.raises(ValueError, match="buffer of level 0 is at token 0; want 3, where variant 'sequential'"):
+    with pytest.raises(ValueError, match="level 0 starts again every 3 tokens; want never, as in variant 'sequential'"):
         make(stack()).step(x[1], buffer)
     assert cms.step(torch.zeros(0, DIM), cms.make_buffer(0)).shape == (0, DIM)
     again = cms.make_buffer(2)

@@ -98,6 +98,67 @@ def test_steps_update_storage_in_place(variant) -> None:
     assert buffer.position == 13
 
 
+@pytest.mark.parametrize("backend", FLOAT64_BACKENDS)
+@pytest.mark.parametrize("momentum", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_sequences_that_take_the_place_of_others_go_on_from_their_own_token(variant, momentum, backend) -> None:
+    """Some begin anew, some behind a prompt; outputs and states are those of each sequence alone."""
+    cms = make_cms(variant, momentum=momentum, backend=backend)
+    x = tokens(4, 15)
+    with torch.no_grad():
+        _, prompt = cms.stream(x[:2, :5], cms.init_state(2))
+        buffer = cms.make_buffer(4)
+        alone = {row: cms.init_state(1) for row in range(4)}
+        storage = [w.data_ptr() for level in buffer.levels[:3] for w in (*level.weights, level.k, level.v)]
+        for t in range(15):
+            if t == 3:
+                cms.replace_sequences(buffer, torch.tensor([1]))
+                alone[1] = cms.init_state(1)
+            if t == 4:
+                cms.replace_sequences(buffer, [3, 0], prompt)
+                alone[3], alone[0] = prompt.index_select([0]), prompt.index_select([1])
+            output = cms.step(x[:, t], buffer)
+            for row in range(4):
+                streamed, alone[row] = cms.stream(x[row : row + 1, t : t + 1], alone[row])
+                now = buffer.to_state([row])
+                assert positions_of(now) == positions_of(alone[row])
+                assert_same(results_of(output[row : row + 1], now), results_of(streamed[:, 0], alone[row]))
+    assert buffer.position.tolist() == [16, 12, 15, 16]
+    assert positions_of(buffer.to_state([3, 0]))[:2] == [16, 2]
+    assert storage == [w.data_ptr() for level in buffer.levels[:3] for w in (*level.weights, level.k, level.v)]
+    with pytest.raises(
+        ValueError, match=r"rows: its sequences stand at tokens \[16, 12, 15, 16\]; want some that stand"
+    ):
+        buffer.to_state()
+    cms.replace_sequences(buffer, range(4), cms.init_state(4))
+    assert buffer.position == 0 and buffer.to_state().batch_size == 4
+
+
+def test_sequences_that_do_not_fit_take_nobodys_place() -> None:
+    cms = make_cms("nested")
+    buffer = cms.make_buffer(3)
+    for t in range(5):
+        cms.step(tokens(3, 5)[:, t], buffer)
+    before = {k: v.clone() for k, v in results_of(torch.zeros(()), buffer.to_state()).items()}
+    with pytest.raises(IndexError, match=r"rows: got \[0, 3\]; want numbers from 0 to 2"):
+        cms.replace_sequences(buffer, [0, 3])
+    with pytest.raises(IndexError, match=r"rows: got \[-1\]; want numbers from 0 to 2"):
+        cms.replace_sequences(buffer, [-1])
+    with pytest.raises(ValueError, match=r"rows: got \[1, 1\]; want each sequence once"):
+        cms.replace_sequences(buffer, [1, 1])
+    with pytest.raises(ValueError, match=r"rows: got torch\.float32 of shape \(1,\); want whole numbers"):
+        cms.replace_sequences(buffer, torch.tensor([1.0]))
+    with pytest.raises(ValueError, match="state has batch size 1, rows are 2; want the same"):
+        cms.replace_sequences(buffer, [0, 1], cms.init_state(1))
+    with pytest.raises(TypeError, match="state is a CMSBuffer; want a CMSState"):
+        cms.replace_sequences(buffer, [0, 1], cms.make_buffer(2))
+    with pytest.raises(ValueError, match="state has 1 levels; want 4"):
+        cms.replace_sequences(buffer, [0], CMS(DIM, [CMSLevel(2)], heads=HEADS, dtype=torch.float64).init_state(1))
+    cms.replace_sequences(buffer, [])
+    assert buffer.position == 5
+    assert_same(results_of(torch.zeros(()), buffer.to_state()), before, tolerance=0.0)
+
+
 def test_step_takes_both_shapes_and_builds_no_graph() -> None:
     cms = make_cms("sequential")
     x = tokens(2, 1).requires_grad_()
@@ -155,7 +216,9 @@ def test_a_buffer_is_refused_by_another_layer_batch_or_dtype_and_stays_as_it_was
     buffer_of_six = make_cms("nested").make_buffer(2)
     for t in range(3):
         cms.step(x[:, t], buffer_of_six)
-    with pytest.raises(ValueError, match=r"buffer of level 0 is at token 1; want 3, where variant 'sequential'"):
+    with pytest.raises(
+        ValueError, match=r"level 0 starts again every 2 tokens; want never, as in variant 'sequential'"
+    ):
         make_cms("sequential").step(x[:, 0], buffer_of_six)
     assert_same(results_of(x, buffer.to_state()), before, tolerance=0.0)
     low = make_cms("nested").float()

@@ -27,6 +27,9 @@ from tests.cases import (
     state_results,
 )
 
+# What is compiled in earnest is the operator; eager code, unrolled over the chunks, takes the compiler longest.
+COMPILED = [pytest.param("reference", marks=pytest.mark.slow), *COMPILED_BACKENDS]
+
 
 class RecordedCalls(TorchDispatchMode):
     """Calls of the package's operators, as they reach the dispatcher."""
@@ -102,7 +105,7 @@ def _problem_of_length(tokens: int, backend: str, seed: int, **options) -> Probl
     return problem.cast(torch.float32).to(device_of(backend))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", COMPILED)
 def test_compiled_scan_equals_eager_at_two_dynamic_lengths_forward_and_backward(backend):
     """All of PyTorch's default compiler. The lengths have one complete chunk, so that the reference's loop has one
     graph."""
@@ -136,7 +139,8 @@ def test_compiled_scan_equals_eager_at_two_dynamic_lengths_forward_and_backward(
         assert_equal_to_rounding(found, evaluate(problem, lambda p: results(scan, p)), 5e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.interpreted_cases(0)
+@pytest.mark.parametrize("backend", COMPILED)
 def test_a_compiled_stream_of_two_calls_equals_eager(backend):
     """The state and its pending tokens pass from call to call inside one graph."""
 
@@ -194,6 +198,7 @@ def test_one_compiled_graph_serves_many_lengths(backend, gates):
     assert counter.frame_count == 1, "recompiled for another length"
 
 
+@pytest.mark.interpreted_cases(0)
 @pytest.mark.parametrize("backend", COMPILED_BACKENDS)
 def test_a_state_crosses_the_border_of_a_compiled_function(backend):
     """One compiled call per step, the state carried outside of it, gradients through all of them."""

@@ -1,0 +1,113 @@
+"""Generation: what is drawn, when it ends, what it keeps, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hope_kernels.models import HopeState
+from hope_kernels.models.generation import choose
+from tests.models.common import MIXERS, ids_of, make_model
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_greedy_tokens_are_those_of_whole_calls(mixer) -> None:
+    model = make_model(mixer)
+    prompt = ids_of(2, 3).to(torch.int32)
+    seen = []
+    written = model.generate(prompt, 9, temperature=0, callback=seen.append)
+    assert written.dtype == torch.int32 and written.shape == (2, 12)
+    assert torch.equal(written[:, :3], prompt) and torch.equal(torch.stack(seen, 1), written[:, 3:])
+    logits = model(written[:, :-1]).logits
+    assert torch.equal(logits[:, 2:].argmax(-1), written[:, 3:].long())
+
+
+def numbers_in(state: HopeState) -> int:
+    def count(x) -> int:
+        if isinstance(x, torch.Tensor):
+            return x.numel()
+        return sum(map(count, x.values() if isinstance(x, dict) else x)) if isinstance(x, (dict, list, tuple)) else 0
+
+    return count(state.state_dict())
+
+
+@pytest.mark.parametrize(("mixer", "window"), [("titans", None), ("neural_memory", None), ("attention", 4)])
+def test_memory_does_not_grow_with_what_is_written(mixer, window) -> None:
+    model = make_model(mixer, window=window)
+    ids = ids_of(1, 12 * 9)
+    sizes = set()
+    state = model.init_state(1)
+    for part in ids.split(12, 1):  # a multiple of every chunk size
+        with torch.no_grad():
+            state = model(part, state=state).state
+        sizes.add(numbers_in(state))
+    assert len(sizes) == 1
+
+
+def test_a_state_goes_on_and_does_not_change() -> None:
+    model = make_model("titans")
+    ids = ids_of(2, 8)
+    with torch.no_grad():
+        state = model(ids[:, :5], state=model.init_state(2)).state
+    found = model.generate(ids[:, 5:], 6, state=state, temperature=0)
+    assert torch.equal(found[:, 3:], model.generate(ids, 6, temperature=0)[:, 8:])
+    assert state.position == 5
+    assert torch.equal(model.generate(ids[:, 5:], 6, state=state, temperature=0), found)
+
+
+def test_draws_follow_the_probabilities_that_are_left() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0]).expand(20000, 4)
+    probabilities = logits[0].softmax(-1)
+
+    def frequencies(**options) -> torch.Tensor:
+        drawn = choose(logits, generator=torch.Generator().manual_seed(0), **options)
+        return torch.bincount(drawn, minlength=4) / len(drawn)
+
+    close = {"rtol": 0.0, "atol": 0.015}
+    torch.testing.assert_close(frequencies(), probabilities, **close)
+    torch.testing.assert_close(frequencies(temperature=2.0), (logits[0] / 2).softmax(-1), **close)
+    two = probabilities * torch.tensor([1, 1, 0, 0])
+    torch.testing.assert_close(frequencies(top_k=2), two / two.sum(), **close)
+    # 0.64 + 0.24 reach 0.8; 0.64 alone reaches 0.5, and so does nothing less.
+    torch.testing.assert_close(frequencies(top_p=0.8), two / two.sum(), **close)
+    assert frequencies(top_p=0.5)[0] == 1 and frequencies(top_p=1e-9)[0] == 1
+    assert torch.equal(frequencies(top_p=1.0), frequencies()) and torch.equal(frequencies(top_k=9), frequencies())
+    assert frequencies(temperature=0)[0] == 1
+
+
+def test_draws_depend_on_the_generator_alone() -> None:
+    model, prompt = make_model("attention"), ids_of(2, 4)
+    drawn = [model.generate(prompt, 8, generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+def test_sequences_end_each_at_its_own_token() -> None:
+    model, prompt = make_model("attention"), ids_of(4, 4)
+    free = model.generate(prompt, 12, temperature=0)[:, 4:]
+    end = int(free[0, 3])
+    ended = model.generate(prompt, 12, temperature=0, eos_token_id=end)[:, 4:]
+    longest = 0
+    for row in range(4):
+        hits = (free[row] == end).nonzero()
+        length = int(hits[0]) + 1 if len(hits) else 12
+        longest = max(longest, length)
+        assert torch.equal(ended[row, :length], free[row, :length])
+        assert (ended[row, length:] == end).all()
+    assert ended.shape[1] == longest
+    alone = model.generate(prompt[:1], 12, temperature=0, eos_token_id=[end, 10])
+    assert alone.shape[1] <= 8 and int(alone[0, -1]) in (end, 10)
+
+
+def test_arguments_that_do_not_fit_are_named() -> None:
+    model, prompt = make_model("attention"), ids_of(1, 3)
+    assert torch.equal(model.generate(prompt, 0), prompt)
+    with pytest.raises(ValueError, match=r"input_ids is \(1, 0\); want a prompt \[B, T\] of at least one token"):
+        model.generate(prompt[:, :0], 3)
+    for name, value in (("temperature", -1.0), ("temperature", float("nan")), ("top_k", 0), ("top_p", 0.0)):
+        with pytest.raises(ValueError, match=f"{name} is {value}"):
+            model.generate(prompt, 3, **{name: value})
+    with pytest.raises(ValueError, match="max_new_tokens is -1"):
+        model.generate(prompt, -1)
+    for end in (11, -1, []):
+        with pytest.raises(ValueError, match=r"eos_token_id is .*; want ids from 0 to 10"):
+            model.generate(prompt, 3, eos_token_id=end)

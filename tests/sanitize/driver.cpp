@@ -1,0 +1,428 @@
+// Runs the CPU engine over random scans and updates, for sanitizers to watch: `driver CASES [SEED]`.
+//
+// Every array is an allocation of its own and exactly as large as the description says, so that AddressSanitizer sees the
+// first element read or written outside. Results that are not wanted are absent, those that are must be complete: a value
+// that nothing has written stays NaN, and is found. Every case runs with one thread and with several, which must give the
+// same bits. Exit status 1 and one line for a case that fails; a sanitizer ends the program by itself.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "check.h"
+#include "cpu/engine.h"
+
+namespace {
+
+using namespace hope;
+
+[[noreturn]] void fail(const std::string& what) {
+  std::printf("FAILED: %s\n", what.c_str());
+  std::exit(1);
+}
+
+size_t bytes_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+
+class Random {
+ public:
+  explicit Random(uint64_t seed) : engine_(seed) {}
+  int64_t whole(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(engine_); }
+  bool chance(double p) { return std::bernoulli_distribution(p)(engine_); }
+  template <size_t kCount>
+  int64_t one_of(const int64_t (&choices)[kCount]) {
+    return choices[whole(0, kCount - 1)];
+  }
+  double normal() { return std::normal_distribution<double>()(engine_); }
+  double uniform() { return std::uniform_real_distribution<double>()(engine_); }
+
+ private:
+  std::mt19937_64 engine_;
+};
+
+// Numbers of one dtype in an allocation without slack.
+class Array {
+ public:
+  Array() = default;
+  Array(DType dtype, int64_t count)
+      : dtype_(dtype), count_(count), data_(std::malloc(size_t(count) * bytes_of(dtype)), std::free) {
+    if (!data_ && count > 0) fail("no memory for the case");
+    for (int64_t i = 0; i < count; ++i) set(i, NAN);
+  }
+  void* data() const { return data_.get(); }
+  int64_t count() const { return count_; }
+  void set(int64_t i, double x) const {
+    char* at = static_cast<char*>(data()) + size_t(i) * bytes_of(dtype_);
+    if (dtype_ == DType::float64) return put(at, x);
+    const float f = float(x);
+    if (dtype_ == DType::float32) return put(at, f);
+    uint32_t bits;
+    std::memcpy(&bits, &f, 4);
+    const bool nan = std::isnan(f);
+    if (dtype_ == DType::bfloat16) return put(at, uint16_t(nan ? 0x7fc0 : bits >> 16));
+    // float16, for normal numbers and zero; smaller ones become zero.
+    const int32_t exponent = int32_t(bits >> 23 & 0xff) - 112;
+    const uint32_t rest = exponent <= 0 ? 0 : uint32_t(exponent) << 10 | (bits >> 13 & 0x3ff);
+    put(at, uint16_t(nan ? 0x7e00 : (bits >> 16 & 0x8000) | rest));
+  }
+  bool nan(int64_t i) const {
+    const char* at = static_cast<const char*>(data()) + size_t(i) * bytes_of(dtype_);
+    if (dtype_ == DType::float64) return std::isnan(get<double>(at));
+    if (dtype_ == DType::float32) return std::isnan(get<float>(at));
+    const uint16_t bits = get<uint16_t>(at) & 0x7fff;
+    return bits > (dtype_ == DType::bfloat16 ? 0x7f80 : 0x7c00);
+  }
+  bool same_bits(const Array& other) const {
+    if (count_ != other.count_) return false;
+    return count_ == 0 || std::memcmp(data(), other.data(), size_t(count_) * bytes_of(dtype_)) == 0;
+  }
+
+ private:
+  template <class T>
+  static void put(char* to, T x) {
+    std::memcpy(to, &x, sizeof x);
+  }
+  template <class T>
+  static T get(const char* from) {
+    T x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+  }
+  DType dtype_ = DType::float32;
+  int64_t count_ = 0;
+  std::shared_ptr<void> data_;
+};
+
+// Everything one case consists of; results are kept by name.
+struct Case {
+  ScanProblem problem{};
+  ForwardResult forward{};
+  BackwardResult backward{};
+  std::vector<Sequence> sequences;
+  std::vector<Array> arrays;  // what the problem points to
+  struct Named {
+    std::string name;
+    Array array;
+    bool complete;  // every element is written
+  };
+  std::vector<Named> results;
+  std::string description;
+
+  DType state_dtype() const { return problem.dtype == DType::float64 ? DType::float64 : DType::float32; }
+  int64_t inner(int i) const {
+    return problem.form == Form::linear || i + 1 < weight_count(problem.form) ? problem.dim : problem.hidden;
+  }
+  int64_t outer(int i) const {
+    return problem.form == Form::linear || i + 1 == weight_count(problem.form) ? problem.dim : problem.hidden;
+  }
+};
+
+class Builder {
+ public:
+  Builder(Random& random, Case& made) : random_(random), c_(made), p_(made.problem) {}
+
+  void build() {
+    p_.form = Form(random_.whole(0, 2));
+    p_.activation = Activation(random_.whole(0, 3));
+    p_.objective = Objective(random_.whole(0, 3));
+    p_.rule = Rule(random_.whole(0, 1));
+    p_.residual = int32_t(random_.whole(0, 1));
+    p_.dtype = DType(random_.whole(0, 3));
+    p_.heads = random_.whole(1, 3);
+    p_.dim = random_.one_of({1, 3, 8, 17, 32, 64});
+    p_.hidden = p_.form == Form::linear ? p_.dim : random_.one_of({1, 5, 16, 33, 64});
+    p_.chunk_size = random_.one_of({1, 2, 7, 16, 33});
+    p_.checkpoint_interval = random_.whole(1, 4);
+    p_.bptt_chunks = random_.chance(0.3) ? random_.whole(1, 3) : 0;
+    const bool table = random_.chance(0.35);
+    const bool large = !table && random_.chance(0.06);  // threads share one product
+    if (large) p_.dim = 128, p_.hidden = p_.form == Form::linear ? 128 : 512, p_.chunk_size = 128, p_.heads = 1;
+    table ? packed() : uniform(large);
+    tokens();
+    coefficients();
+    memories();
+    char text[256];
+    std::snprintf(text, sizeof text, "form %d act %d objective %d rule %d residual %d dtype %d", int(p_.form),
+                  int(p_.activation), int(p_.objective), int(p_.rule), p_.residual, int(p_.dtype));
+    c_.description = text;
+    const std::pair<const char*, int64_t> sizes[] = {
+        {" B", p_.batch}, {" T", p_.tokens}, {" N", p_.heads}, {" D", p_.dim}, {" H", p_.hidden}, {" C", p_.chunk_size},
+        {" P", p_.pending_capacity}, {" S", p_.sequence_count}};
+    for (const auto& [name, size] : sizes) c_.description += name + std::to_string(size);
+    c_.description += std::string(p_.sequences ? " table" : "") + (p_.momentum_step ? " momentum" : "");
+  }
+
+ private:
+  double around(double scale) { return scale * random_.normal(); }
+
+  Array filled(DType dtype, int64_t count, double scale) {
+    Array array(dtype, count);
+    for (int64_t i = 0; i < count; ++i) array.set(i, around(scale));
+    c_.arrays.push_back(array);
+    return array;
+  }
+
+  void uniform(bool large) {
+    p_.batch = p_.sequence_count = large ? 1 : random_.whole(1, 3);
+    p_.pending_capacity = random_.chance(0.5) ? random_.whole(0, p_.chunk_size - 1) : 0;
+    p_.tokens = random_.whole(large ? p_.chunk_size : 1, 3 * p_.chunk_size + 5);
+    p_.first_chunk = random_.whole(0, 3);
+    p_.chunks = (p_.pending_capacity + p_.tokens) / p_.chunk_size;
+  }
+
+  // Sequences one behind the other in one row, each with pending tokens of its own; a few tokens belong to none.
+  void packed() {
+    p_.batch = 1;
+    p_.sequence_count = random_.whole(1, 4);
+    p_.pending_capacity = p_.chunk_size - 1;
+    int64_t start = random_.whole(0, 2);
+    for (int64_t s = 0; s < p_.sequence_count; ++s) {
+      const int64_t length = random_.whole(0, 2 * p_.chunk_size + 3), pending = random_.whole(0, p_.pending_capacity);
+      c_.sequences.push_back({0, start, length, pending, p_.chunks, random_.whole(0, 3)});
+      start += length;
+      p_.chunks += (pending + length) / p_.chunk_size;
+    }
+    p_.tokens = std::max<int64_t>(1, start + random_.whole(0, 2));
+    p_.sequences = c_.sequences.data();
+  }
+
+  // [rows, tokens, heads, dim] with random gaps between heads, tokens and rows.
+  TokenView view(const char* result, int64_t rows, int64_t tokens, bool complete = true) {
+    TokenView made;
+    made.head = p_.dim + (random_.chance(0.3) ? random_.whole(1, 5) : 0);
+    made.token = p_.heads * made.head + (random_.chance(0.3) ? random_.whole(1, 5) : 0);
+    made.row = tokens * made.token + (random_.chance(0.3) ? random_.whole(1, 5) : 0);
+    if (rows * tokens == 0) return {};
+    const int64_t count = (rows - 1) * made.row + (tokens - 1) * made.token + (p_.heads - 1) * made.head + p_.dim;
+    if (result) {
+      // Results are written whole where there are no gaps.
+      const bool gaps = made.head > p_.dim || made.token > p_.heads * made.head || made.row > tokens * made.token;
+      Array array(p_.dtype, count);
+      c_.results.push_back({result, array, complete && !gaps});
+      made.data = array.data();
+    } else {
+      made.data = filled(p_.dtype, count, 0.5 / std::sqrt(double(p_.dim))).data();  // small: writes must not diverge
+    }
+    return made;
+  }
+
+  void tokens() {
+    const bool writes = random_.chance(0.9), reads = !writes || random_.chance(0.85);
+    const int64_t S = p_.sequence_count, P = p_.pending_capacity;
+    const bool all = !p_.sequences;  // tokens of no sequence have no output
+    if (writes) {
+      p_.k = view(nullptr, p_.batch, p_.tokens), p_.v = view(nullptr, p_.batch, p_.tokens);
+      if (P > 0) p_.pending_k = view(nullptr, S, P), p_.pending_v = view(nullptr, S, P);
+    } else {
+      p_.chunks = 0, p_.pending_capacity = 0;
+      for (Sequence& s : c_.sequences) s.pending = 0, s.chunk_row = 0;
+    }
+    if (reads) {
+      p_.q = writes && random_.chance(0.3) ? p_.k : view(nullptr, p_.batch, p_.tokens);
+      c_.forward.output = view("output", p_.batch, p_.tokens, all);
+      if (random_.chance(0.85)) c_.backward.grad_output = view(nullptr, p_.batch, p_.tokens);
+      c_.backward.q = view("grad q", p_.batch, p_.tokens, all);
+    }
+    if (writes) {
+      c_.backward.k = view("grad k", p_.batch, p_.tokens, all), c_.backward.v = view("grad v", p_.batch, p_.tokens, all);
+      if (P > 0) {
+        c_.backward.pending_k = view("grad pending k", S, P, all);
+        c_.backward.pending_v = view("grad pending v", S, P, all);
+      }
+    }
+  }
+
+  // One factor for each token of the chunk rows, or for each row.
+  const void* factors(int64_t count, double low, double high) {
+    Array array(c_.state_dtype(), count);
+    for (int64_t i = 0; i < count; ++i) array.set(i, low + (high - low) * random_.uniform());
+    c_.arrays.push_back(array);
+    return array.data();
+  }
+  void* result(const char* name, int64_t count, bool complete = true) {
+    Array array(c_.state_dtype(), count);
+    c_.results.push_back({name, array, complete});
+    return array.data();
+  }
+
+  void coefficients() {
+    const int64_t rows = (p_.sequences ? p_.chunks : p_.sequence_count * p_.chunks) * p_.heads, each = rows * p_.chunk_size;
+    if (!p_.k.data || rows == 0) return;
+    p_.step = factors(each, 0, 0.1 / double(p_.chunk_size));
+    c_.backward.step = result("grad step", each);
+    if (p_.rule == Rule::dgd) {
+      if (!random_.chance(0.6)) return;
+      p_.retention = factors(each, 0.9, 1);
+      c_.backward.retention = result("grad retention", each);
+      return;
+    }
+    if (random_.chance(0.6)) {
+      p_.decay = factors(rows, 0.9, 1);
+      c_.backward.decay = result("grad decay", rows);
+    }
+    if (!random_.chance(0.5)) return;
+    p_.momentum_step = factors(each, 0, 0.1 / double(p_.chunk_size));
+    p_.momentum_carry = factors(rows, 0, 0.5), p_.momentum_decay = factors(rows, 0, 0.5);
+    c_.backward.momentum_step = result("grad momentum step", each);
+    c_.backward.momentum_carry = result("grad momentum carry", rows);
+    c_.backward.momentum_decay = result("grad momentum decay", rows);
+  }
+
+  // Elements of what the forward keeps of one chunk of the last segment, in the engine's layout.
+  int64_t record_elements() const {
+    const int64_t panel = 256 / int64_t(bytes_of(c_.state_dtype())), C = p_.chunk_size, D = p_.dim, H = p_.hidden;
+    const auto padded = [&](int64_t rows, int64_t columns) { return rows * ((columns + panel - 1) / panel * panel); };
+    const bool delta = p_.rule == Rule::dgd;
+    const int64_t rows = (p_.objective == Objective::self ? 3 : 2) * C;
+    int64_t count = (delta ? 2 : 1) * padded(C, D);
+    for (int i = 0; i < weight_count(p_.form); ++i)
+      count += (p_.momentum_step ? 2 : 1) * padded(c_.inner(i), c_.outer(i));
+    if (p_.form == Form::linear) return count;
+    count += (delta ? 3 : 2) * padded(rows, H) + 2 * padded(C, H);
+    return count + (p_.form == Form::glu ? 2 * padded(rows, H) : 0);
+  }
+
+  void memories() {
+    const int64_t pairs = p_.sequence_count * p_.heads;
+    const bool momentum = p_.momentum_step != nullptr, shared = random_.chance(0.5);
+    const int64_t last_chunk = (p_.pending_capacity + p_.tokens - 1) / p_.chunk_size;
+    const int64_t checkpoints =
+        p_.sequences ? p_.chunks / p_.checkpoint_interval : last_chunk / p_.checkpoint_interval * p_.sequence_count;
+    for (int i = 0; i < weight_count(p_.form); ++i) {
+      const int64_t in = c_.inner(i), out = c_.outer(i), size = in * out;
+      const auto matrix = [&](DType dtype, bool of_heads) {
+        MatrixView made;
+        made.dtype = dtype;
+        const bool transposed = random_.chance(0.3);
+        made.in = transposed ? 1 : out, made.out = transposed ? in : 1, made.head = size;
+        made.sequence = of_heads ? 0 : p_.heads * size;
+        made.data = filled(dtype, (of_heads ? p_.heads : pairs) * size, 0.5 / std::sqrt(double(in))).data();
+        return made;
+      };
+      p_.weights[i] = matrix(random_.chance(0.3) ? p_.dtype : c_.state_dtype(), shared);
+      if (momentum && random_.chance(0.5)) p_.momentum[i] = matrix(c_.state_dtype(), false);
+      if (p_.k.data) c_.forward.weights[i] = result("weights", pairs * size);
+      if (momentum) c_.forward.momentum[i] = result("momentum", pairs * size);
+      if (p_.k.data && random_.chance(0.7)) c_.backward.grad_weights[i] = matrix(c_.state_dtype(), false);
+      if (momentum && random_.chance(0.5)) c_.backward.grad_momentum[i] = matrix(c_.state_dtype(), false);
+      c_.backward.weights[i] = result("grad weights", pairs * size);
+      if (momentum) c_.backward.momentum[i] = result("grad momentum", pairs * size);
+      if (checkpoints > 0) {
+        // Rows of sequences that are too short for one stay unwritten.
+        c_.backward.checkpoints[i] = c_.forward.checkpoints[i] = result("checkpoints", checkpoints * p_.heads * size, false);
+        if (momentum)
+          c_.backward.checkpoints[kMaxWeights + i] = c_.forward.checkpoints[kMaxWeights + i] =
+              result("momentum checkpoints", checkpoints * p_.heads * size, false);
+      }
+    }
+    if (p_.sequences || !p_.k.data || p_.checkpoint_interval > 2 || !random_.chance(0.7)) return;
+    const int64_t last_state = p_.q.data ? last_chunk : p_.chunks - 1;
+    const int64_t bytes = last_state % p_.checkpoint_interval * record_elements() * int64_t(bytes_of(c_.state_dtype()));
+    if (last_state < 0 || bytes == 0) return;
+    c_.forward.segment = {result("segment", pairs * bytes / int64_t(bytes_of(c_.state_dtype())), false), bytes};
+    c_.backward.segment = c_.forward.segment;
+  }
+
+  Random& random_;
+  Case& c_;
+  ScanProblem& p_;
+};
+
+// Runs a case; its results.
+Case run(uint64_t seed, int threads) {
+  Random random(seed);
+  Case made;
+  Builder(random, made).build();
+  made.problem.sequences = made.sequences.empty() ? nullptr : made.sequences.data();
+  made.problem.threads = threads;
+  const auto check = [&](const char* pass, Status status) {
+    if (status.code != StatusCode::ok)
+      fail("case " + std::to_string(seed) + " (" + made.description + "), " + pass + ": " + status.message);
+  };
+  check("forward", cpu::scan_forward(made.problem, made.forward));
+  check("backward", cpu::scan_backward(made.problem, made.backward));
+  for (const Case::Named& result : made.results)
+    for (int64_t i = 0; result.complete && i < result.array.count(); ++i)
+      if (result.array.nan(i))
+        fail("case " + std::to_string(seed) + " (" + made.description + "): element " + std::to_string(i) + " of " +
+             result.name + " was not written, or is NaN");
+  return made;
+}
+
+// An update of many tensors of several levels; parameters, accumulators, moments, copies and norms.
+std::vector<Array> update(uint64_t seed, int threads) {
+  Random random(seed);
+  std::vector<UpdateTensor> tensors;
+  std::vector<UpdateLevel> levels;
+  std::vector<Array> arrays;
+  const auto filled = [&](DType dtype, int64_t count, double low, double high) {
+    Array array(dtype, count);
+    for (int64_t i = 0; i < count; ++i) array.set(i, low + (high - low) * random.uniform());
+    arrays.push_back(array);
+    return array.data();
+  };
+  int64_t piece = 0;
+  const int64_t level_count = random.whole(1, 4);
+  for (int64_t l = 0; l < level_count; ++l) {
+    UpdateLevel level{};
+    level.rule = UpdateRule(random.whole(0, 2));
+    level.due = int32_t(random.whole(0, 1)), level.nesterov = int32_t(random.whole(0, 1));
+    level.first_piece = piece;
+    level.lr = 0.01f, level.beta1 = 0.9f, level.beta2 = 0.99f, level.eps = 1e-8f;
+    level.gain1 = 0.1f, level.gain2 = 0.01f, level.correction1 = 0.1f, level.correction2 = 0.01f, level.scale = 0.5f;
+    level.max_norm = random.chance(0.3) ? 1.0f : 0.0f;
+    for (int64_t t = random.whole(0, 4); t > 0; --t) {
+      UpdateTensor tensor{};
+      tensor.size = random.one_of({0, 1, 15, 100, kPieceElements, kPieceElements + 1, 20000});
+      tensor.level = int32_t(l), tensor.first_piece = piece, tensor.decay = 0.01f;
+      const auto floats = [&](double low, double high) {
+        return static_cast<float*>(filled(DType::float32, tensor.size, low, high));
+      };
+      tensor.parameter = floats(-1, 1);
+      constexpr int64_t kKinds[] = {int64_t(DType::float32), int64_t(DType::bfloat16), int64_t(DType::float16)};
+      tensor.gradient_dtype = DType(random.one_of(kKinds));
+      if (random.chance(0.8)) tensor.gradient = filled(tensor.gradient_dtype, tensor.size, -1, 1);
+      if (!level.due || random.chance(0.6)) tensor.accumulator = floats(-1, 1);
+      if (level.rule != UpdateRule::sgd) tensor.first = floats(-1, 1);
+      if (level.rule == UpdateRule::adam) tensor.second = floats(0, 1);
+      tensor.copy_dtype = random.chance(0.5) ? DType::bfloat16 : DType::float16;
+      if (random.chance(0.6)) tensor.copy = filled(tensor.copy_dtype, tensor.size, -1, 1);
+      piece += piece_count(tensor.size);
+      tensors.push_back(tensor);
+    }
+    level.pieces = piece - level.first_piece;
+    levels.push_back(level);
+  }
+  const float max_norm = random.chance(0.3) ? 1.0f : 0.0f;
+  const auto norms = static_cast<float*>(filled(DType::float32, level_count, 0, 1));
+  const LevelUpdateProblem problem{tensors.data(), levels.data(), int64_t(tensors.size()), level_count, 0.5f,
+                                   max_norm,       norms};
+  const Status status = cpu::level_update(problem, threads);
+  if (status.code != StatusCode::ok) fail("update " + std::to_string(seed) + ": " + status.message);
+  return arrays;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const int cases = count > 1 ? std::atoi(arguments[1]) : 100;
+  const uint64_t first = count > 2 ? std::strtoull(arguments[2], nullptr, 10) : 0;
+  for (int i = 0; i < cases; ++i) {
+    const uint64_t seed = first + uint64_t(i);
+    const Case alone = run(seed, 1), together = run(seed, 3);
+    for (size_t r = 0; r < alone.results.size(); ++r)
+      if (!alone.results[r].array.same_bits(together.results[r].array))
+        fail("case " + std::to_string(seed) + " (" + alone.description + "): " + alone.results[r].name +
+             " depends on the number of threads");
+    const std::vector<Array> one = update(seed, 1), several = update(seed, 3);
+    for (size_t r = 0; r < one.size(); ++r)
+      if (!one[r].same_bits(several[r])) fail("update " + std::to_string(seed) + " depends on the number of threads");
+  }
+  std::printf("%d cases passed\n", cases);
+  return 0;
+}
