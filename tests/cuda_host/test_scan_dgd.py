@@ -12,7 +12,6 @@ from tests.cuda_host.forward_cases import (
     DELTA_RULE,
     FORMS,
     HALVES,
-    ONE_FORM,
     ONE_HALF,
     assert_close_to_truth,
     assert_identical,
@@ -118,7 +117,8 @@ def test_a_retention_of_zero_forgets_what_was_before(host):
 # ---- exact equalities ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ONE_FORM)
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
 def test_a_call_of_any_length_gives_the_same_bits(host, form):
     problem = problem_of(form).cast(torch.bfloat16)
     whole = results(problem)
@@ -171,6 +171,7 @@ def test_queries_that_are_the_keys_give_the_bits_of_queries_that_equal_them(host
     assert host.problem.q.data_ptr() == host.problem.k.data_ptr()
 
 
+@pytest.mark.slow
 def test_the_number_of_stages_and_the_architecture_change_no_bit(host):
     problem = problem_of().cast(torch.float16)
     expected = results(problem)

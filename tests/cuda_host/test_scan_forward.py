@@ -251,7 +251,8 @@ def test_the_number_of_stages_and_the_architecture_change_no_bit(host, form, mom
     assert_identical(results(problem), expected)
 
 
-@pytest.mark.parametrize("form", ONE_FORM)
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
 def test_checkpoints_are_the_states_of_shorter_calls(host, library, monkeypatch, form):
     monkeypatch.setattr(ScanProblem, "checkpoint_interval", 2)
     full = small(MemorySpec(form), chunk_size=7, tokens=47, momentum=True).cast(torch.bfloat16)
