@@ -37,6 +37,7 @@ class BackwardScan : private ForwardScan<Traits> {
   using typename Forward::Numbers;
   using Forward::add_in;
   using Forward::add_out;
+  using Forward::begin_phase;
   using Forward::of_chunk;
   using Forward::pair_at;
   using Forward::place_;
@@ -44,10 +45,11 @@ class BackwardScan : private ForwardScan<Traits> {
   using Forward::scale_of;
   using Forward::shared_;
   using Forward::state_;  // the state while it is rebuilt, its adjoint while chunks are walked back
-  using Forward::sum_warps;
+  using Forward::thread_;
   using Forward::tile;
   using Forward::turn;
   using Forward::weight;
+  using Sum = ScanSum<Traits>;
   using Group = float[2][4];                            // accumulators of a slice and 16 of this warp's hidden units
   using PackedUnits = uint32_t[Traits::kUnitTiles][2];  // a slice and all of them, as operands
   static constexpr int kGroups = Traits::kUnitTiles / 2;
@@ -58,6 +60,7 @@ class BackwardScan : private ForwardScan<Traits> {
     BackwardWorkspace workspace;  // this task's part
     float scale;   // of the chunk's write, see write_scale
     bool live[2];  // a gradient has reached the state after a piece; for even and odd pieces: one is read, the next written
+    int first, last;  // states that the piece's segment has up to the piece's own: slots 0, 1, ..
   };
 
  public:
@@ -66,19 +69,21 @@ class BackwardScan : private ForwardScan<Traits> {
 
   __device__ __forceinline__ void run() {
     const BackwardResult& result = back_.result;
-    if (threadIdx.x == 0) {
+    if (thread_ == 0) {
       block_shared<Place>() = place_of(back_.problem, blockIdx.x, back_.rebuild.span);
-      here_ = Here{back_.layout, task_workspace(), 1.0f, {}};
+      here_ = Here{back_.layout, task_workspace(), 1.0f, {}, 0, 0};
       here_.live[0] = here_.live[1] = result.grad_weights[0].data || result.grad_weights[1].data ||
                                       result.grad_momentum[0].data || result.grad_momentum[1].data;
+      enter(place_.pieces - 1);
     }
     __syncthreads();  // the place is known
     clear_unwritten();
     load_adjoint();
 #pragma unroll 1
     for (int piece = place_.pieces - 1; piece >= 0; --piece) {
-      if (first_of_segment(piece)) rebuild(state_before(piece) - slot_before(piece), state_before(piece));
+      if (first_of_segment(piece)) rebuild();
       if (cuts(piece)) clear_adjoint();
+      begin_phase();
       load_piece(piece);
       if (written(piece))
         write_adjoint(piece);
@@ -93,7 +98,11 @@ class BackwardScan : private ForwardScan<Traits> {
         if (Traits::kType == DType::float16 && scaled) this->multiply_state(scale());
       }
       __syncthreads();  // the results are complete
-      if (threadIdx.x == 0) here_.live[(piece & 1) ^ 1] = live(piece) || reads(piece);
+      if (thread_ == 0) {
+        here_.live[(piece & 1) ^ 1] = live(piece) || reads(piece);
+        enter(piece - 1);
+      }
+      begin_phase();
       if (written(piece)) store_written(piece);
       if (reads(piece))
         store_rows(result.q, result.q, tensor(kRead), piece, this->first_query(piece), this->token_count(piece), 1.0f);
@@ -164,7 +173,7 @@ class BackwardScan : private ForwardScan<Traits> {
     char* memory = here_.layout.kept >= 0
                        ? shared_ + here_.layout.kept
                        : static_cast<char*>(here_.workspace.kept);
-    return reinterpret_cast<uint4*>(memory) + (slice * kKeptParts + part) * kCount + threadIdx.x;
+    return reinterpret_cast<uint4*>(memory) + (slice * kKeptParts + part) * kCount + thread_;
   }
   __device__ __forceinline__ void keep(int slice, KeptPart part, int i, const PackedUnits& x) const {
     kept(slice, part)[i * Traits::kThreads] = uint4{x[2 * i][0], x[2 * i][1], x[2 * i + 1][0], x[2 * i + 1][1]};
@@ -206,6 +215,11 @@ class BackwardScan : private ForwardScan<Traits> {
   __device__ __forceinline__ ParkedState<Traits> momentum_adjoint() const { return {here_.workspace.momentum_adjoint, 0}; }
   __device__ __forceinline__ PackedState<Traits> momentum_operand() const { return {here_.workspace.momentum_operand, 0}; }
 
+  // One thread says whose turn it is, a barrier before the others look.
+  __device__ __forceinline__ void enter(int piece) const {
+    here_.last = state_before(piece), here_.first = here_.last - slot_before(piece);
+  }
+
   // ---- states of a segment -------------------------------------------------------------------------------------------
 
   static __device__ __forceinline__ MatrixView contiguous(const void* data, int64_t which, int64_t rows, int64_t columns) {
@@ -227,30 +241,35 @@ class BackwardScan : private ForwardScan<Traits> {
     }
   }
 
-  // The states at the start of chunks first .. last into slots 0, 1, ..
-  __device__ __forceinline__ void rebuild(int first, int last) {
-    const ParkedState<Traits> away = parked();
-    each_in(state_, [&](int i, int j, float(&x)[4]) { away.in(i, j) = four(x); });
-    each_out(state_, [&](int i, int j, float(&x)[4]) { away.out(i, j) = four(x); });
+  // The states at the start of the segment's chunks into slots 0, 1, ..
+  __device__ __forceinline__ void rebuild() {
+    begin_phase();
+    {
+      const ParkedState<Traits> away = parked();
+      each_in(state_, [&](int i, int j, float(&x)[4]) { away.in(i, j) = four(x); });
+      each_out(state_, [&](int i, int j, float(&x)[4]) { away.out(i, j) = four(x); });
+    }
     const int stages = back_.rebuild.stages;
 #pragma unroll 1
-    for (int next = first;; ++next) {
+    for (int next = here_.first;; ++next) {
       cp_async_wait<0>();
       __syncthreads();  // everyone's share of the tokens is there; the stage loaded next is free
-      if (next < last) this->load_tokens(next, next & (stages - 1));
-      if (next == first) load_first(first);
+      if (next < here_.last) this->load_tokens(next, next & (stages - 1));
+      if (next == here_.first) load_first(next);
       if (stages == 1) {
         cp_async_wait<0>();
         __syncthreads();  // everyone's share of the tokens is there
       }
       const int chunk = next - (stages - 1);
-      if (chunk < first) continue;
-      save_slot(chunk - first);
-      if (chunk == last) break;
+      if (chunk < here_.first) continue;
+      begin_phase();
+      save_slot(chunk - here_.first);
+      if (chunk == here_.last) break;
       this->apply(chunk, chunk & (stages - 1));
       __syncthreads();  // the last slice's errors are complete
       this->write(chunk, chunk & (stages - 1));
     }
+    const ParkedState<Traits> away = parked();
     each_in(state_, [&](int i, int j, float(&x)[4]) { take(x, away.in(i, j)); });
     each_out(state_, [&](int i, int j, float(&x)[4]) { take(x, away.out(i, j)); });
     __syncthreads();  // the slots are there for all
@@ -258,8 +277,8 @@ class BackwardScan : private ForwardScan<Traits> {
   static __device__ __forceinline__ void take(float (&x)[4], const float4& y) { x[0] = y.x, x[1] = y.y, x[2] = y.z, x[3] = y.w; }
 
   __device__ __forceinline__ void save_slot(int which) {
-    const Lane lane;
-    const int unit = threadIdx.x / kWarp * Traits::kUnits + lane.group;
+    const Lane lane(thread_);
+    const int unit = thread_ / kWarp * Traits::kUnits + lane.group;
     Element* in = slot(which) + unit * Traits::kDim + lane.pair;
     Element* out = in + Traits::kHidden * Traits::kDim;
     const auto put = [](Element* to, uint32_t pair) { *reinterpret_cast<uint32_t*>(to) = pair; };
@@ -299,39 +318,26 @@ class BackwardScan : private ForwardScan<Traits> {
   // ---- the adjoint of the state --------------------------------------------------------------------------------------
 
   __device__ __forceinline__ void load_adjoint() {
+    begin_phase();
     if constexpr (Traits::kMomentum) {
       const ParkedState<Traits> speed = momentum_adjoint();
-      this->template load_matrix<false>(back_.result.grad_momentum[0], [&](const StagedMatrix<Traits, false>& staged) {
-        each_in(state_, [&](int i, int j, float(&x)[4]) { staged.get(i, j, x), speed.in(i, j) = four(x); });
-      });
-      this->template load_matrix<true>(back_.result.grad_momentum[1], [&](const StagedMatrix<Traits, true>& staged) {
-        each_out(state_, [&](int i, int j, float(&x)[4]) { staged.get(i, j, x), speed.out(i, j) = four(x); });
-      });
+      this->load_matrices(back_.result.grad_momentum);
+      each_in(state_, [&](int i, int j, float(&x)[4]) { speed.in(i, j) = four(x); });
+      each_out(state_, [&](int i, int j, float(&x)[4]) { speed.out(i, j) = four(x); });
     }
-    this->template load_matrix<false>(back_.result.grad_weights[0], [&](const StagedMatrix<Traits, false>& staged) {
-      each_in(state_, [&](int i, int j, float(&x)[4]) { staged.get(i, j, x); });
-    });
-    this->template load_matrix<true>(back_.result.grad_weights[1], [&](const StagedMatrix<Traits, true>& staged) {
-      each_out(state_, [&](int i, int j, float(&x)[4]) { staged.get(i, j, x); });
-    });
+    this->load_matrices(back_.result.grad_weights);
   }
 
   __device__ __forceinline__ void store_adjoint() {
+    begin_phase();
     const int64_t row = this->final_row();
-    this->template store_matrix<false>(back_.result.weights[0], row, [&](const StagedMatrix<Traits, false>& staged) {
-      each_in(state_, [&](int i, int j, float(&x)[4]) { staged.put(i, j, x); });
-    });
-    this->template store_matrix<true>(back_.result.weights[1], row, [&](const StagedMatrix<Traits, true>& staged) {
-      each_out(state_, [&](int i, int j, float(&x)[4]) { staged.put(i, j, x); });
-    });
+    const auto held = [](int, int, const float(&x)[4]) { return four(x); };
+    this->store_matrices(back_.result.weights, row, held, held);
     if constexpr (Traits::kMomentum) {
       const ParkedState<Traits> speed = momentum_adjoint();
-      this->template store_matrix<false>(back_.result.momentum[0], row, [&](const StagedMatrix<Traits, false>& staged) {
-        each_in(state_, [&](int i, int j, float(&)[4]) { staged.put(i, j, speed.in(i, j)); });
-      });
-      this->template store_matrix<true>(back_.result.momentum[1], row, [&](const StagedMatrix<Traits, true>& staged) {
-        each_out(state_, [&](int i, int j, float(&)[4]) { staged.put(i, j, speed.out(i, j)); });
-      });
+      this->store_matrices(
+          back_.result.momentum, row, [&](int i, int j, const float(&)[4]) { return speed.in(i, j); },
+          [&](int i, int j, const float(&)[4]) { return speed.out(i, j); });
     }
   }
 
@@ -354,15 +360,15 @@ class BackwardScan : private ForwardScan<Traits> {
       constexpr int kParts = Traits::kDim / 8;
       Element* to = reinterpret_cast<Element*>(shared_ + here_.layout.weights);
       const Element* from = slot(slot_before(piece));
-      for (int i = opaque(threadIdx.x); i < 2 * Traits::kHidden * kParts; i += Traits::kThreads)
+      for (int i = thread_; i < 2 * Traits::kHidden * kParts; i += Traits::kThreads)
         cp_async_16(to + i / kParts * Traits::kPitch + i % kParts * 8, from + i * 8);
     }
     const int count = this->token_count(piece);
     const ScanProblem& p = back_.problem;
     if (written(piece)) {
       const float scale = write_scale(piece);
-      if (threadIdx.x == 0) here_.scale = scale;
-      for (int row = threadIdx.x; row < back_.rebuild.rows; row += Traits::kThreads) {
+      if (thread_ == 0) here_.scale = scale;
+      for (int row = thread_; row < back_.rebuild.rows; row += Traits::kThreads) {
         steps(0)[row] = weight(problem_.step, piece, row, scale);
         if constexpr (Traits::kMomentum) steps(1)[row] = weight(problem_.momentum_step, piece, row, scale);
       }
@@ -383,7 +389,7 @@ class BackwardScan : private ForwardScan<Traits> {
   __device__ __forceinline__ void store_rows(const TokenView& fresh, const TokenView& pending, const Element* from, int piece,
                                              int first, int count, float factor) const {
     const int old = this->first_query(piece);
-    for (int i = threadIdx.x + first * (Traits::kDim / 8); i < count * (Traits::kDim / 8); i += Traits::kThreads) {
+    for (int i = thread_ + first * (Traits::kDim / 8); i < count * (Traits::kDim / 8); i += Traits::kThreads) {
       const int row = i / (Traits::kDim / 8), column = i % (Traits::kDim / 8) * 8;
       const int64_t j = int64_t(piece) * back_.rebuild.span + row;
       const TokenView& view = row < old ? pending : fresh;
@@ -423,12 +429,12 @@ class BackwardScan : private ForwardScan<Traits> {
   // Gradient 0 for tokens [begin, end).
   __device__ __forceinline__ void clear_tokens(const TokenView& fresh, const TokenView& pending, int64_t begin,
                                                int64_t end) const {
-    for (int64_t j = begin + threadIdx.x / kWarp; j < end; j += Traits::kWarps) {
+    for (int64_t j = begin + thread_ / kWarp; j < end; j += Traits::kWarps) {
       const bool old = j < place_.seq.pending;
       const TokenView& view = old ? pending : fresh;
       if (!view.data) continue;
       Element* to = static_cast<Element*>(view.data) + (old ? place_.pending(view, j) : place_.fresh(view, j));
-      for (int column = threadIdx.x % kWarp; column < problem_.dim; column += kWarp) to[column] = Element(0.0f);
+      for (int column = thread_ % kWarp; column < problem_.dim; column += kWarp) to[column] = Element(0.0f);
     }
   }
   // Nothing behind the last complete chunk was written, and outputs without a gradient give queries none.
@@ -447,9 +453,9 @@ class BackwardScan : private ForwardScan<Traits> {
     clear_tokens(result.v, result.pending_v, begin, begin + back_.rebuild.span);
     const int64_t row = place_.coefficient_row(problem_, piece);
     for (void* gates : {result.step, result.momentum_step})
-      for (int t = threadIdx.x; gates && t < back_.rebuild.span; t += Traits::kThreads)
+      for (int t = thread_; gates && t < back_.rebuild.span; t += Traits::kThreads)
         static_cast<float*>(gates)[row * problem_.chunk_size + t] = 0.0f;
-    if (threadIdx.x == 0)
+    if (thread_ == 0)
       for (void* factor : {result.decay, result.momentum_carry, result.momentum_decay})
         if (factor) static_cast<float*>(factor)[row] = 0.0f;
   }
@@ -486,7 +492,7 @@ class BackwardScan : private ForwardScan<Traits> {
 
   // Every row times its token's weight in the write of the state (0) or of the momentum (1).
   __device__ __forceinline__ void weigh(PackedUnits& x, int which, int slice) const {
-    const Lane lane;
+    const Lane lane(thread_);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float w = steps(which)[slice * kSlice + lane.group + 8 * r];
@@ -502,9 +508,9 @@ class BackwardScan : private ForwardScan<Traits> {
   template <bool kOut>
   __device__ __forceinline__ void by_weight(Group& x, const Element* rows, int slice, int i) const {
     clear(x);
-    const int lane = threadIdx.x % kWarp;
+    const int lane = thread_ % kWarp;
     const Element* own = weights<kOut>() +
-                         (threadIdx.x / kWarp * Traits::kUnits + lane % 8 + lane / 16 * 8) * Traits::kPitch + lane / 8 % 2 * 8;
+                         (thread_ / kWarp * Traits::kUnits + lane % 8 + lane / 16 * 8) * Traits::kPitch + lane / 8 % 2 * 8;
 #pragma unroll
     for (int k = 0; k < Traits::kDimTiles / 2; ++k) {
       uint32_t a[4], b[4];
@@ -554,7 +560,7 @@ class BackwardScan : private ForwardScan<Traits> {
     for (int m = 0; m < Traits::kUnitTiles / 2; ++m) {
       const uint32_t a[4] = {u[2 * m][0], u[2 * m][1], u[2 * m + 1][0], u[2 * m + 1][1]};
       uint32_t b[4];
-      ldmatrix_transposed(b, tile(weights<kOut>(), int(threadIdx.x) / kWarp * (Traits::kUnits / 16) + m, 16 * p));
+      ldmatrix_transposed(b, tile(weights<kOut>(), thread_ / kWarp * (Traits::kUnits / 16) + m, 16 * p));
       Numbers::mma(y[0], a, {b[0], b[1]});
       Numbers::mma(y[1], a, {b[2], b[3]});
     }
@@ -584,7 +590,7 @@ class BackwardScan : private ForwardScan<Traits> {
   __device__ __forceinline__ void sum_parts(int slice, const Terms& terms, const Finish& finish) {
     if (here_.layout.partials == 1) __syncthreads();  // the sums before these were read
     float4* sums = partial(slice);
-    float4* own = sums + threadIdx.x / kWarp * (Traits::kDimTiles * kWarp) + threadIdx.x % kWarp;
+    float4* own = sums + thread_ / kWarp * (Traits::kDimTiles * kWarp) + thread_ % kWarp;
 #pragma unroll
     for (int p = 0; p < Traits::kDimTiles / 2; ++p) {
       float y[2][4] = {};
@@ -593,7 +599,9 @@ class BackwardScan : private ForwardScan<Traits> {
       own[(2 * p + 1) * kWarp] = four(y[1]);
     }
     __syncthreads();  // every warp's part of this slice is there; with two sets the other one is free
-    sum_warps(sums, slice, finish);
+    Sum::over_warps(sums, [&](int i, const float4& sum) {
+      Sum::in_pairs(i, sum, [&](int row, int column, float x0, float x1) { finish(slice * kSlice + row, column, x0, x1); });
+    });
   }
 
   // A_out += Y^T H of one slice, as it is held: H turned.
@@ -634,6 +642,7 @@ class BackwardScan : private ForwardScan<Traits> {
   // The adjoint of f(x) for the queries, or of -f(x) for the values: their gradient takes their place. What reaches f(x) is
   // divided by the scale.
   __device__ __forceinline__ void rows_adjoint(int piece, bool queries, float scale) {
+    begin_phase();
     Element* rows = tensor(queries ? kRead : kTargets);
     Element* upstream = tensor(queries ? kUpstream : kDDelta);
     const int first = queries ? this->first_query(piece) / kSlice : 0, count = this->token_count(piece);
@@ -680,11 +689,13 @@ class BackwardScan : private ForwardScan<Traits> {
     __syncthreads();  // the last slice's errors are complete
     errors_adjoint();
     __syncthreads();  // their adjoint is complete, and so are the sums of coefficients
+    begin_phase();
     store_coefficients(piece);
     const auto decay = [&](int, int, float(&x)[4]) { multiply(x, of_chunk(problem_.decay, piece, 1.0f) / scale()); };
     each_out(state_, decay);
     keys_adjoint();
     each_in(state_, decay);
+    begin_phase();
 #pragma unroll 1
     for (int s = 0; s < slices(); ++s) {
       PackedUnits d_inputs;
@@ -703,8 +714,8 @@ class BackwardScan : private ForwardScan<Traits> {
     const auto dot = [](const float (&x)[4], const float4& y) { return x[0] * y.x + x[1] * y.y + x[2] * y.z + x[3] * y.w; };
     if (here_.workspace.remainders) {
       // A sum of many numbers of either sign: what rounding took from the slot would be seen in it.
-      const Lane lane;
-      const int unit = threadIdx.x / kWarp * Traits::kUnits;
+      const Lane lane(thread_);
+      const int unit = thread_ / kWarp * Traits::kUnits;
       const auto in = reinterpret_cast<const uint32_t*>(weights<false>() + (unit + lane.group) * Traits::kPitch + lane.pair);
       const Element* out = weights<true>() + (unit + lane.pair) * Traits::kPitch + lane.group;
       const PackedState<Traits> rest = remainder(which);
@@ -739,12 +750,13 @@ class BackwardScan : private ForwardScan<Traits> {
 #pragma unroll
       for (int distance = kWarp / 2; distance > 0; distance /= 2)
         sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], distance);
-      if (threadIdx.x % kWarp == 0) scalar_sums(i)[threadIdx.x / kWarp] = sums[i];
+      if (thread_ % kWarp == 0) scalar_sums(i)[thread_ / kWarp] = sums[i];
     }
   }
 
   // (1) The errors of the keys.
   __device__ __forceinline__ void form_delta() {
+    begin_phase();
     const bool self = problem_.objective == Objective::self;
     const float residual = problem_.residual ? 1.0f : 0.0f, of_target = self ? residual : 1.0f;
     Element *keys = tensor(kChunkKeys), *targets = tensor(kTargets), *delta = tensor(kDelta);
@@ -777,12 +789,14 @@ class BackwardScan : private ForwardScan<Traits> {
 
   // (2) The write and the errors of the hidden units: the adjoint of delta, divided by the scale like all that follows.
   __device__ __forceinline__ void errors_adjoint() {
-    const Lane lane;
-    Element *keys = tensor(kChunkKeys), *delta = tensor(kDelta), *d_delta = tensor(kDDelta);
+    begin_phase();
+    const Lane lane(thread_);
     const StateTiles adjoint{state_};
     const PackedState<Traits> speed = momentum_operand();
 #pragma unroll 1
     for (int s = 0; s < slices(); ++s) {
+      const Element *keys = tensor(kChunkKeys), *delta = tensor(kDelta);
+      Element* d_delta = tensor(kDDelta);
       float of_step[2], of_momentum[2], d_step[2] = {0.0f, 0.0f}, d_momentum_step[2] = {0.0f, 0.0f};
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -860,13 +874,13 @@ class BackwardScan : private ForwardScan<Traits> {
 
   // This warp's part of a number per token, of rows g and g + 8.
   __device__ __forceinline__ void sum_rows(int which, int slice, float (&x)[2]) const {
-    const Lane lane;
+    const Lane lane(thread_);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       x[r] += __shfl_xor_sync(0xffffffffu, x[r], 1);
       x[r] += __shfl_xor_sync(0xffffffffu, x[r], 2);
       if (lane.pair == 0)
-        row_sums(which)[threadIdx.x / kWarp * back_.rebuild.rows + slice * kSlice + lane.group + 8 * r] = x[r];
+        row_sums(which)[thread_ / kWarp * back_.rebuild.rows + slice * kSlice + lane.group + 8 * r] = x[r];
     }
   }
 
@@ -876,7 +890,7 @@ class BackwardScan : private ForwardScan<Traits> {
     const float sign = problem_.objective == Objective::dot ? 1.0f : -1.0f;
     const auto store = [&](void* gates, int which) {
       if (!gates) return;
-      for (int t = threadIdx.x; t < back_.rebuild.span; t += Traits::kThreads) {
+      for (int t = thread_; t < back_.rebuild.span; t += Traits::kThreads) {
         float sum = 0.0f;
         for (int w = 0; w < Traits::kWarps; ++w) sum += row_sums(which)[w * back_.rebuild.rows + t];
         static_cast<float*>(gates)[row * problem_.chunk_size + t] = sign * sum;
@@ -884,16 +898,17 @@ class BackwardScan : private ForwardScan<Traits> {
     };
     store(result.step, 0);
     if constexpr (Traits::kMomentum) store(result.momentum_step, 1);
-    if (threadIdx.x < 3) {
-      void* factor = threadIdx.x == 0 ? result.decay : threadIdx.x == 1 ? result.momentum_carry : result.momentum_decay;
+    if (thread_ < 3) {
+      void* factor = thread_ == 0 ? result.decay : thread_ == 1 ? result.momentum_carry : result.momentum_decay;
       float sum = 0.0f;
-      for (int w = 0; w < Traits::kWarps; ++w) sum += scalar_sums(int(threadIdx.x))[w];
+      for (int w = 0; w < Traits::kWarps; ++w) sum += scalar_sums(thread_)[w];
       if (factor) static_cast<float*>(factor)[row] = sum;
     }
   }
 
   // (3) The layers at the keys: their gradient over delta, and the adjoint of W_out.
   __device__ __forceinline__ void keys_adjoint() {
+    begin_phase();
     Element *keys = tensor(kChunkKeys), *delta = tensor(kDelta), *d_delta = tensor(kDDelta);
     const StateTiles adjoint{state_};
     const bool predicted = predicts();

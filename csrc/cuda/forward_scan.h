@@ -1,55 +1,44 @@
-// Forward scan with the state on chip: one block of eight warps walks one (sequence, head) through its chunks.
+// Forward scan with the state on chip: one block of eight warps, or a cluster of such blocks, walks one (sequence, head)
+// through its chunks.
 //
 // Roofline, per token of an mlp with objective l2: 14 D H FLOPs, of which the tensor cores do all but the activations;
 // 8 D bytes of tokens from and to global memory. The state (2 D H float32) stays in the registers of the block for the whole
 // sequence. What limits it: the activations' special functions, and the sum of F over the warps (8 D floats written and read
-// through shared memory for each token), beside the issue of tensor-core instructions.
+// through shared memory for each token), beside the issue of tensor-core instructions. In a cluster every block takes all
+// tokens through its share of the hidden units; a sum over the blocks costs a barrier of the cluster for every 16 tokens and
+// 64 columns, and 4 D bytes for each token read from each of the other blocks.
 //
 // A chunk: (1) every warp applies its hidden units to a slice of 16 tokens, keys first, then queries; the warps' parts of
 // the output are summed in fixed order through shared memory, and become the errors of the keys, laid over the values, or
 // the outputs, laid over the queries; (2) every warp forms the errors of its hidden units from its rows of W_out as they were,
-// and adds its part of the products to the state. Numbers are rounded to 16 bits only as operands of products.
+// and adds its part of the products to the state. Numbers are rounded to 16 bits only as operands of products. Between the
+// two, dgd solves for the errors that the weights are written with (forward_delta_rule.h).
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include "activation.h"
 #include "cuda/ptx.h"
-#include "scan_place.h"
-#include "scan_state.h"
+#include "scan_block.h"
+#include "scan_delta_rule.h"
 
 namespace hope::cuda {
 
-// Tensors of tokens in shared memory, in this order; kQueries is left out where nothing is read.
-enum Tensor : int { kQueries = 0, kKeys = 1, kValues = 2, kTensors = 3 };
-
-struct ForwardParams {
-  ScanProblem problem;
-  ForwardResult result;
-  TokenView tokens[kTensors], pending[kTensors];  // those of the problem
-  ScanLayout layout;
-  void* workspace;      // of ParkedState, for the momentum
-  int64_t checkpoints;  // of one sequence, without a table
-  int span;             // tokens of a chunk, or of a piece that is only read
-  int rows;             // the same in whole slices
-  int stages;           // 2: the next chunk's tokens are loaded while one is computed
-  bool shared_read;     // queries are the keys: what a chunk's keys read is its output
-  bool vectors;         // token rows are whole and aligned: they move 16 bytes at a time
-};
-
 template <class Traits>
-class ForwardScan {
+class ForwardScan : protected ScanBlock<Traits> {
+  using Block = ScanBlock<Traits>;
+
  public:
-  using Element = typename Pair<Traits::kType>::Element;
+  using Element = typename Block::Element;
   using Numbers = Pair<Traits::kType>;
 
-  __device__ __forceinline__ ForwardScan(const ForwardParams& params, char* shared)
-      : params_(params), problem_(params.problem), shared_(shared), place_(block_shared<Place>()) {}
+  using Block::Block;
 
   __device__ __forceinline__ void run() {
-    if (threadIdx.x == 0) block_shared<Place>() = place_of(problem_, blockIdx.x, params_.span);
+    if (thread_ == 0) block_shared<Place>() = place_of(problem_, blockIdx.x / blocks(), params_.span);
     // With two stages piece i + 1 is loaded while piece i is computed.
     for (int next = 0;; ++next) {
+      begin_phase();
       cp_async_wait<0>();
       __syncthreads();  // the place is known; everyone's share of the tokens is there; the stage loaded next is free
       if (next < place_.pieces) load_tokens(next, next & (params_.stages - 1));
@@ -61,199 +50,53 @@ class ForwardScan {
       const int piece = next - (params_.stages - 1);
       if (piece < 0) continue;
       save_state(piece);
-      if (piece == place_.pieces) return;
+      if (piece == place_.pieces) return sum_.leave();
       const int stage = piece & (params_.stages - 1);
       apply(piece, stage);
       __syncthreads();  // the last slice's errors or outputs are complete
-      if (writes(piece)) write(piece, stage);
+      if (writes(piece)) {
+        if constexpr (Traits::kDelta)
+          write_corrected(piece, stage);
+        else
+          write(piece, stage);
+      }
+      begin_phase();
       store_outputs(piece, stage);
     }
   }
 
  protected:
-  // ---- pieces of the sequence: its chunks, then what follows them and is only read ----------------------------------
-
-  __device__ __forceinline__ bool writes(int piece) const { return piece < place_.chunks; }
-  __device__ __forceinline__ bool reads() const { return problem_.q.data != nullptr; }
-  // Whether queries go through the memory, which those of a chunk need not where they are its keys.
-  __device__ __forceinline__ bool reads_alone(int piece) const {
-    return reads() && !(params_.shared_read && writes(piece));
-  }
-  // Tokens of a piece: rows [0, count) of its tensors in shared memory; queries from row first_query on.
-  __device__ __forceinline__ int token_count(int piece) const {
-    return int(min(place_.end - int64_t(piece) * params_.span, int64_t(params_.span)));
-  }
-  __device__ __forceinline__ int first_query(int piece) const {
-    return int(clamped(place_.seq.pending - int64_t(piece) * params_.span, 0, params_.span));
-  }
-
-  // ---- shared memory ------------------------------------------------------------------------------------------------
-
-  __device__ __forceinline__ Element* tensor(int stage, int t) const {
-    const int place = reads() ? t : t - 1;
-    return reinterpret_cast<Element*>(shared_ + params_.layout.tokens + stage * params_.layout.stage_bytes +
-                                      place * params_.layout.tensor_bytes);
-  }
-  // Partial sums of one slice: [warp][tile of D][lane] accumulators.
-  __device__ __forceinline__ float4* partial(int set) const {
-    return reinterpret_cast<float4*>(shared_ + params_.layout.partial + set * params_.layout.partial_bytes);
-  }
-  // What this thread keeps of a slice of keys; no other thread looks at it.
-  __device__ __forceinline__ uint4* kept(int slice) const {
-    return reinterpret_cast<uint4*>(shared_ + params_.layout.kept) + slice * Traits::kKept * Traits::kThreads + threadIdx.x;
-  }
-  // Address this lane gives for the 16x16 tile of a slice of `rows` that starts at a column.
-  __device__ __forceinline__ const Element* tile(const Element* rows, int slice, int column) const {
-    const int lane = threadIdx.x % kWarp;
-    return rows + (slice * kSlice + lane % 16) * Traits::kPitch + column + lane / 16 * 8;
-  }
-
-  // ---- tokens -------------------------------------------------------------------------------------------------------
-
-  // Starts loading the tokens of a piece, zeros around them: queries, and keys and values if it is a chunk.
-  __device__ __forceinline__ void load_tokens(int piece, int stage) const {
-    const int count = token_count(piece), end = writes(piece) ? kTensors : kKeys;
-#pragma unroll 1
-    for (int t = reads_alone(piece) ? kQueries : kKeys; t < end; ++t)
-      load_tensor(tensor(stage, t), params_.tokens[t], params_.pending[t], piece, t == kQueries ? first_query(piece) : 0,
-                  count);
-    cp_async_commit();
-  }
-  // Rows [first, count) of one tensor, zeros in its other rows; the caller closes the group of copies.
-  __device__ __forceinline__ void load_tensor(Element* to, const TokenView& fresh, const TokenView& pending, int piece,
-                                              int first, int count) const {
-    const auto token = [&](int row) {
-      const int64_t j = int64_t(piece) * params_.span + row;
-      return j < place_.seq.pending ? static_cast<const Element*>(pending.data) + place_.pending(pending, j)
-                                    : static_cast<const Element*>(fresh.data) + place_.fresh(fresh, j);
-    };
-    if (params_.vectors) {
-      constexpr int kParts = Traits::kDim / 8;
-      for (int i = threadIdx.x; i < params_.rows * kParts; i += Traits::kThreads) {
-        const int row = i / kParts, column = i % kParts * 8;
-        const bool inside = first <= row && row < count;
-        cp_async_16(to + row * Traits::kPitch + column, inside ? token(row) + column : fresh.data, inside);
-      }
-    } else {
-      for (int i = threadIdx.x; i < params_.rows * Traits::kDim; i += Traits::kThreads) {
-        const int row = i / Traits::kDim, column = i % Traits::kDim;
-        const bool inside = first <= row && row < count && column < problem_.dim;
-        to[row * Traits::kPitch + column] = inside ? token(row)[column] : Element(0.0f);
-      }
-    }
-  }
-
-  __device__ __forceinline__ void store_outputs(int piece, int stage) const {
-    const TokenView& output = params_.result.output;
-    if (!output.data) return;
-    const int first = first_query(piece), count = token_count(piece);
-    const Element* from = tensor(stage, kQueries);
-    const auto token = [&](int row) {
-      return static_cast<Element*>(output.data) + place_.fresh(output, int64_t(piece) * params_.span + row);
-    };
-    if (params_.vectors) {
-      constexpr int kParts = Traits::kDim / 8;
-      for (int i = threadIdx.x + first * kParts; i < count * kParts; i += Traits::kThreads) {
-        const int row = i / kParts, column = i % kParts * 8;
-        *reinterpret_cast<uint4*>(token(row) + column) =
-            *reinterpret_cast<const uint4*>(from + row * Traits::kPitch + column);
-      }
-    } else {
-      for (int i = threadIdx.x + first * Traits::kDim; i < count * Traits::kDim; i += Traits::kThreads) {
-        const int row = i / Traits::kDim, column = i % Traits::kDim;
-        if (column < problem_.dim) token(row)[column] = from[row * Traits::kPitch + column];
-      }
-    }
-  }
-
-  // ---- state --------------------------------------------------------------------------------------------------------
-
-  __device__ __forceinline__ int64_t final_row() const { return place_.sequence * problem_.heads + place_.head; }
-  // The momentum does not fit on chip beside the weights: it is read and written once for each chunk, through L2.
-  __device__ __forceinline__ ParkedState<Traits> momentum() const { return {params_.workspace, blockIdx.x}; }
-
-  // The state is staged where partial sums lie at other times.
-  __device__ __forceinline__ float* staging() const { return reinterpret_cast<float*>(partial(0)); }
-
-  // Matrix of this (sequence, head), staged for all to see; the block moves on together from `use`.
-  template <bool kOut, class Use>
-  __device__ __forceinline__ void load_matrix(const MatrixView& view, const Use& use) const {
-    const StagedMatrix<Traits, kOut> staged(staging());
-    const int rows = kOut ? problem_.hidden : problem_.dim, columns = kOut ? problem_.dim : problem_.hidden;
-    const int64_t first = place_.sequence * view.sequence + place_.head * view.head;
-    if (!view.data)
-      staged.load(static_cast<const float*>(nullptr), view, 0, 0);
-    else if (view.dtype == DType::float32)
-      staged.load(static_cast<const float*>(view.data) + first, view, rows, columns);
-    else
-      staged.load(static_cast<const Element*>(view.data) + first, view, rows, columns);
-    __syncthreads();  // the matrix is staged
-    use(staged);
-    __syncthreads();  // nobody reads it any more
-  }
-  // The other way: `fill` stages this thread's numbers.
-  template <bool kOut, class Fill>
-  __device__ __forceinline__ void store_matrix(void* matrices, int64_t row, const Fill& fill) const {
-    if (!matrices) return;
-    const StagedMatrix<Traits, kOut> staged(staging());
-    const int rows = kOut ? problem_.hidden : problem_.dim, columns = kOut ? problem_.dim : problem_.hidden;
-    fill(staged);
-    __syncthreads();  // the matrix is staged
-    staged.store(static_cast<float*>(matrices) + row * rows * columns, rows, columns);
-    __syncthreads();  // nobody reads it any more
-  }
-
-  __device__ __forceinline__ void load_initial() { load_state(problem_.weights, problem_.momentum); }
-  __device__ __forceinline__ void load_state(const MatrixView* weights, const MatrixView* speeds) {
-    if constexpr (Traits::kMomentum) {
-      const ParkedState<Traits> parked = momentum();
-      load_matrix<false>(speeds[0], [&](const StagedMatrix<Traits, false>& staged) {
-        each_in(state_, [&](int i, int j, float(&x)[4]) { staged.get(i, j, x), parked.in(i, j) = four(x); });
-      });
-      load_matrix<true>(speeds[1], [&](const StagedMatrix<Traits, true>& staged) {
-        each_out(state_, [&](int i, int j, float(&x)[4]) { staged.get(i, j, x), parked.out(i, j) = four(x); });
-      });
-    }
-    load_matrix<false>(weights[0], [&](const StagedMatrix<Traits, false>& staged) {
-      each_in(state_, [&](int i, int j, float(&x)[4]) { staged.get(i, j, x); });
-    });
-    load_matrix<true>(weights[1], [&](const StagedMatrix<Traits, true>& staged) {
-      each_out(state_, [&](int i, int j, float(&x)[4]) { staged.get(i, j, x); });
-    });
-  }
-
-  // Stores the state before a piece where a checkpoint or, behind the last piece, the result wants it.
-  __device__ __forceinline__ void save_state(int piece) {
-    const bool last = piece == place_.pieces;
-    const bool checkpoint = !last && piece > 0 && piece <= place_.chunks &&
-                            piece % int(problem_.checkpoint_interval) == 0 && params_.result.checkpoints[0];
-    if (!checkpoint && !(last && params_.result.weights[0])) return;
-    void* const* to = checkpoint ? params_.result.checkpoints : params_.result.weights;
-    const int64_t row = checkpoint ? place_.checkpoint_row(problem_, params_.checkpoints, piece) : final_row();
-    store_matrix<false>(to[0], row, [&](const StagedMatrix<Traits, false>& staged) {
-      each_in(state_, [&](int i, int j, float(&x)[4]) { staged.put(i, j, x); });
-    });
-    store_matrix<true>(to[1], row, [&](const StagedMatrix<Traits, true>& staged) {
-      each_out(state_, [&](int i, int j, float(&x)[4]) { staged.put(i, j, x); });
-    });
-    if constexpr (Traits::kMomentum) {
-      void* const* speeds = checkpoint ? params_.result.checkpoints + kMaxWeights : params_.result.momentum;
-      const ParkedState<Traits> parked = momentum();
-      store_matrix<false>(speeds[0], row, [&](const StagedMatrix<Traits, false>& staged) {
-        each_in(state_, [&](int i, int j, float(&)[4]) { staged.put(i, j, parked.in(i, j)); });
-      });
-      store_matrix<true>(speeds[1], row, [&](const StagedMatrix<Traits, true>& staged) {
-        each_out(state_, [&](int i, int j, float(&)[4]) { staged.put(i, j, parked.out(i, j)); });
-      });
-    }
-  }
+  using Block::begin_phase;
+  using Block::blocks;
+  using Block::first_query;
+  using Block::kept;
+  using Block::load_initial;
+  using Block::load_tokens;
+  using Block::momentum;
+  using Block::of_chunk;
+  using Block::of_tokens;
+  using Block::params_;
+  using Block::place_;
+  using Block::problem_;
+  using Block::reads_alone;
+  using Block::save_state;
+  using Block::shared_;
+  using Block::state_;
+  using Block::store_outputs;
+  using Block::sum_;
+  using Block::sums_;
+  using Block::tensor;
+  using Block::thread_;
+  using Block::tile;
+  using Block::token_count;
+  using Block::writes;
 
   // ---- (1) the memory applied to tokens -----------------------------------------------------------------------------
 
-  // z = X W_in of one slice, this warp's units.
-  __device__ __forceinline__ void project(float (&z)[Traits::kUnitTiles][4], const Element* rows, int slice) const {
+  // z = X W_in of one slice, this warp's units; of a glu, gates and what they gate in turn.
+  __device__ __forceinline__ void project(float (&z)[Traits::kInTiles][4], const Element* rows, int slice) const {
 #pragma unroll
-    for (int n = 0; n < Traits::kUnitTiles; ++n)
+    for (int n = 0; n < Traits::kInTiles; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) z[n][e] = 0.0f;
 #pragma unroll
@@ -261,7 +104,7 @@ class ForwardScan {
       uint32_t a[4];
       ldmatrix(a, tile(rows, slice, 16 * k));
 #pragma unroll
-      for (int n = 0; n < Traits::kUnitTiles; ++n) {
+      for (int n = 0; n < Traits::kInTiles; ++n) {
         const float(&low)[4] = state_.in[n / 2][2 * k], (&high)[4] = state_.in[n / 2][2 * k + 1];
         const int e = n % 2 * 2;
         Numbers::mma(z[n], a, {Numbers::pack(low[e], low[e + 1]), Numbers::pack(high[e], high[e + 1])});
@@ -269,37 +112,23 @@ class ForwardScan {
     }
   }
 
-  // This warp's part of H W_out of one slice, for the sum over the warps. h[n] holds rows g and g + 8 of unit tile n.
-  __device__ __forceinline__ void multiply_out(const uint32_t (&h)[Traits::kUnitTiles][2], float4* sums) const {
-    sums += threadIdx.x / kWarp * (Traits::kDimTiles * kWarp) + threadIdx.x % kWarp;
+  // This warp's part of H W_out of one slice, kSumTiles tiles from `first` on. h[n] holds rows g and g + 8 of unit tile n.
+  __device__ __forceinline__ void multiply_out(const uint32_t (&h)[Traits::kUnitTiles][2], int first, float4* part) const {
 #pragma unroll
-    for (int j = 0; j < Traits::kDimTiles; ++j) {
+    for (int j = first; j < first + Traits::kSumTiles; ++j) {
       float y[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-      for (int m = 0; m < Traits::kUnitTiles / 2; ++m) {
-        const uint32_t a[4] = {h[2 * m][0], h[2 * m][1], h[2 * m + 1][0], h[2 * m + 1][1]};
-        const float(&low)[4] = state_.out[j / 2][2 * m], (&high)[4] = state_.out[j / 2][2 * m + 1];
-        const int e = j % 2 * 2;
-        Numbers::mma(y, a, {Numbers::pack(low[e], low[e + 1]), Numbers::pack(high[e], high[e + 1])});
+      for (int m = 0; m < Traits::kUnitTiles; m += 2) {
+        const auto packed = [&](int n) {
+          const float(&w)[4] = state_.out[j / 2][n];
+          return Numbers::pack(w[j % 2 * 2], w[j % 2 * 2 + 1]);
+        };
+        if (m + 1 < Traits::kUnitTiles)
+          Numbers::mma(y, {h[m][0], h[m][1], h[m + 1][0], h[m + 1][1]}, {packed(m), packed(m + 1)});
+        else  // the product takes sixteen units at once
+          Numbers::mma(y, {h[m][0], h[m][1], 0, 0}, {packed(m), 0});
       }
-      sums[j * kWarp] = float4{y[0], y[1], y[2], y[3]};
-    }
-  }
-
-  // Sums the warps' parts of a slice, warp 0 first, and calls finish(row, column, sum0, sum1) for pairs of columns.
-  template <class Finish>
-  __device__ __forceinline__ void sum_warps(const float4* sums, int slice, const Finish& finish) const {
-    constexpr int kCount = Traits::kDimTiles * kWarp;
-    for (int i = threadIdx.x; i < kCount; i += Traits::kThreads) {
-      float4 x = sums[i];
-#pragma unroll
-      for (int w = 1; w < Traits::kWarps; ++w) {
-        const float4 y = sums[w * kCount + i];
-        x.x += y.x, x.y += y.y, x.z += y.z, x.w += y.w;
-      }
-      const int row = slice * kSlice + i % kWarp / 4, column = i / kWarp * 8 + i % 4 * 2;
-      finish(row, column, x.x, x.y);
-      finish(row + 8, column, x.z, x.w);
+      part[(j - first) * kWarp] = float4{y[0], y[1], y[2], y[3]};
     }
   }
 
@@ -307,16 +136,16 @@ class ForwardScan {
     return *reinterpret_cast<uint32_t*>(rows + row * Traits::kPitch + column);
   }
 
-  __device__ __forceinline__ const float* of_tokens(const void* steps, int piece) const {
-    return static_cast<const float*>(steps) + place_.coefficient_row(problem_, piece) * problem_.chunk_size;
-  }
   // A power of two near the largest of a chunk's weights. float16 has few small numbers: its weights are rounded divided by
   // this, and what is added to the state is multiplied by it. bfloat16 has float32's range and needs no scale.
   __device__ __forceinline__ float scale_of(const void* steps, int piece) const {
     if constexpr (Traits::kType == DType::bfloat16) return 1.0f;
-    const float* weights = of_tokens(steps, piece);
+    return scale_of(of_tokens(steps, piece));
+  }
+  __device__ __forceinline__ float scale_of(const float* weights) const {
+    if constexpr (Traits::kType == DType::bfloat16) return 1.0f;
     float most = 0.0f;
-    for (int t = threadIdx.x % kWarp; t < params_.span; t += kWarp) most = fmaxf(most, fabsf(weights[t]));
+    for (int t = thread_ % kWarp; t < params_.span; t += kWarp) most = fmaxf(most, fabsf(weights[t]));
 #pragma unroll
     for (int distance = kWarp / 2; distance > 0; distance /= 2)
       most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, distance));
@@ -328,64 +157,86 @@ class ForwardScan {
     return row < params_.span ? sign * of_tokens(steps, piece)[row] / scale : 0.0f;
   }
 
-  // z <- act(z) of a slice.
-  __device__ __forceinline__ void activate_slice(float (&z)[Traits::kUnitTiles][4]) const {
+  // The hidden values of a slice, over the first of the kInputs products they are made of: act(z), of a glu act(gate) up.
+  __device__ __forceinline__ void activate_slice(float (&z)[Traits::kInTiles][4]) const {
     with_activation<Traits::kType>(problem_.activation, [&](auto activate) {
 #pragma unroll
-      for (int n = 0; n < Traits::kUnitTiles; ++n)
+      for (int n = 0; n < Traits::kInTiles; n += Traits::kInputs)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           float slope;
           activate(z[n][e], slope);
+          if constexpr (Traits::kForm == Form::glu) z[n][e] *= z[n + 1][e];
         }
     });
   }
 
-  // The same for keys, whose hidden values and slopes are kept for the write. Without momentum both are kept already
-  // multiplied by their tokens' weights: one rounding fewer.
-  __device__ __forceinline__ void activate_keys(float (&z)[Traits::kUnitTiles][4], int piece, int slice,
-                                                float scale) const {
-    const Lane lane;
+  // The same for keys, of which is kept for the write: their hidden values, and what their errors are multiplied by on the
+  // way to the products of W_in (the slope; of a glu, slope times up, and act(gate)). Without momentum both are kept
+  // already multiplied by their tokens' weights: one rounding fewer.
+  __device__ __forceinline__ void activate_keys(float (&z)[Traits::kInTiles][4], int piece, int slice, float scale) const {
+    if constexpr (Traits::kDelta) {
+      uint32_t products[Traits::kInTiles][2], hidden[Traits::kUnitTiles][2];
+      pack(products, z);
+      store_kept(slice, kKeptErrors, products);
+      activate_slice(z);
+      pack<Traits::kInputs>(hidden, z);
+      return store_kept(slice, kKeptHidden, hidden);
+    }
+    const Lane lane(thread_);
     float w[2] = {1.0f, 1.0f};
     if constexpr (!Traits::kMomentum) {
       w[0] = weight(problem_.step, piece, slice * kSlice + lane.group, scale);
       w[1] = weight(problem_.step, piece, slice * kSlice + lane.group + 8, scale);
     }
-    uint32_t hidden[Traits::kUnitTiles][2], slopes[Traits::kUnitTiles][2];
+    uint32_t hidden[Traits::kUnitTiles][2], factors[Traits::kInTiles][2];
     with_activation<Traits::kType>(problem_.activation, [&](auto activate) {
 #pragma unroll
       for (int n = 0; n < Traits::kUnitTiles; ++n)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          float &z0 = z[n][2 * r], &z1 = z[n][2 * r + 1], slope0, slope1;
+          constexpr int kInputs = Traits::kInputs;
+          float &z0 = z[kInputs * n][2 * r], &z1 = z[kInputs * n][2 * r + 1], slope0, slope1;
           activate(z0, slope0);
           activate(z1, slope1);
+          if constexpr (Traits::kForm == Form::glu) {
+            const float up0 = z[2 * n + 1][2 * r], up1 = z[2 * n + 1][2 * r + 1];
+            factors[2 * n + 1][r] = Numbers::pack(w[r] * z0, w[r] * z1);
+            z0 *= up0, z1 *= up1, slope0 *= up0, slope1 *= up1;
+          }
           hidden[n][r] = Numbers::pack(w[r] * z0, w[r] * z1);
-          slopes[n][r] = Numbers::pack(w[r] * slope0, w[r] * slope1);
+          factors[kInputs * n][r] = Numbers::pack(w[r] * slope0, w[r] * slope1);
         }
     });
-    store_kept(slice, 0, hidden);
-    store_kept(slice, 1, slopes);
+    store_kept(slice, kKeptHidden, hidden);
+    store_kept(slice, kKeptErrors, factors);
   }
 
-  // Part 0: hidden values; part 1: slopes.
-  __device__ __forceinline__ void store_kept(int slice, int part, const uint32_t (&x)[Traits::kUnitTiles][2]) const {
-    uint4* to = kept(slice) + part * (Traits::kKept / 2) * Traits::kThreads;
+  // Where the two things that are kept of a slice begin: hidden values, and factors of the errors (later: errors).
+  static constexpr int kKeptHidden = 0, kKeptErrors = Traits::kKeptHidden;
+  template <int kTiles>
+  __device__ __forceinline__ void store_kept(int slice, int first, const uint32_t (&x)[kTiles][2]) const {
+    uint4* to = kept(slice) + first * Traits::kThreads;
 #pragma unroll
-    for (int n = 0; n < Traits::kUnitTiles; n += 2)
-      to[n / 2 * Traits::kThreads] = uint4{x[n][0], x[n][1], x[n + 1][0], x[n + 1][1]};
+    for (int n = 0; n < kTiles; n += 2) {
+      const int next = n + 1 < kTiles ? n + 1 : n;  // an odd number leaves half of the last place unused
+      to[n / 2 * Traits::kThreads] = uint4{x[n][0], x[n][1], x[next][0], x[next][1]};
+    }
   }
-  __device__ __forceinline__ void load_kept(int slice, int part, uint32_t (&x)[Traits::kUnitTiles][2]) const {
-    const uint4* from = kept(slice) + part * (Traits::kKept / 2) * Traits::kThreads;
+  template <int kTiles>
+  __device__ __forceinline__ void load_kept(int slice, int first, uint32_t (&x)[kTiles][2]) const {
+    const uint4* from = kept(slice) + first * Traits::kThreads;
 #pragma unroll
-    for (int n = 0; n < Traits::kUnitTiles; n += 2) {
+    for (int n = 0; n < kTiles; n += 2) {
       const uint4 y = from[n / 2 * Traits::kThreads];
-      x[n][0] = y.x, x[n][1] = y.y, x[n + 1][0] = y.z, x[n + 1][1] = y.w;
+      x[n][0] = y.x, x[n][1] = y.y;
+      if (n + 1 < kTiles) x[n + 1][0] = y.z, x[n + 1][1] = y.w;
     }
   }
 
   // Keys: what the write needs of them, and their errors over the values. Queries: their outputs over themselves.
   __device__ __forceinline__ void apply(int piece, int stage) {
+    begin_phase();
     const Objective objective = problem_.objective;
     const bool self = objective == Objective::self;
     const int key_slices = writes(piece) ? params_.rows / kSlice : 0;
@@ -394,71 +245,101 @@ class ForwardScan {
     const int first_slice = first / kSlice;
     const int query_slices = reads_alone(piece) && first < count ? (count + kSlice - 1) / kSlice - first_slice : 0;
     const float scale = key_slices > 0 ? scale_of(problem_.step, piece) : 1.0f;
+    // Barriers between pieces free both sets of a block's own sums: no register has to count those of other pieces.
+    if constexpr (!Traits::kCluster) sums_ = 0;
+    if constexpr (Traits::kDelta)
+      if (key_slices > 0) delta_rule().load_products(retention(piece), params_.span);
     for (int i = 0; i < key_slices + query_slices; ++i) {
       const bool is_key = i < key_slices;
       const int slice = is_key ? i : i - key_slices + first_slice;
-      float h[Traits::kUnitTiles][4];
+      float h[Traits::kInTiles][4];
       project(h, is_key ? tensor(stage, kKeys) : tensor(stage, kQueries), slice);
       if (is_key)
         activate_keys(h, piece, slice, scale);
       else
         activate_slice(h);
-      // The errors of `dot` and `error` do not depend on the memory.
-      if (is_key && (objective == Objective::dot || objective == Objective::error)) continue;
-      if (is_key && self) {
-        // f(k) - f(v) is one product: that of the difference of their hidden values.
-        float target[Traits::kUnitTiles][4];
-        project(target, tensor(stage, kValues), slice);
-        activate_slice(target);
-#pragma unroll
-        for (int n = 0; n < Traits::kUnitTiles; ++n)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) h[n][e] -= target[n][e];
-      }
-      uint32_t hidden[Traits::kUnitTiles][2];
-      pack(hidden, h);
-      float4* sums = partial(i & 1);
-      multiply_out(hidden, sums);
-      __syncthreads();  // every warp's part of this slice is there; the set before this one is free
       const float residual = problem_.residual ? 1.0f : 0.0f;
       const bool shared_read = is_key && params_.shared_read;
       Element* from = is_key ? tensor(stage, kKeys) : tensor(stage, kQueries);
       Element* to = is_key ? tensor(stage, kValues) : tensor(stage, kQueries);
-      sum_warps(sums, slice, [&](int row, int column, float x0, float x1) {
+      if constexpr (Traits::kDelta) {
+        if (is_key) read_keys(h, stage, slice);
+        if (is_key && !self) continue;
+      }
+      // The errors of `dot` and `error` do not depend on the memory.
+      if (is_key && (objective == Objective::dot || objective == Objective::error)) continue;
+      if (is_key && self) {
+        // f(k) - f(v) is one product: that of the difference of their hidden values.
+        float target[Traits::kInTiles][4];
+        project(target, tensor(stage, kValues), slice);
+        activate_slice(target);
+#pragma unroll
+        for (int n = 0; n < Traits::kInTiles; n += Traits::kInputs)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) h[n][e] -= target[n][e];
+      }
+      // Every block needs all errors of the keys; an output is one block's to store.
+      add_up(h, slice, is_key, [&](int row, int column, float x0, float x1) {
         const float2 x = Numbers::unpack(pair_at(from, row, column));
         uint32_t& place = pair_at(to, row, column);
         x0 = fmaf(residual, x.x, x0), x1 = fmaf(residual, x.y, x1);
-        if (shared_read) pair_at(tensor(stage, kQueries), row, column) = Numbers::pack(x0, x1);
+        if (shared_read && !Traits::kDelta) pair_at(tensor(stage, kQueries), row, column) = Numbers::pack(x0, x1);
         if (is_key) {
           const float2 v = Numbers::unpack(place);
           const float of_target = self ? residual : 1.0f;
           x0 = fmaf(-of_target, v.x, x0), x1 = fmaf(-of_target, v.y, x1);
+          if constexpr (Traits::kDelta) {
+            float2& right = delta_rule().right(row, column);
+            right = float2{right.x + x0, right.y + x1};
+          }
         }
         place = Numbers::pack(x0, x1);
       });
     }
   }
 
+  // H W_out of a slice, summed over all hidden units: finish(row, column, x0, x1) for pairs of columns.
+  template <class Finish>
+  __device__ __forceinline__ void add_up(const float (&h)[Traits::kInTiles][4], int slice, bool everywhere,
+                                         const Finish& finish) {
+    uint32_t hidden[Traits::kUnitTiles][2];
+    pack<Traits::kInputs>(hidden, h);
+#pragma unroll
+    for (int first = 0; first < Traits::kDimTiles; first += Traits::kSumTiles) {
+      multiply_out(hidden, first, sum_.part(sums_));
+      sum_.finish(sums_++, everywhere, [&](int row, int column, float x0, float x1) {
+        finish(slice * kSlice + row, first * 8 + column, x0, x1);
+      });
+    }
+  }
+
   // ---- (2) the state after the chunk --------------------------------------------------------------------------------
 
-  static __device__ __forceinline__ void pack(uint32_t (&to)[Traits::kUnitTiles][2],
-                                              const float (&x)[Traits::kUnitTiles][4], float w0 = 1.0f, float w1 = 1.0f) {
+  // Every kEvery-th tile of x, its rows g times w0 and g + 8 times w1.
+  template <int kEvery = 1, int kTiles>
+  static __device__ __forceinline__ void pack(uint32_t (&to)[kTiles][2], const float (&x)[kEvery * kTiles][4],
+                                              float w0 = 1.0f, float w1 = 1.0f) {
 #pragma unroll
-    for (int n = 0; n < Traits::kUnitTiles; ++n) {
-      to[n][0] = Numbers::pack(w0 * x[n][0], w0 * x[n][1]);
-      to[n][1] = Numbers::pack(w1 * x[n][2], w1 * x[n][3]);
+    for (int n = 0; n < kTiles; ++n) {
+      to[n][0] = Numbers::pack(w0 * x[kEvery * n][0], w0 * x[kEvery * n][1]);
+      to[n][1] = Numbers::pack(w1 * x[kEvery * n][2], w1 * x[kEvery * n][3]);
     }
   }
   // The same, every row times its token's weight.
-  __device__ __forceinline__ void pack_weighted(uint32_t (&to)[Traits::kUnitTiles][2],
-                                                const float (&x)[Traits::kUnitTiles][4], const void* steps, int piece,
-                                                int slice, float scale) const {
-    const Lane lane;
+  template <int kTiles>
+  __device__ __forceinline__ void pack_weighted(uint32_t (&to)[kTiles][2], const float (&x)[kTiles][4], const void* steps,
+                                                int piece, int slice, float scale) const {
+    const Lane lane(thread_);
     pack(to, x, weight(steps, piece, slice * kSlice + lane.group, scale),
          weight(steps, piece, slice * kSlice + lane.group + 8, scale));
   }
   __device__ __forceinline__ void weigh(uint32_t (&x)[Traits::kUnitTiles][2], const void* steps, int piece, int slice,
                                         float scale) const {
+    const Lane lane(thread_);
+    weigh(x, weight(steps, piece, slice * kSlice + lane.group, scale),
+          weight(steps, piece, slice * kSlice + lane.group + 8, scale));
+  }
+  static __device__ __forceinline__ void weigh(uint32_t (&x)[Traits::kUnitTiles][2], float w0, float w1) {
     float wide[Traits::kUnitTiles][4];
 #pragma unroll
     for (int n = 0; n < Traits::kUnitTiles; ++n)
@@ -467,11 +348,12 @@ class ForwardScan {
         const float2 y = Numbers::unpack(x[n][r]);
         wide[n][2 * r] = y.x, wide[n][2 * r + 1] = y.y;
       }
-    pack_weighted(x, wide, steps, piece, slice, scale);
+    pack(x, wide, w0, w1);
   }
-  static __device__ __forceinline__ void turn(uint32_t (&x)[Traits::kUnitTiles][2]) {
+  template <int kTiles>
+  static __device__ __forceinline__ void turn(uint32_t (&x)[kTiles][2]) {
 #pragma unroll
-    for (int n = 0; n < Traits::kUnitTiles; ++n)
+    for (int n = 0; n < kTiles; ++n)
 #pragma unroll
       for (int r = 0; r < 2; ++r) x[n][r] = movmatrix(x[n][r]);
   }
@@ -485,24 +367,21 @@ class ForwardScan {
     Numbers::mma(in[2 * k + 1], a, {b[2], b[3]});
   }
 
-  __device__ __forceinline__ float of_chunk(const void* coefficients, int piece, float absent) const {
-    return coefficients ? static_cast<const float*>(coefficients)[place_.coefficient_row(problem_, piece)] : absent;
-  }
-
-  __device__ __forceinline__ void multiply_state(float factor) {
-    const auto multiply = [&](int, int, float(&x)[4]) {
+  __device__ __forceinline__ void multiply_state(float factor) { multiply_state(factor, factor); }
+  __device__ __forceinline__ void multiply_state(float in, float out) {
+    each_in(state_, [&](int, int, float(&x)[4]) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) x[e] *= factor;
-    };
-    each_in(state_, multiply);
-    each_out(state_, multiply);
+      for (int e = 0; e < 4; ++e) x[e] *= in;
+    });
+    each_out(state_, [&](int, int, float(&x)[4]) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x[e] *= out;
+    });
   }
 
-  __device__ __forceinline__ void write(int piece, int stage) {
-    const int slices = params_.rows / kSlice;
-    const Element *k = tensor(stage, kKeys), *delta = tensor(stage, kValues);
-    // W_out as it was: the B fragments of its transpose.
-    uint32_t turned[Traits::kDimTiles / 2][Traits::kUnitTiles][2];
+  // W_out as it is now: the B fragments of its transpose.
+  using Turned = uint32_t[Traits::kDimTiles / 2][Traits::kUnitTiles][2];
+  __device__ __forceinline__ void turn_out(Turned& turned) const {
 #pragma unroll
     for (int p = 0; p < Traits::kDimTiles / 2; ++p) {
 #pragma unroll
@@ -513,61 +392,82 @@ class ForwardScan {
       }
       turn(turned[p]);
     }
+  }
+  // e = delta W_out^T of one slice, this warp's units.
+  __device__ __forceinline__ void multiply_back(float (&e)[Traits::kUnitTiles][4], const Turned& turned,
+                                                const Element* delta, int slice) const {
+#pragma unroll
+    for (int n = 0; n < Traits::kUnitTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) e[n][i] = 0.0f;
+#pragma unroll
+    for (int p = 0; p < Traits::kDimTiles / 2; ++p) {
+      uint32_t a[4];
+      ldmatrix(a, tile(delta, slice, 16 * p));
+#pragma unroll
+      for (int n = 0; n < Traits::kUnitTiles; ++n) Numbers::mma(e[n], a, turned[p][n]);
+    }
+  }
+
+  __device__ __forceinline__ void write(int piece, int stage) {
+    begin_phase();
+    const int slices = params_.rows / kSlice;
+    const Element *k = tensor(stage, kKeys), *delta = tensor(stage, kValues);
+    Turned turned;
+    turn_out(turned);
     const float decay = of_chunk(problem_.decay, piece, 1.0f);
     const float scale = scale_of(problem_.step, piece);
     const float speed_scale = Traits::kMomentum ? scale_of(problem_.momentum_step, piece) : 1.0f;
     multiply_state(decay / scale);
     for (int s = 0; s < slices; ++s) {
-      // E = (delta W_out^T) * act'(z), rows g and g + 8 of each unit tile.
-      uint32_t errors[Traits::kUnitTiles][2];
+      // E = (delta W_out^T) * act'(z), rows g and g + 8 of each unit tile; of a glu, those of both input matrices.
+      uint32_t errors[Traits::kInTiles][2];
       {
         float e[Traits::kUnitTiles][4];
+        multiply_back(e, turned, delta, s);
+        load_kept(s, kKeptErrors, errors);
+        float each[Traits::kInTiles][4];
 #pragma unroll
-        for (int n = 0; n < Traits::kUnitTiles; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) e[n][i] = 0.0f;
-#pragma unroll
-        for (int p = 0; p < Traits::kDimTiles / 2; ++p) {
-          uint32_t a[4];
-          ldmatrix(a, tile(delta, s, 16 * p));
-#pragma unroll
-          for (int n = 0; n < Traits::kUnitTiles; ++n)
-            Numbers::mma(e[n], a, turned[p][n]);
-        }
-        load_kept(s, 1, errors);
-#pragma unroll
-        for (int n = 0; n < Traits::kUnitTiles; ++n)
+        for (int n = 0; n < Traits::kInTiles; ++n)
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
-            const float2 slope = Numbers::unpack(errors[n][r]);
-            e[n][2 * r] *= slope.x, e[n][2 * r + 1] *= slope.y;
+            const float2 factor = Numbers::unpack(errors[n][r]);
+            each[n][2 * r] = e[n / Traits::kInputs][2 * r] * factor.x;
+            each[n][2 * r + 1] = e[n / Traits::kInputs][2 * r + 1] * factor.y;
           }
         if constexpr (Traits::kMomentum) {
-          // Those of the momentum's write take the place of the slopes.
-          pack_weighted(errors, e, problem_.momentum_step, piece, s, speed_scale);
-          store_kept(s, 1, errors);
-          pack_weighted(errors, e, problem_.step, piece, s, scale);
+          // Those of the momentum's write take the place of the factors.
+          pack_weighted(errors, each, problem_.momentum_step, piece, s, speed_scale);
+          store_kept(s, kKeptErrors, errors);
+          pack_weighted(errors, each, problem_.step, piece, s, scale);
         } else {
-          pack(errors, e);
+          pack(errors, each);
         }
       }
       uint32_t hidden[Traits::kUnitTiles][2];
-      load_kept(s, 0, hidden);
+      load_kept(s, kKeptHidden, hidden);
       if constexpr (Traits::kMomentum) weigh(hidden, problem_.step, piece, s, scale);
-      turn(errors);
-#pragma unroll
-      for (int j = 0; j < Traits::kDimTiles / 2; ++j) {
-        uint32_t b[4];
-        ldmatrix_transposed(b, tile(k, s, 16 * j));
-#pragma unroll
-        for (int i = 0; i < Traits::kUnitTiles / 2; ++i) add_in(state_.in[i], errors[2 * i], errors[2 * i + 1], j, b);
-      }
-      turn(hidden);
-#pragma unroll
-      for (int p = 0; p < Traits::kDimTiles / 2; ++p) add_out(state_.out[p], hidden, delta, s, p);
+      add_slice(errors, hidden, k, delta, s);
     }
     if constexpr (Traits::kType == DType::float16) multiply_state(scale);
     if constexpr (Traits::kMomentum) write_momentum(piece, k, delta, slices, speed_scale);
+  }
+
+  // What one slice adds to the state: W_in += K^T E, W_out += H^T delta, errors and hidden values weighted.
+  __device__ __forceinline__ void add_slice(uint32_t (&errors)[Traits::kInTiles][2],
+                                            uint32_t (&hidden)[Traits::kUnitTiles][2], const Element* k,
+                                            const Element* delta, int slice) {
+    turn(errors);
+#pragma unroll
+    for (int j = 0; j < Traits::kDimTiles / 2; ++j) {
+      uint32_t b[4];
+      ldmatrix_transposed(b, tile(k, slice, 16 * j));
+#pragma unroll
+      for (int i = 0; i < Traits::kInTiles / 2; ++i) add_in(state_.in[i], errors[2 * i], errors[2 * i + 1], j, b);
+    }
+    turn(hidden);
+#pragma unroll
+    for (int p = 0; p < Traits::kDimTiles / 2; ++p) add_out(state_.out[p], hidden, delta, slice, p);
   }
 
   // out[n] += delta^T H of one slice for 16 features: hidden values turned.
@@ -595,21 +495,21 @@ class ForwardScan {
       }
     };
 #pragma unroll
-    for (int i = 0; i < Traits::kUnitTiles / 2; ++i)
+    for (int i = 0; i < Traits::kInTiles / 2; ++i)
 #pragma unroll
       for (int first = 0; first < Traits::kDimTiles; first += kTogether) {
         float speed[kTogether][4];
 #pragma unroll
         for (int j = 0; j < kTogether; ++j) begin(state_.in[i][first + j], speed[j], parked.in(i, first + j));
         for (int s = 0; s < slices; ++s) {
-          uint32_t errors[Traits::kUnitTiles][2];
-          load_kept(s, 1, errors);
+          uint32_t errors[2][2];
+          load_kept(s, kKeptErrors + i, errors);
           turn(errors);
 #pragma unroll
           for (int j = 0; j < kTogether / 2; ++j) {
             uint32_t b[4];
             ldmatrix_transposed(b, tile(k, s, 8 * first + 16 * j));
-            add_in(speed, errors[2 * i], errors[2 * i + 1], j, b);
+            add_in(speed, errors[0], errors[1], j, b);
           }
         }
 #pragma unroll
@@ -622,7 +522,7 @@ class ForwardScan {
       for (int j = 0; j < Traits::kUnitTiles; ++j) begin(state_.out[i][j], speed[j], parked.out(i, j));
       for (int s = 0; s < slices; ++s) {
         uint32_t hidden[Traits::kUnitTiles][2];
-        load_kept(s, 0, hidden);
+        load_kept(s, kKeptHidden, hidden);
         weigh(hidden, problem_.momentum_step, piece, s, scale);
         turn(hidden);
         add_out(speed, hidden, delta, s, i);
@@ -632,11 +532,27 @@ class ForwardScan {
     }
   }
 
-  const ForwardParams& params_;
-  const ScanProblem& problem_;
-  char* const shared_;
-  const Place& place_;  // in shared memory: registers are for the state
-  ScanState<Traits> state_;
+  // ---- (2) for dgd --------------------------------------------------------------------------------------------------
+
+  __device__ __forceinline__ DeltaRule<Traits> delta_rule() const {
+    return {shared_, params_.layout.delta, params_.rows};
+  }
+  // Retention of a chunk's tokens; null: all ones.
+  __device__ __forceinline__ const float* retention(int piece) const {
+    return problem_.retention ? of_tokens(problem_.retention, piece) : nullptr;
+  }
+
+  // In forward_delta_rule.h.
+  template <class Visit>
+  __device__ __forceinline__ void each_pair(int first, int step, int count, const Visit& visit) const;
+  __device__ __forceinline__ void read_keys(const float (&h)[Traits::kInTiles][4], int stage, int slice);
+  __device__ __forceinline__ void overlap_keys(const Element* k) const;
+  __device__ __forceinline__ void overlap_hidden();
+  __device__ __forceinline__ void right_of_inputs(float (&r)[Traits::kInTiles][4], const Turned& turned,
+                                                  const Element* delta, int slice) const;
+  __device__ __forceinline__ void write_corrected(int piece, int stage);
 };
 
 }  // namespace hope::cuda
+
+#include "forward_delta_rule.h"

@@ -34,7 +34,7 @@ __device__ __forceinline__ T& block_shared() {
 
 // x. The compiler cannot tell: what follows from the result is computed where it is used, instead of once in front of a loop
 // to be held in registers.
-__device__ __forceinline__ int opaque(int x) {
+__device__ __forceinline__ unsigned opaque(unsigned x) {
   asm volatile("" : "+r"(x));
   return x;
 }
@@ -119,6 +119,20 @@ __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commi
 template <int kGroups>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" : : "n"(kGroups) : "memory");
+}
+
+// Waits for all threads of all blocks of the cluster. sm_90 and up.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// What lies at `shared`, an address of this block's, in block `rank` of the cluster. sm_90 and up.
+__device__ __forceinline__ float4 cluster_load(const float4* shared, int rank) {
+  uint32_t address;
+  float4 x;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(shared)), "r"(rank));
+  asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(address) : "memory");
+  return x;
 }
 
 // Barrier `id` (1 to 15; 0 is __syncthreads) among `threads` threads of the block, a multiple of 32.

@@ -1,29 +1,20 @@
-// The forward scan's launch: host checks, the choice of a plan, the kernel. What the kernel does is in forward_scan.h.
-#include "scan.h"
-
+// The forward scan's host side: what is covered, what it needs, and which kernels it is started with. What they do is in
+// forward_scan.h.
 #include "check.h"
-#include "forward_scan.h"
+#include "forward_launch.h"
 #include "launch.h"
-#include "scan_plan.h"
 
 namespace hope::cuda {
 namespace {
-
-template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 1) scan_forward_kernel(const ForwardParams params) {
-  ForwardScan<Traits>(params, dynamic_shared<char>()).run();
-}
 
 // Why the class of the problem is not covered, without regard to the chunk's length.
 Status supports_class(const ScanProblem& p, const ForwardResult& r, const Device& device) {
   constexpr int64_t kMost = int64_t(1) << 31;
   if (device.architecture < 80) return refused("the CUDA engine needs an sm_80 or newer device");
-  if (p.form != Form::mlp) return refused("the CUDA scan computes mlp memories only");
-  if (p.rule != Rule::gd) return refused("the CUDA scan computes the rule gd only");
+  if (p.form == Form::linear) return refused("the CUDA scan computes mlp and glu memories only");
   if (p.dtype != DType::bfloat16 && p.dtype != DType::float16)
     return refused("the CUDA scan takes bfloat16 or float16 tokens");
-  if (p.dim > 64) return refused("the CUDA scan keeps the state in the registers of one block: dim at most 64");
-  if (p.hidden > 256) return refused("the CUDA scan keeps the state in the registers of one block: hidden at most 256");
+  if (p.dim > 128) return refused("the CUDA scan keeps the state in registers: dim at most 128");
   for (int i = 0; i < weight_count(p.form); ++i) {
     const MatrixView& w = p.weights[i];
     if (w.dtype != DType::float32 && w.dtype != p.dtype)
@@ -33,16 +24,23 @@ Status supports_class(const ScanProblem& p, const ForwardResult& r, const Device
   }
   if (r.segment.data) return refused("the CUDA scan keeps no segment for the backward");
   const int64_t tokens = p.tokens + p.pending_capacity;
-  if (p.sequence_count * p.heads >= kMost || tokens >= kMost || p.checkpoint_interval >= kMost || p.chunks >= kMost)
+  if (p.sequence_count * p.heads >= kMost / kMaxBlocks || tokens >= kMost || p.checkpoint_interval >= kMost ||
+      p.chunks >= kMost)
     return refused("the CUDA scan counts sequences, tokens and chunks in 31 bits");
   return {};
 }
 
-Status supports_chunk(const ScanProblem& problem, const ForwardResult& result, const Device& device) {
+// Sizes that depend on the plan.
+Status supports_sizes(const ScanProblem& problem, const ForwardResult& result, const Device& device) {
   if (writes_state(problem) && problem.chunk_size > 1024)
     return refused("the CUDA scan keeps a chunk in shared memory: chunk_size is too large");
   return with_traits(problem, [&](auto traits) {
-    const ForwardParams params = make_params<decltype(traits)>(problem, result, device);
+    using Traits = decltype(traits);
+    if (problem.hidden > kMaxBlocks * Traits::kHidden)
+      return refused("the CUDA scan keeps the state in the registers of a cluster of eight blocks: hidden is too large");
+    if (blocks_of<Traits>(problem) > 1 && device.architecture < 90)
+      return refused("the state takes the registers of several blocks, which see each other on sm_90 or newer only");
+    const ForwardParams params = make_params<Traits>(problem, result, device);
     return params.stages ? Status{} : refused("the CUDA scan keeps a chunk in shared memory: chunk_size is too large");
   });
 }
@@ -52,14 +50,15 @@ Status supports_chunk(const ScanProblem& problem, const ForwardResult& result, c
 Status supports_forward(const ScanProblem& problem, const ForwardResult& result, const Device& device) {
   Status status = check_problem(problem);
   if (status.code == StatusCode::ok) status = supports_class(problem, result, device);
-  return status.code == StatusCode::ok ? supports_chunk(problem, result, device) : status;
+  return status.code == StatusCode::ok ? supports_sizes(problem, result, device) : status;
 }
 
 int64_t forward_workspace(const ScanProblem& problem) {
   int64_t bytes = 0;
   if (problem.momentum_step)
     with_traits(problem, [&](auto traits) {
-      bytes = ParkedState<decltype(traits)>::kBytes * problem.sequence_count * problem.heads;
+      using Traits = decltype(traits);
+      bytes = ParkedState<Traits>::kBytes * problem.sequence_count * problem.heads * blocks_of<Traits>(problem);
       return Status{};
     });
   return bytes;
@@ -72,16 +71,8 @@ Status scan_forward(const ScanProblem& problem, const ForwardResult& result, con
   const int64_t tasks = problem.sequence_count * problem.heads;
   if (tasks == 0) return {};
   if (!workspace && forward_workspace(problem) > 0) return {StatusCode::invalid_argument, "the workspace is missing"};
-  return with_traits(problem, [&](auto traits) {
-    using Traits = decltype(traits);
-    ForwardParams params = make_params<Traits>(problem, result, device);
-    params.workspace = workspace;
-    LaunchShape shape;
-    shape.grid = dim3(unsigned(tasks));
-    shape.block = dim3(Traits::kThreads);
-    shape.shared_bytes = size_t(params.layout.bytes);
-    shape.stream = static_cast<cudaStream_t>(stream);
-    return launch("the forward scan", shape, scan_forward_kernel<Traits>, params);
+  return with_kind(problem, [&](auto kind) {
+    return start_forward<decltype(kind)>(problem, result, device, workspace, stream);
   });
 }
 

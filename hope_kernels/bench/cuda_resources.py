@@ -1,9 +1,10 @@
 """The resources of the CUDA kernels, as the compiler reports them; needs nvcc, no GPU.
 
-Every source is compiled alone, as ``nvcc -std=c++17 -Icsrc`` with no definition on the command line: for each
-architecture to machine code, for the newest to PTX as well. A kernel is to keep its numbers in registers: one that
-spills, or whose stack is not empty, must not be shipped. Shared memory is what a kernel has fixed; what scans take
-beside it depends on the chunk and is chosen at the launch.
+Every source is compiled alone, as ``nvcc -std=c++17 -Icsrc`` with no definition on the command line, to machine code of
+each architecture and to PTX: of the newest one for what knows its instructions, clusters of blocks (``*_cluster.cu``),
+of the oldest one for all else, whose machine code comes from that PTX too. A kernel is to keep its numbers in
+registers: one that spills, or whose stack is not empty, must not be shipped. Shared memory is what a kernel has fixed;
+what scans take beside it depends on the chunk and is chosen at the launch.
 """
 
 from __future__ import annotations
@@ -86,20 +87,17 @@ def compile_source(
         folder: where the object goes.
         include: the folder its includes are found in (``csrc``).
         architectures: as in ``sm_80``: 80.
-        ptx: whether the newest of them is compiled to PTX as well.
+        ptx: whether the object has PTX as well.
 
     Raises:
-        DoesNotCompileError: with nvcc's words.
+        DoesNotCompileError: with nvcc's words; or a kernel's report is not one that :func:`read_report` understands.
     """
-    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
-    if ptx:
-        targets.append(f"-gencode=arch=compute_{max(architectures)},code=compute_{max(architectures)}")
     target = folder / f"{source.stem}.o"
     command = [
         str(nvcc()),
         "-std=c++17",
         f"-I{include}",
-        *targets,
+        *_targets(source, architectures, ptx),
         "-Xptxas",
         "-v",
         "-c",
@@ -113,7 +111,21 @@ def compile_source(
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     if result.returncode:
         raise DoesNotCompileError(f"{source.name}: {result.stderr.strip()}")
-    return Compiled(source, tuple(read_report(source.name, result.stderr)), seconds)
+    kernels = tuple(read_report(source.name, result.stderr))
+    if len(kernels) != result.stderr.count("Compiling entry function"):
+        raise DoesNotCompileError(f"{source.name}: what ptxas says of its kernels was not understood")
+    return Compiled(source, kernels, seconds)
+
+
+def _targets(source: Path, architectures: Sequence[int], ptx: bool) -> list[str]:
+    """As the core is built: clusters for each architecture, all else through PTX of the oldest."""
+    if not source.stem.endswith("_cluster"):
+        codes = [f"sm_{a}" for a in architectures] + ["compute_80"] * ptx
+        return [f"-gencode=arch=compute_80,code=[{','.join(codes)}]"]
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+    if ptx:
+        targets.append(f"-gencode=arch=compute_{max(architectures)},code=compute_{max(architectures)}")
+    return targets
 
 
 def read_report(source: str, said: str) -> Iterable[Kernel]:

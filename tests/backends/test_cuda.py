@@ -96,6 +96,14 @@ def test_a_stream_of_calls_stays_within_twice_the_eager_error(momentum, dtype):
     assert_close_to_truth(problem, dtype, lengths=[3, 6, 2])
 
 
+@pytest.mark.parametrize("spec", [MemorySpec("glu"), MemorySpec("mlp", rule="dgd")], ids=["glu", "dgd"])
+def test_a_forward_without_a_backward_stays_within_twice_the_eager_error(spec):
+    problem = small(spec=spec).cast(torch.bfloat16)
+    exact = problem.map(lambda _, t: t.double())
+    found, eager, truth = forward(problem, "cuda"), forward(problem, "reference"), forward(exact, "reference")
+    assert_within_budget(found, eager, truth, torch.bfloat16)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("objective", ["l2", "dot", "error", "self"])
@@ -246,12 +254,11 @@ def test_a_compiled_scan_equals_eager_at_many_lengths_from_one_graph_forward_and
     ("change", "reason"),
     [
         ({"dtype": torch.float32}, "takes bfloat16 or float16 tokens"),
-        ({"spec": MemorySpec("linear")}, "computes mlp memories only"),
-        ({"spec": MemorySpec(rule="dgd"), "retention": True}, "computes the rule gd only"),
+        ({"spec": MemorySpec("linear")}, "computes mlp and glu memories only"),
         ({"chunk_size": 10**9}, "chunk_size is too large"),
         ({"chunk_size": 2**31 - 1, "operation": "write"}, "chunk_size is too large"),
         ({"dim": 300}, "dim"),
-        ({"hidden": 1000}, "hidden"),
+        ({"hidden": 1025}, "hidden is too large"),
         ({"device": torch.device("meta")}, "takes CPU tensors, got meta"),
     ],
     ids=str,
@@ -262,6 +269,25 @@ def test_the_kernels_say_what_they_do_not_compute(change, reason):
     assert cuda.refuses(make_request(dtype=torch.bfloat16)) is None
     with pytest.raises(RuntimeError, match=f"backend='cuda' cannot run this: .*{reason}"):
         backends.select("cuda", request)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"spec": MemorySpec("glu")}, "backward computes mlp memories only"),
+        ({"spec": MemorySpec(rule="dgd"), "retention": True}, "backward computes the rule gd only"),
+        ({"dim": 128}, "dim at most 64"),
+        ({"hidden": 512}, "hidden at most 256"),
+        ({"hidden": 256, "momentum": True}, "no registers for momentum"),
+    ],
+    ids=str,
+)
+def test_what_has_no_backward_runs_without_gradients_only(change, reason):
+    request = make_request(**({"dtype": torch.bfloat16} | change))
+    assert cuda.refuses(request) is None
+    assert reason in cuda.refuses(request._replace(gradients=True))
+    with pytest.raises(RuntimeError, match=f"backend='cuda' cannot run this: .*{reason}"):
+        backends.select("cuda", request._replace(gradients=True))
 
 
 @pytest.mark.parametrize("operation", ["scan", "read", "write"])

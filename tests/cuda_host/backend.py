@@ -11,13 +11,15 @@ import pytest
 import torch
 
 from hope_kernels.backends.cuda import runtime
-from tests.cuda_host import build
+from tests.cuda_host import build, scan
 
 KERNELS = build.ROOT / "csrc/cuda"
 SOURCES = [
     build.HERE / "module.cpp",
     KERNELS / "device.cpp",
-    *(KERNELS / f"{n}.cu" for n in ("level_update", "scan_forward", "scan_backward", "step")),
+    KERNELS / "level_update.cu",
+    KERNELS / "step.cu",
+    *scan.SCANS,
 ]
 
 

@@ -306,6 +306,16 @@ struct Start {
   Thread thread;
 };
 
+// A block's shared memory ends with its last thread: what another block of the cluster then reads is no longer there.
+CUDA_HOST_UNSEEN bool last_of(uint32_t* unfinished) { return __atomic_sub_fetch(unfinished, 1, __ATOMIC_SEQ_CST) == 0; }
+void leave(Block& block) {
+  if (block.cluster.size() == 1) return;
+  __tsan_release(&block.end);
+  if (!last_of(&block.unfinished)) return;
+  __tsan_acquire(&block.end);
+  std::memset(block.shared, 0xff, block.shared_bytes);
+}
+
 CUDA_HOST_UNSEEN void finish(uint32_t* unfinished) {
   if (__atomic_sub_fetch(unfinished, 1, __ATOMIC_SEQ_CST) == 0) wake_all(unfinished);
 }
@@ -324,6 +334,7 @@ void* run_thread(void* argument) {
   threadIdx = {thread.rank % launch.block.x, thread.rank / launch.block.x % launch.block.y,
                thread.rank / launch.block.x / launch.block.y};
   launch.body(launch.context);
+  leave(block);
   block.barrier.leave();
   block.cluster_barrier->leave();
   current = nullptr;
@@ -386,7 +397,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, Body bo
     Block& block = all[rank];
     block.index = {rank % launch.grid.x, rank / launch.grid.x % launch.grid.y, rank / launch.grid.x / launch.grid.y};
     block.rank_in_grid = rank;
-    block.threads = threads;
+    block.threads = block.unfinished = threads;
     const unsigned key = (block.index.z / cluster.z * launch.grid.y + block.index.y / cluster.y) * launch.grid.x +
                          block.index.x / cluster.x;
     const auto found = cluster_of.try_emplace(key, clusters.size()).first;
@@ -493,6 +504,11 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 || size_t(value) > device.shared_per_block())
     return fail(cudaErrorInvalidValue);
   cuda_host::dynamic_shared_limits[kernel] = value;
+  return cudaSuccess;
+}
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  *attributes = {};
+  attributes->ptxVersion = attributes->binaryVersion = 10 * device.major + device.minor;
   return cudaSuccess;
 }
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int, size_t) {

@@ -194,8 +194,7 @@ __global__ void neighbours(int* out) {
   shared[i] = 100 * rank + i;
   cluster.sync();
   out[blockIdx.x * blockDim.x + i] = cluster.map_shared_rank(shared, (rank + 1) % blocks)[i];
-  cluster.sync();  // nobody leaves, or writes again, while its memory is read
-  shared[i] = 0;
+  cluster.sync();  // nobody leaves while its memory is read
 }
 #else
 __global__ void neighbours(int*) {}

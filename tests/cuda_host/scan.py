@@ -14,8 +14,14 @@ from torch import Tensor
 from hope_kernels.backends.interface import ScanGradients, ScanProblem
 from tests.cuda_host import build
 
-_KERNELS = build.ROOT / "csrc/cuda"
-SOURCES = [_KERNELS / "scan_forward.cu", _KERNELS / "scan_backward.cu", build.HERE / "scan_driver.cpp"]
+KERNELS = build.ROOT / "csrc/cuda"
+SCANS = sorted(KERNELS.glob("scan_*.cu"))
+SOURCES = [*SCANS, build.HERE / "scan_driver.cpp"]
+# A program of run_case's cases, and of no kernel beside theirs.
+CASES = [
+    *(KERNELS / "scan_forward.cu", KERNELS / "scan_backward.cu"),
+    *(build.HERE / "scan_cases.cu", build.HERE / "scan_driver.cpp", build.HERE / "case_main.cpp"),
+]
 SHARED_MEMORY = {80: 166_912, 90: 232_448}  # bytes a block may have
 
 _MAX_WEIGHTS = 3
@@ -238,8 +244,8 @@ def scan_backward(
     if problem.sequence_count == 0:
         return found
 
-    r = _BackwardResult()
-    for first, tensors in ((0, saved[:2]), (_MAX_WEIGHTS, saved[2:])):
+    r, matrices = _BackwardResult(), len(problem.weights)
+    for first, tensors in ((0, saved[:matrices]), (_MAX_WEIGHTS, saved[matrices:])):
         for i, tensor in enumerate(tensors):
             r.checkpoints[first + i] = _pointer(tensor)
     r.grad_output = _token_view(grad_output)

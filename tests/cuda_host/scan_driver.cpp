@@ -69,26 +69,29 @@ int scan_backward(const ScanProblem* problem, const BackwardResult* result, cons
 }
 
 // One head of one sequence: `chunks` chunks of 20 tokens, three of them pending, and two tokens behind. Words of the name:
-// "small" for a memory of 32 x 128 instead of 64 x 256, "single" for shared memory that has room for one stage, "momentum",
-// "self", "write" for no queries, "short" for chunks of one slice, "backward" for that.
+// "small" for a memory of 32 x 128 instead of 64 x 256, "cluster" for one that takes two blocks, "single" for shared memory
+// that has room for one stage, "glu", "dgd", "momentum", "self", "write" for no queries, "short" for chunks of one slice,
+// "backward" for that.
 int run_case(const char* name) {
   const std::string words = name;
   const auto has = [&](const char* word) { return words.find(word) != std::string::npos; };
-  const bool momentum = has("momentum");
-  const int64_t D = has("small") ? 32 : 64, H = 4 * D, C = has("short") ? 12 : 20, chunks = 2, pending = 3, T = chunks * C - pending + 2;
+  const bool momentum = has("momentum"), glu = has("glu"), cluster = has("cluster");
+  const int64_t D = has("small") ? 32 : cluster ? (glu ? 40 : 72) : 64, H = cluster ? 136 : 4 * D;
+  const int64_t C = has("short") ? 12 : 20, chunks = 2, pending = 3, T = chunks * C - pending + 2;
   Numbers numbers;
   auto q = numbers.tokens(T * D), k = numbers.tokens(T * D), v = numbers.tokens(T * D), y = numbers.tokens(T * D);
   auto old_k = numbers.tokens(pending * D), old_v = numbers.tokens(pending * D);
   const auto w_in = numbers.floats(D * H, 0.2f), w_out = numbers.floats(D * H, 0.1f);
   const auto step = numbers.floats(chunks * C, 0.1f), scalars = numbers.floats(chunks, 0.9f);
+  const auto retention = numbers.floats(chunks * C, 0.9f);
   std::vector<float> states[6];
   for (auto& state : states) state.assign(D * H, 0.0f);
 
   ScanProblem p{};
-  p.form = Form::mlp;
+  p.form = glu ? Form::glu : Form::mlp;
   p.activation = Activation::gelu_tanh;
   p.objective = has("self") ? Objective::self : Objective::l2;
-  p.rule = Rule::gd;
+  p.rule = has("dgd") ? Rule::dgd : Rule::gd;
   p.residual = 1;
   p.dtype = DType::bfloat16;
   p.batch = p.heads = p.sequence_count = 1;
@@ -98,18 +101,23 @@ int run_case(const char* name) {
   p.q = has("write") ? TokenView{} : view(q);
   p.k = view(k), p.v = view(v), p.pending_k = view(old_k), p.pending_v = view(old_v);
   p.step = step.data();
-  p.decay = scalars.data();
+  if (p.rule == Rule::dgd)
+    p.retention = retention.data();
+  else
+    p.decay = scalars.data();
   if (momentum) p.momentum_step = step.data(), p.momentum_carry = p.momentum_decay = scalars.data();
-  p.weights[0] = MatrixView{const_cast<float*>(w_in.data()), DType::float32, D * H, D * H, H, 1};
-  p.weights[1] = MatrixView{const_cast<float*>(w_out.data()), DType::float32, D * H, D * H, D, 1};
-  std::vector<float> checkpoints[4];
+  const int inputs = weight_count(p.form) - 1;
+  for (int i = 0; i < inputs; ++i)
+    p.weights[i] = MatrixView{const_cast<float*>(w_in.data()), DType::float32, D * H, D * H, H, 1};
+  p.weights[inputs] = MatrixView{const_cast<float*>(w_out.data()), DType::float32, D * H, D * H, D, 1};
+  std::vector<float> checkpoints[6];
   for (auto& checkpoint : checkpoints) checkpoint.assign(chunks * D * H, 0.0f);
   ForwardResult r{};
   if (p.q.data) r.output = view(y);
-  for (int i = 0; i < 2; ++i) {
+  for (int i = 0; i <= inputs; ++i) {
     r.weights[i] = states[i].data();
     r.checkpoints[i] = checkpoints[i].data();
-    if (momentum) r.momentum[i] = states[2 + i].data(), r.checkpoints[kMaxWeights + i] = checkpoints[2 + i].data();
+    if (momentum) r.momentum[i] = states[3 + i].data(), r.checkpoints[kMaxWeights + i] = checkpoints[3 + i].data();
   }
   const int64_t room = !has("single") ? 232448 : D == 64 ? 120000 : 58000;
   const cuda::Device device{90, room};
@@ -128,7 +136,7 @@ int run_case(const char* name) {
       b.momentum_carry = factors[1].data(), b.momentum_decay = factors[2].data();
     }
     for (int i = 0; i < 2; ++i) {
-      b.checkpoints[i] = checkpoints[i].data(), b.checkpoints[kMaxWeights + i] = checkpoints[2 + i].data();
+      b.checkpoints[i] = checkpoints[i].data(), b.checkpoints[kMaxWeights + i] = checkpoints[3 + i].data();
       b.grad_weights[i] = p.weights[i];
       b.weights[i] = states[i].data();
     }

@@ -25,7 +25,7 @@ T& block_shared() {
   return *reinterpret_cast<T*>(cuda_host::static_shared(StaticShared<T>::offset));
 }
 
-inline int opaque(int x) { return x; }
+inline unsigned opaque(unsigned x) { return x; }
 
 namespace host {
 
@@ -119,6 +119,11 @@ inline void cp_async_commit() { cuda_host::async_commit(); }
 template <int kGroups>
 void cp_async_wait() {
   cuda_host::async_wait(kGroups);
+}
+
+inline void cluster_sync(CUDA_HOST_SITE) { cuda_host::cluster_barrier({"cluster_sync", file, line}); }
+inline float4 cluster_load(const float4* shared, int rank) {
+  return *static_cast<const float4*>(cuda_host::map_shared_rank(shared, unsigned(rank)));
 }
 
 inline cuda_host::Barrier& named_barrier(int id, int threads, const cuda_host::Site& site) {

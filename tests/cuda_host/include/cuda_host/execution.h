@@ -102,6 +102,8 @@ struct Block {
   std::vector<Warp> warps;
   unsigned char* shared = nullptr;  // static objects, then the dynamic part
   size_t shared_bytes = 0;
+  uint32_t unfinished = 0;  // threads
+  char end = 0;             // address of the edges from every thread to the last
 };
 
 // A copy of 16 bytes that cp.async has started.

@@ -1,0 +1,85 @@
+// How the backward scan is launched: its shared memory, its workspace and what its kernel is told. Host code only. The kernels
+// with momentum and those without are compiled in a file each.
+#pragma once
+
+#include <algorithm>
+
+#include "backward_scan.h"
+#include "scan_plan.h"
+
+namespace hope::cuda {
+
+// The memories that have a backward.
+using BackwardKind = ScanKind<Form::mlp, Rule::gd>;
+
+// Whether registers hold the adjoint of the state and what its products take: beside the largest one there is no room for the
+// products with the adjoint of the momentum, the compiler would put some into local memory.
+template <class Traits>
+constexpr bool kFits = Traits::kHidden <= 128 || !Traits::kMomentum;
+
+// What the kernel keeps in static shared memory, which lies in front of the dynamic.
+constexpr int64_t kStaticBytes = kPlaceBytes + 256;
+
+// States a task has room for: those of one segment.
+inline int64_t slot_count(const ScanProblem& problem) { return std::min(problem.checkpoint_interval, problem.chunks + 1); }
+
+// Sizes and shared memory; the layout's bytes 0 where the chunk does not fit.
+template <class Traits>
+BackwardParams make_backward_params(const ScanProblem& problem, const BackwardResult& result, const Device& device) {
+  BackwardParams params{};
+  params.problem = problem;
+  if (!result.grad_output.data) params.problem.q = {};
+  ScanProblem without_queries = problem;
+  without_queries.q = {};
+  params.rebuild = make_params<Traits>(without_queries, {}, device);
+  params.result = result;
+  params.slots = int(slot_count(problem));
+  params.kept_bytes = kept_bytes<Traits>(params.rebuild.rows);
+  const BackwardResult& r = result;
+  params.rebuild.vectors = params.rebuild.vectors && rows_aligned({problem.q, r.grad_output, r.q, r.k, r.v, r.pending_k,
+                                                                   r.pending_v});
+  if (params.rebuild.stages == 0) return params;
+  const bool writes = writes_state(problem);
+  // What threads keep of a chunk is read oftener than a second set of partial sums saves barriers.
+  for (const bool kept_shared : {true, false})
+    for (const int partials : {2, 1}) {
+      BackwardLayout layout = backward_layout<Traits>(params.rebuild.rows, writes, params.problem.q.data,
+                                                      problem.objective == Objective::self, partials, kept_shared);
+      layout.bytes = std::max(layout.bytes, params.rebuild.layout.bytes);
+      if (layout.bytes + kStaticBytes > device.shared_memory) continue;
+      params.layout = layout;
+      return params;
+    }
+  return params;
+}
+
+// Lays the workspace out from `start` on; returns its bytes.
+template <class Traits>
+int64_t lay_out_workspace(BackwardParams& params, char* start) {
+  const int64_t tasks = params.problem.sequence_count * params.problem.heads, states = tasks * params.slots;
+  int64_t used = 0;
+  const auto part = [&](void*& pointer, int64_t bytes) {
+    pointer = start + used;
+    used += bytes;
+  };
+  BackwardWorkspace& w = params.workspace;
+  part(w.adjoint, tasks * ParkedState<Traits>::kBytes);
+  part(w.slots, states * (2 * Traits::kHidden * Traits::kDim * 2));
+  if (params.result.decay) part(w.remainders, states * PackedState<Traits>::kBytes);
+  if (params.layout.kept < 0 && writes_state(params.problem)) part(w.kept, tasks * params.kept_bytes);
+  if constexpr (Traits::kMomentum) {
+    part(w.momentum, tasks * ParkedState<Traits>::kBytes);
+    part(w.momentum_slots, states * ParkedState<Traits>::kBytes);
+    part(w.momentum_adjoint, tasks * ParkedState<Traits>::kBytes);
+    part(w.momentum_operand, tasks * PackedState<Traits>::kBytes);
+  }
+  params.rebuild.workspace = w.momentum;
+  return used;
+}
+
+// `problem` is one that supports_backward accepts, with or without momentum; every (sequence, head) is a task.
+template <bool kMomentum>
+Status start_backward(const ScanProblem& problem, const BackwardResult& result, const Device& device, void* workspace,
+                      void* stream);
+
+}  // namespace hope::cuda

@@ -1,0 +1,8 @@
+// The backward scan of mlp memories without momentum.
+#include "backward_kernels.h"
+
+namespace hope::cuda {
+
+template Status start_backward<false>(const ScanProblem&, const BackwardResult&, const Device&, void*, void*);
+
+}  // namespace hope::cuda
