@@ -280,7 +280,7 @@ def main(words: Sequence[str] | None = None) -> None:
     try:
         layout = join(arguments.sequence_parallel)
         train(arguments, layout)
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
         raise SystemExit(f"train_lm: {error}") from error
     finally:
         if dist.is_initialized():

@@ -22,7 +22,7 @@ CONFIG = {
     "levels": [{"chunk_size": 3}, {"chunk_size": None, "expansion": 2}],
 }
 # Windows of 8 tokens, documents of up to 5 of them: checkpoints fall inside documents.
-USUAL = "--batch 4 --window 8 --span 40 --lr 0.01 --warmup 3 --steps 12 --checkpoint-every 5 --eval-every 6"
+USUAL = "--batch 4 --window 8 --span 40 --lr 0.01 --warmup 3 --steps 12 --checkpoint-every 7 --eval-every 6"
 USUAL += " --eval-windows 2 --dtype float64 --no-tensorboard"
 LENGTHS = (70, 3, 41, 12, 200, 33, 1, 25, 9, 64)
 
