@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hope_kernels import backends
+from hope_kernels.layers.checks import check_batch_size, check_input, check_width
 from hope_kernels.layers.cms_state import CMSBuffer, CMSState
 from hope_kernels.layers.level import CMSLevel, MemoryLevel, PlainLevel
 from hope_kernels.layers.one_launch import OneLaunch, Refused
@@ -63,13 +64,7 @@ class CMS(nn.Module):
     ) -> None:
         super().__init__()
         levels = _checked_levels(levels)
-        for name, value in (("dim", dim), ("heads", heads)):
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"CMS: {name} is {value!r}; want a positive int")
-            if value < 1:
-                raise ValueError(f"CMS: {name} is {value}; want at least 1")
-        if dim % heads:
-            raise ValueError(f"CMS: dim is {dim} and heads is {heads}; want dim divisible by heads")
+        check_width("CMS", dim, heads)
         if variant not in get_args(Variant):
             raise ValueError(f"CMS: variant is {variant!r}; want one of {', '.join(map(repr, get_args(Variant)))}")
         backends.check_name(backend)
@@ -117,10 +112,7 @@ class CMS(nn.Module):
 
         It refers to the parameters and copies nothing: gradients through it reach them.
         """
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int | torch.SymInt):
-            raise TypeError(f"CMS.init_state: batch_size is {batch_size!r}; want an int")
-        if batch_size < 0:
-            raise ValueError(f"CMS.init_state: batch_size is {batch_size}; want at least 0")
+        check_batch_size("CMS", batch_size)
         levels = (x.initial_state(batch_size) if isinstance(x, MemoryLevel) else None for x in self.levels)
         return CMSState(0, batch_size, tuple(levels))
 
@@ -288,19 +280,7 @@ class CMS(nn.Module):
         return parameter.dtype
 
     def _check_input(self, x: Tensor, tokens: int | None = None) -> None:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"CMS: x is a {type(x).__name__}; want a tensor [B, T, dim]")
-        if x.dim() != 3 or x.shape[-1] != self.dim or (tokens is not None and x.shape[1] != tokens):
-            want = f"[B, T, {self.dim}]" if tokens is None else f"[B, {self.dim}] or [B, {tokens}, {self.dim}]"
-            raise ValueError(f"CMS: x has shape {tuple(x.shape)}; want {want}")
-        parameter = next(self.parameters())
-        if x.device != parameter.device:
-            raise ValueError(f"CMS: x is on {x.device}, the parameters on {parameter.device}; want one device")
-        if x.dtype == parameter.dtype:
-            return
-        cast = x.is_floating_point() and torch.is_autocast_enabled(x.device.type)
-        if not cast or torch.float64 in (x.dtype, parameter.dtype):
-            raise TypeError(f"CMS: x is {x.dtype}, the parameters are {parameter.dtype}; want one dtype")
+        check_input("CMS", x, self.dim, next(self.parameters()), tokens)
 
     def _check_carried(self, name: str, carried: CMSState | CMSBuffer, kind: type, x: Tensor | None = None) -> None:
         """That a state or buffer was made by a layer like this one, and for as many sequences as ``x`` has."""

@@ -6,22 +6,23 @@ None) is an ordinary MLP. Both map ``[B, T, dim]`` to ``[B, T, dim]`` and know n
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hope_kernels import backends
 from hope_kernels.backends.interface import ScanRequest
+from hope_kernels.layers.checks import check_bool, check_int, check_lr_max
 from hope_kernels.layers.cms_state import LevelBuffer
 from hope_kernels.layers.primitives import (
     GateProjection,
     inverse_sigmoid,
     inverse_softplus,
     l2_norm,
+    memory_gates,
     rms_norm,
 )
 from hope_kernels.memory import MemorySpec, MemoryState, memory_read, memory_scan, memory_write
@@ -34,6 +35,11 @@ from hope_kernels.memory.spec import Activation, Form, Rule
 START_STEP = 0.5
 START_FORGETTING = 0.02
 START_MOMENTUM = 0.25
+
+
+def default_lr_max(chunk_size: int) -> float:
+    """The bound of a token's step with ``gd``: a quarter of a full step for a chunk, see :class:`CMSLevel`."""
+    return min(0.1, 0.25 / chunk_size)
 
 
 @dataclass(frozen=True)
@@ -72,21 +78,10 @@ class CMSLevel:
 
     def __post_init__(self) -> None:
         for name, optional in (("chunk_size", True), ("expansion", False), ("bptt_chunks", True)):
-            value = getattr(self, name)
-            if value is None and optional:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"CMSLevel: {name} is {value!r}; want a positive int{' or None' if optional else ''}")
-            if value < 1:
-                raise ValueError(f"CMSLevel: {name} is {value}; want at least 1")
+            check_int("CMSLevel", name, getattr(self, name), optional=optional)
         for name in ("retention", "momentum"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"CMSLevel: {name} is {getattr(self, name)!r}; want True or False")
-        if self.lr_max is not None:
-            if not isinstance(self.lr_max, (int, float)) or isinstance(self.lr_max, bool):
-                raise TypeError(f"CMSLevel: lr_max is {self.lr_max!r}; want a positive float or None")
-            if not (math.isfinite(self.lr_max) and self.lr_max > 0):
-                raise ValueError(f"CMSLevel: lr_max is {self.lr_max}; want a finite number above 0")
+            check_bool("CMSLevel", name, getattr(self, name))
+        check_lr_max("CMSLevel", self.lr_max)
         _ = self.spec  # validates form, activation and rule
         if self.rule == "dgd" and self.momentum:
             raise ValueError("CMSLevel: momentum is True with rule 'dgd'; momentum goes with rule 'gd' only")
@@ -113,7 +108,7 @@ class CMSLevel:
         """The bound of a token's learning rate: ``lr_max``, or its default; 0 for a plain level."""
         if self.chunk_size is None:
             return 0.0
-        return min(0.1, 0.25 / self.chunk_size) if self.lr_max is None else float(self.lr_max)
+        return default_lr_max(self.chunk_size) if self.lr_max is None else float(self.lr_max)
 
     def describe(self) -> str:
         """``mlp x4, C=16, gd, lr<=0.015625, retention``."""
@@ -128,7 +123,7 @@ class CMSLevel:
 
 
 class Tokens(NamedTuple):
-    """What a memory is given of each token: ``q`` is ``k [B, T, N, D]``, ``v`` likewise, gates ``[B, T, N]``."""
+    """What a memory is given of each token to be written: ``k, v [B, T, N, D]``, gates ``[B, T, N]``."""
 
     k: Tensor
     v: Tensor
@@ -136,13 +131,17 @@ class Tokens(NamedTuple):
     retention: Tensor | None
     momentum: Tensor | None
 
+    def map(self, function: Callable[[str, Tensor], Tensor]) -> Tokens:
+        """``function(name, tensor)`` in the place of each tensor that is there."""
+        return Tokens(*(None if x is None else function(name, x) for name, x in zip(self._fields, self, strict=True)))
+
     def span(self, start: int, length: int) -> Tokens:
         """Tokens ``start .. start + length`` of every row."""
-        return Tokens(*(None if x is None else x.narrow(1, start, length) for x in self))
+        return self.map(lambda _, x: x.narrow(1, start, length))
 
     def folded(self, segments: int, length: int) -> Tokens:
         """``[B, segments * length, ..]`` as ``[B * segments, length, ..]``: every segment a row of its own."""
-        return Tokens(*(None if x is None else x.unflatten(1, (segments, length)).flatten(0, 1) for x in self))
+        return self.map(lambda _, x: x.unflatten(1, (segments, length)).flatten(0, 1))
 
 
 class MemoryLevel(nn.Module):
@@ -217,10 +216,13 @@ class MemoryLevel(nn.Module):
         # The dtype of a linear map's result is the dtype to compute in, under autocast and without it.
         k = l2_norm(x.unflatten(-1, (self.heads, self.head_dim))).to(v.dtype)
         gates = iter(self.gates(x).unbind(-2))
-        lr = self.level.step_bound * torch.sigmoid(next(gates))
-        retention = torch.exp(-lr * F.softplus(next(gates))) if self.level.retention else None
-        momentum = torch.sigmoid(next(gates)) if self.level.momentum else None
-        return Tokens(k, v.unflatten(-1, (self.heads, self.head_dim)), lr, retention, momentum)
+        gates = memory_gates(
+            self.level.step_bound,
+            next(gates),
+            next(gates) if self.level.retention else None,
+            next(gates) if self.level.momentum else None,
+        )
+        return Tokens(k, v.unflatten(-1, (self.heads, self.head_dim)), *gates)
 
     def forward(self, x: Tensor, state: MemoryState | None = None) -> tuple[Tensor, MemoryState | None]:
         """``x [B, T, dim]`` and the state before it (None: a fresh one) -> output and the state after it.

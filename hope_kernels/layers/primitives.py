@@ -1,4 +1,4 @@
-"""Small pieces that layers with memories share: norms and a projection whose results stay in float32.
+"""Small pieces that layers with memories share: norms, gates and a convolution, computed in float32.
 
 Gates and norms decide how far a memory moves, so they are computed in the *state dtype* (float32, or float64 for
 float64 inputs) whatever the dtype of the tokens or an enclosing autocast.
@@ -68,6 +68,105 @@ class GateProjection(nn.Linear):
         with torch.autocast(x.device.type, enabled=False):
             gates = F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
         return gates.unflatten(-1, (len(self.starts), self.heads))
+
+
+class HeadReadout(nn.Module):
+    """A number per head read off its features, ``[.., heads, D] -> [.., heads]``, in the state dtype.
+
+    It starts with zero weights, as :class:`GateProjection` and for its reasons.
+
+    Args:
+        heads, head_dim: N and D.
+        start: the starting value (bias).
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        head_dim: int,
+        start: float,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.start = start
+        self.weight = nn.Parameter(torch.empty(heads, head_dim, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(heads, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.constant_(self.bias, self.start)
+
+    def extra_repr(self) -> str:
+        return f"heads={self.weight.shape[0]}, head_dim={self.weight.shape[1]}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = state_dtype(x.dtype)
+        # A sum of products rather than a matrix product, which autocast would round.
+        return (x.to(dtype) * self.weight.to(dtype)).sum(-1) + self.bias.to(dtype)
+
+
+class CausalConvolution(nn.Module):
+    """A depthwise convolution that sees a token and the ``width - 1`` before it, ``[B, T, dim]`` -> the same.
+
+    ``y_t = sum_j weight[j] * x_{t-j}`` for each feature on its own, in the state dtype, without a bias and without an
+    activation; what precedes a sequence is 0. Entries of ``y`` start at about ``output_rms`` for unit entries of ``x``.
+
+    Args:
+        dim: features.
+        width: tokens it sees.
+        output_rms: the size of the result's entries that the weights are initialised for.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        width: int = 4,
+        output_rms: float = 1.0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.output_rms = output_rms
+        self.weight = nn.Parameter(torch.empty(width, dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.output_rms * self.weight.shape[0] ** -0.5)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.weight.shape[1]}, width={self.weight.shape[0]}"
+
+    def initial_tail(self, batch_size: int) -> Tensor:
+        """What precedes the first token of ``batch_size`` sequences: zeros ``[B, width - 1, dim]``."""
+        width, dim = self.weight.shape
+        return self.weight.new_zeros(batch_size, width - 1, dim)
+
+    def forward(self, x: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+        """``x [B, T, dim]`` and the inputs before it -> the result, in the dtype of ``x``, and the tail after it."""
+        before, length = tail.shape[1], x.shape[1]
+        seen = torch.cat([tail, x.to(torch.promote_types(tail.dtype, x.dtype))], 1)
+        dtype = state_dtype(x.dtype)
+        weight = self.weight.to(dtype)
+        y = sum(weight[j] * seen[:, before - j : before - j + length].to(dtype) for j in range(before + 1))
+        # A copy: three tokens do not hold on to all.
+        return y.to(x.dtype), seen[:, length:].clone()
+
+
+def memory_gates(
+    step_bound: float, step: Tensor, forgetting: Tensor | None, momentum: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gates of a memory, ``[..]`` each, from numbers of any size; None stays None.
+
+    ``lr = step_bound * sigmoid(step)``, retention ``exp(-lr * softplus(forgetting))``, exactly 1 where the step is
+    0, and ``sigmoid(momentum)``.
+    """
+    lr = step_bound * torch.sigmoid(step)
+    retention = None if forgetting is None else torch.exp(-lr * F.softplus(forgetting))
+    return lr, retention, None if momentum is None else torch.sigmoid(momentum)
 
 
 def inverse_sigmoid(p: float) -> float:

@@ -1,11 +1,12 @@
-"""What the CMS tests share: a layer whose writes matter, its results and gradients under any split, comparisons."""
+"""What the layer tests share: a layer whose writes matter, its results and gradients under any split, comparisons."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hope_kernels import CMS, CMSLevel
 from hope_kernels.layers import CMSState
@@ -13,19 +14,20 @@ from tests.cases import cotangent, state_results
 
 VARIANTS = ("sequential", "independent", "nested")
 DIM, HEADS = 6, 2
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
-def spread(cms: CMS, seed: int = 0) -> CMS:
+def spread(layer: Layer, seed: int = 0) -> Layer:
     """Move every parameter off its starting value: gates then depend on the token, mixing weights differ.
 
     Without this, zero gate weights would hide a gate that is read from the wrong token or head.
     """
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in cms.parameters():
+        for parameter in layer.parameters():
             noise = torch.randn(parameter.shape, generator=random, dtype=torch.float64)
             parameter.add_((0.4 * noise).to(parameter))
-    return cms
+    return layer
 
 
 def make_cms(variant: str, *, momentum: bool = False, seed: int = 0, **options) -> CMS:
@@ -55,13 +57,13 @@ def tokens(batch: int, length: int, dim: int = DIM, seed: int = 1, dtype: torch.
     return torch.randn(batch, length, dim, generator=random, dtype=torch.float64).to(dtype)
 
 
-def run_stream(cms: CMS, x: Tensor, lengths: Sequence[int], state: CMSState | None = None) -> tuple[Tensor, CMSState]:
+def run_stream(layer: nn.Module, x: Tensor, lengths: Sequence[int], state: Any = None) -> tuple[Tensor, Any]:
     """``x`` in calls of the given lengths: all outputs, and the last state."""
     assert sum(lengths) == x.shape[1]
-    state = cms.init_state(x.shape[0]) if state is None else state
+    state = layer.init_state(x.shape[0]) if state is None else state
     outputs = []
     for part in x.split(list(lengths), 1):
-        output, state = cms.stream(part, state)
+        output, state = layer.stream(part, state)
         outputs.append(output)
     return torch.cat(outputs, 1), state
 
@@ -80,16 +82,27 @@ def positions_of(state: CMSState) -> list:
     return [state.position, state.batch_size, *held]
 
 
-def with_gradients(cms: CMS, x: Tensor, lengths: Sequence[int]) -> dict[str, Tensor]:
+def with_gradients(
+    layer: nn.Module,
+    x: Tensor,
+    lengths: Sequence[int],
+    results_of: Callable[[Tensor, Any], dict[str, Tensor]] = results_of,
+) -> dict[str, Tensor]:
     """Results of a stream, and the gradient of their sum against fixed cotangents for ``x`` and every parameter."""
     x = x.detach().clone().requires_grad_()
-    results = results_of(*run_stream(cms, x, lengths))
+    results = results_of(*run_stream(layer, x, lengths))
+    results |= gradients_of(results, {"x": x, **dict(layer.named_parameters())})
+    return {name: value.detach() for name, value in results.items()}
+
+
+def gradients_of(results: dict[str, Tensor], named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradient of the results' sum against fixed cotangents, for every named leaf."""
     loss = sum((value * cotangent(name, value)).sum() for name, value in results.items())
-    named = {"x": x, **dict(cms.named_parameters())}
+    found = {}
     gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     for (name, leaf), gradient in zip(named.items(), gradients, strict=True):
-        results[f"gradient of {name}"] = torch.zeros_like(leaf) if gradient is None else gradient
-    return {name: value.detach() for name, value in results.items()}
+        found[f"gradient of {name}"] = torch.zeros_like(leaf) if gradient is None else gradient
+    return found
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-10) -> None:
