@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from hope_kernels.memory import MemoryState
 from hope_kernels.models import HopeForCausalLM
-from tests.examples.training import EXAMPLES, metrics, run, train_lm, words_of, write_inputs
+from tests.examples.training import CONFIGS, EXAMPLES, metrics, run, train_lm, words_of, write_inputs
 
 pytest.importorskip("rich", reason="the trainer's progress needs rich")
 pytest.importorskip("safetensors", reason="the trainer stores its model with safetensors")
@@ -127,8 +130,9 @@ def test_of_one_file_the_end_is_held_out_and_no_character_is_cut(tmp_path: Path)
 # What it learns from
 
 
-def test_windows_with_the_state_carried_read_a_document_as_one_call_does(inputs: Path):
-    trainer = trainer_of(inputs, "unused")
+@pytest.mark.parametrize("mixer", CONFIGS)
+def test_windows_with_the_state_carried_read_a_document_as_one_call_does(inputs: Path, mixer: str):
+    trainer = trainer_of(inputs, "unused", f"--config IN/{mixer}.json")
     document = torch.randint(256, (2, 25), generator=torch.Generator().manual_seed(0))
     ids, labels = document[:, :-1], document[:, 1:]
     whole, _ = trainer.reading(ids, labels, None)
@@ -139,23 +143,38 @@ def test_windows_with_the_state_carried_read_a_document_as_one_call_does(inputs:
     torch.testing.assert_close(sum(parts), whole, rtol=1e-12, atol=0)
 
 
+def memories_of(state: Any) -> list[MemoryState]:
+    """Those in a state, in a fixed order."""
+    if isinstance(state, MemoryState):
+        return [state]
+    if dataclasses.is_dataclass(state):
+        state = tuple(getattr(state, field.name) for field in dataclasses.fields(state))
+    return [found for part in state for found in memories_of(part)] if isinstance(state, tuple) else []
+
+
 def test_a_later_window_teaches_initial_weights_as_if_they_were_the_weights_it_finds(inputs: Path):
-    """The gradient of a memory's carried weights goes to the initial ones, summed over the rows."""
+    """The gradients of the memories' carried weights go to the initial ones, summed over the rows."""
     trainer = trainer_of(inputs, "unused")
     random = torch.Generator().manual_seed(0)
-    windows = [torch.randint(256, (3, 8), generator=random) for _ in range(3)]
-    _, state = trainer.reading(windows[0], windows[1], None)
-    name = "model.blocks.0.cms.levels.0.weights.1"
-    loss, _ = trainer.reading(windows[1], windows[2], state)
-    (found,) = torch.autograd.grad(loss, [trainer.parameters[name]])
-    held = state.blocks[0].cms.levels[0].stored_weights[1]
-    assert held.dim() == 4 and not held.requires_grad, "the memory has been written, and gradients end here"
-    held.requires_grad_()
-    alone = Reading(trainer.model, ALONE, through=False)
-    loss, _ = alone(windows[1], windows[2], state)
-    (want,) = torch.autograd.grad(loss, [held], retain_graph=True)
-    torch.testing.assert_close(found, want.sum(0), rtol=1e-12, atol=0)
-    assert torch.autograd.grad(loss, [trainer.parameters[name]], allow_unused=True) == (None,)
+    first, ids, labels = (torch.randint(256, (3, 8), generator=random) for _ in range(3))
+    _, state = trainer.reading(first, ids, None)
+    parameters = list(trainer.parameters.values())
+    loss, _ = trainer.reading(ids, labels, state)
+    found = torch.autograd.grad(loss, parameters)
+
+    held = [w for memory in memories_of(state) for w in memory.stored_weights]
+    assert len(held) >= 8 and all(w.dim() == 4 and not w.requires_grad for w in held), "written; gradients end here"
+    for w in held:
+        w.requires_grad_()
+    alone, _ = Reading(trainer.model, ALONE, through=False)(ids, labels, state)
+    direct = torch.autograd.grad(alone, [*parameters, *held], allow_unused=True)
+    initial = [w for memory in memories_of(trainer.model.init_state(3)) for w in memory.stored_weights]
+    sums = [g.sum(0) for g in direct[len(parameters) :]]
+    through = torch.autograd.grad(initial, parameters, sums, allow_unused=True)
+    assert None in direct and found[0] is not None
+    for g, *parts in zip(found, direct, through, strict=False):
+        want = sum((part for part in parts if part is not None), torch.zeros_like(g))
+        torch.testing.assert_close(g, want, rtol=1e-10, atol=1e-14)
 
 
 def test_every_token_of_the_text_weighs_the_same_however_much_is_padded(inputs: Path):
@@ -262,13 +281,13 @@ def test_the_state_of_a_memory_not_yet_written_does_not_follow_the_parameters(in
     """Else it would differ from the one that a checkpoint brings back."""
     trainer = trainer_of(inputs, "unused", "--window 2")
     trainer.step()
-    (held,) = (level for level in trainer.state.blocks[0].cms.levels if level is not None)
-    before = held.stored_weights[0].clone()
-    assert held.chunk_index == 0
+    memories = memories_of(trainer.state)
+    assert len(memories) >= 4 and all(memory.chunk_index == 0 for memory in memories)
+    before = [memory.stored_weights[0].clone() for memory in memories]
     with torch.no_grad():
         for parameter in trainer.parameters.values():
             parameter.add_(1.0)
-    assert torch.equal(held.stored_weights[0], before)
+    assert all(torch.equal(m.stored_weights[0], w) for m, w in zip(memories, before, strict=True))
 
 
 def test_the_trained_model_is_stored(inputs: Path, whole: list[dict[str, float]]):

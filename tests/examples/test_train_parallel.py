@@ -26,7 +26,7 @@ WAYS = {
     "ddp-at-starts": "--parallel ddp --no-through",
     "fsdp": "--parallel fsdp",
     "chain": "--sequence-parallel 2",
-    "chain-checkpointing": "--sequence-parallel 2 --activation-checkpointing",
+    "chain-of-attention": "--sequence-parallel 2 --activation-checkpointing --config IN/attention.json",
 }
 
 
@@ -60,6 +60,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_inputs(folder)
     run(folder, "alone")
     run(folder, "alone-at-starts", "--no-through")
+    run(folder, "alone-of-attention", "--config IN/attention.json")
     assert metrics(folder / "alone") != metrics(folder / "alone-at-starts")
     torchrun(folder, 2, WAYS)
     return folder
@@ -67,7 +68,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_two_processes_train_as_one_does(runs: Path, way: str):
-    assert_same(runs, way, "alone-at-starts" if "--no-through" in WAYS[way] else "alone")
+    assert_same(runs, way, way.replace(way.split("-")[0], "alone", 1))
 
 
 def test_with_fsdp_each_process_stores_its_part(runs: Path):
