@@ -105,7 +105,7 @@ class Trainer:
         self.model.activation_checkpointing = arguments.activation_checkpointing
         if arguments.compile:
             for block in self.model.model.blocks:
-                block.stream = torch.compile(block.stream)
+                block.stream = torch.compile(block.stream, dynamic=True)
         self.reading = self._shared(Reading(self.model, layout, arguments.through))
         self.parameters = dict(self.model.named_parameters())
         matrices = [p for p in self.parameters.values() if p.dim() > 1]
