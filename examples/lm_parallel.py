@@ -132,16 +132,28 @@ def with_initial_weights(state: Any, initial: Any) -> Any:
     return state
 
 
+def nats(logits: Tensor, labels: Tensor) -> Tensor:
+    """The cross-entropy of ``logits [B, T, V]``, summed, in float32 (float64 for float64)."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits.flatten(0, 1).to(dtype), labels.flatten(), reduction="sum")
+
+
 class Reading(nn.Module):
     """What is trained: a model that reads a window from a state on.
 
     A module of its own because DDP and FSDP act around one ``forward``: fresh states refer to the parameters, which
     FSDP gathers for its duration.
+
+    Args:
+        through: whether windows behind the first one teach the memories' initial weights.
+        loss: :func:`nats`, or what computes the same.
     """
 
-    def __init__(self, model: HopeForCausalLM, layout: Layout, through: bool) -> None:
+    def __init__(
+        self, model: HopeForCausalLM, layout: Layout, through: bool, loss: Callable[[Tensor, Tensor], Tensor] = nats
+    ) -> None:
         super().__init__()
-        self.model, self.layout, self.through = model, layout, through
+        self.model, self.layout, self.through, self.loss = model, layout, through, loss
 
     def forward(self, ids: Tensor, labels: Tensor, state: HopeState | None) -> tuple[Tensor, HopeState | None]:
         """The loss in nats, summed over the tokens read here, and the state behind the window.
@@ -158,7 +170,7 @@ class Reading(nn.Module):
                 state = with_initial_weights(state, fresh)
         if self.layout.chain == 1:
             logits, _, state = self.model(ids, state=state)
-            return nats(logits, labels), kept(state)
+            return self.loss(logits, labels), kept(state)
         return self._in_chain(ids, labels, state)
 
     def _in_chain(self, ids: Tensor, labels: Tensor, state: HopeState | None) -> tuple[Tensor, HopeState | None]:
@@ -180,7 +192,7 @@ class Reading(nn.Module):
             if behind is not None:
                 ties.append(send_state(held, behind, sent))
             blocks.append(held)
-        loss = nats(self.model.logits(model.norm(x)), labels) + sum(ties)
+        loss = self.loss(self.model.logits(model.norm(x)), labels) + sum(ties)
         wait(sent)
         # The last process has read the window's end; the first one begins the next window there.
         first, last = layout.rank - layout.place, layout.rank - layout.place + layout.chain - 1
@@ -194,12 +206,6 @@ class Reading(nn.Module):
         with torch.no_grad():
             blocks = tuple(receive_state(last, layout.device)[0] for _ in blocks)
         return loss, HopeState(state.position + layout.chain * ids.shape[1], len(ids), blocks)
-
-
-def nats(logits: Tensor, labels: Tensor) -> Tensor:
-    """The cross-entropy of ``logits [B, T, V]``, summed, in float32 (float64 for float64)."""
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    return F.cross_entropy(logits.flatten(0, 1).to(dtype), labels.flatten(), reduction="sum")
 
 
 Sent = tuple[Any, Tensor]  # a message under way, and its content, which must live as long

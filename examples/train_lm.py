@@ -21,7 +21,7 @@ from typing import Any
 import lm_checkpoint
 import torch
 import torch.distributed as dist
-from lm_parallel import Layout, Reading, join, sum_gradients
+from lm_parallel import Layout, Reading, join, nats, sum_gradients
 from lm_report import Report
 from lm_text import ByteTokenizer, FileTokenizer, Reader, Window, read_folder
 from torch import Tensor, nn
@@ -51,12 +51,12 @@ def arguments_of(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--warmup", type=int, default=100, help="steps of linear warm-up; then a cosine down to a tenth")
     add("--weight-decay", type=float, default=0.1, help="of matrices")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    add("--no-through", dest="through", action="store_false", help="initial memories learn at document starts alone")
+    add("--through", action="store_true", help="initial memories learn in every window, not at document starts alone")
     add("--seed", type=int, default=0)
     add("--dtype", choices=("float32", "float64"), default="float32", help="of the parameters")
     add("--autocast", action="store_true", help="compute in bfloat16 where that is safe")
     add("--activation-checkpointing", action="store_true")
-    add("--compile", action="store_true", help="torch.compile the blocks")
+    add("--compile", action="store_true", help="torch.compile the loss")
     add("--parallel", choices=("ddp", "fsdp"), default="ddp", help="what processes of torchrun do with the rows")
     add("--sequence-parallel", type=int, default=1, help="processes that share the tokens of a window")
     add("--checkpoint-every", type=int, default=100, help="steps")
@@ -103,10 +103,8 @@ class Trainer:
         dtype = getattr(torch, arguments.dtype)
         self.model = HopeForCausalLM(self.config, device=layout.device, dtype=dtype)
         self.model.activation_checkpointing = arguments.activation_checkpointing
-        if arguments.compile:
-            for block in self.model.model.blocks:
-                block.stream = torch.compile(block.stream, dynamic=True)
-        self.reading = self._shared(Reading(self.model, layout, arguments.through))
+        loss = torch.compile(nats) if arguments.compile else nats
+        self.reading = self._shared(Reading(self.model, layout, arguments.through, loss))
         self.parameters = dict(self.model.named_parameters())
         matrices = [p for p in self.parameters.values() if p.dim() > 1]
         vectors = [p for p in self.parameters.values() if p.dim() < 2]
@@ -132,7 +130,7 @@ class Trainer:
             # One group of parameters: a fresh state refers to all of them, until the backward.
             mesh = init_device_mesh(self.layout.device.type, (self.layout.world,))
             return fully_shard(reading, mesh=mesh, reshard_after_forward=False)
-        # Behind a document's start, some parameters may have no gradient: see `--no-through`.
+        # Behind a document's start, memories' initial weights have no gradient.
         return nn.parallel.DistributedDataParallel(reading, find_unused_parameters=True)
 
     def lr(self, step: int) -> float:
@@ -151,7 +149,11 @@ class Trainer:
             return self.reading(part.ids.to(device), part.labels.to(device), None if window.fresh else state)
 
     def step(self) -> dict[str, float]:
-        """One update from the next window; what is worth telling of it."""
+        """One update from the next window; what is worth telling of it.
+
+        Raises:
+            ArithmeticError: the gradient is not finite. The weights are as they were.
+        """
         a, window = self.arguments, self.reader.next()
         loss, self.state = self._read(window, self.state)
         # Divided by the tokens that a full window has: each token of the text weighs the same, however much is padded.
@@ -164,13 +166,17 @@ class Trainer:
             sum_gradients(parameters)
         norm = nn.utils.clip_grad_norm_(parameters, a.clip)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if not norm.isfinite():
+            raise ArithmeticError(
+                f"step {self.step_count + 1}: the gradient's norm is {norm}; try a lower lr or lr_max"
+            )
         lr = self.lr(self.step_count)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.step_count += 1
-        nats = self._total(loss) / window.count
-        return {"step": self.step_count, "loss": nats, "gradient_norm": norm.item(), "lr": lr, "tokens": window.count}
+        mean = self._total(loss) / window.count
+        return {"step": self.step_count, "loss": mean, "gradient_norm": norm.item(), "lr": lr, "tokens": window.count}
 
     def _total(self, loss: Tensor) -> float:
         loss = loss.detach().double()
@@ -182,17 +188,17 @@ class Trainer:
     def held_out(self, windows: int | None = None) -> float:
         """Bits per byte of the held-out documents, or of their first ``windows`` windows in a fixed random order."""
         self.model.eval()
-        text, state, nats, tokens = self.held_out_text, None, 0.0, 0
+        text, state, total, tokens = self.held_out_text, None, 0.0, 0
         reader = self._reader(text.documents, seed=0)
         while reader.epoch == 0 and windows != 0:
             window = reader.next()
             loss, state = self._read(window, state)
-            nats, tokens = nats + self._total(loss), tokens + window.count
+            total, tokens = total + self._total(loss), tokens + window.count
             windows = None if windows is None else windows - 1
         self.model.train()
         if hasattr(self.reading, "reshard"):
             self.reading.reshard()  # FSDP does so in the backward, which there was none
-        return nats / tokens / math.log(2) * text.tokens / text.bytes
+        return total / tokens / math.log(2) * text.tokens / text.bytes
 
     def decisive(self) -> dict[str, Any]:
         """Settings and text that a checkpoint belongs to, as plain values."""
@@ -280,7 +286,7 @@ def main(words: Sequence[str] | None = None) -> None:
     try:
         layout = join(arguments.sequence_parallel)
         train(arguments, layout)
-    except (ValueError, TypeError, ImportError, OSError) as error:
+    except (ValueError, TypeError, ImportError, OSError, ArithmeticError) as error:
         raise SystemExit(f"train_lm: {error}") from error
     finally:
         if dist.is_initialized():

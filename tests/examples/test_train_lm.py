@@ -23,6 +23,7 @@ pytest.importorskip("rich", reason="the trainer's progress needs rich")
 pytest.importorskip("safetensors", reason="the trainer stores its model with safetensors")
 
 import lm_checkpoint
+import lm_parallel
 import lm_text
 from lm_parallel import Layout, Reading, join
 from lm_text import NO_LABEL, ByteTokenizer, Reader, read_folder
@@ -154,7 +155,7 @@ def memories_of(state: Any) -> list[MemoryState]:
 
 def test_a_later_window_teaches_initial_weights_as_if_they_were_the_weights_it_finds(inputs: Path):
     """The gradients of the memories' carried weights go to the initial ones, summed over the rows."""
-    trainer = trainer_of(inputs, "unused")
+    trainer = trainer_of(inputs, "unused", "--through")
     random = torch.Generator().manual_seed(0)
     first, ids, labels = (torch.randint(256, (3, 8), generator=random) for _ in range(3))
     _, state = trainer.reading(first, ids, None)
@@ -309,6 +310,24 @@ def test_the_trained_model_is_stored(inputs: Path, whole: list[dict[str, float]]
 def test_a_run_with_other_settings_is_not_continued(inputs: Path, whole: list[dict[str, float]], more: str, told: str):
     with pytest.raises(SystemExit, match=f"cannot continue exactly.*{told}"):
         run(inputs, "whole", more)
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_before_it_spoils_the_weights(inputs: Path):
+    trainer = trainer_of(inputs, "unused")
+    honest = trainer.reading.loss
+    trainer.reading.loss = lambda *arguments: honest(*arguments) * torch.inf
+    before = [parameter.clone() for parameter in trainer.parameters.values()]
+    with pytest.raises(ArithmeticError, match="step 1: the gradient's norm is"):
+        trainer.step()
+    assert all(torch.equal(p, b) for p, b in zip(trainer.parameters.values(), before, strict=True))
+
+
+@pytest.mark.slow
+def test_a_compiled_loss_is_the_same(inputs: Path, whole: list[dict[str, float]]):
+    trainer = trainer_of(inputs, "unused", "--compile")
+    assert trainer.reading.loss is not lm_parallel.nats
+    for want in whole[:3]:
+        assert trainer.step() == pytest.approx(want, rel=1e-9)
 
 
 def test_a_broken_checkpoint_is_named(inputs: Path, tmp_path: Path):

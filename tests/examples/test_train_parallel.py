@@ -23,7 +23,7 @@ from lm_parallel import backend_of  # noqa: E402
 ROOT = EXAMPLES.parent
 WAYS = {
     "ddp": "--parallel ddp",
-    "ddp-at-starts": "--parallel ddp --no-through",
+    "ddp-through": "--parallel ddp --through",
     "fsdp": "--parallel fsdp",
     "chain": "--sequence-parallel 2",
     "chain-of-attention": "--sequence-parallel 2 --activation-checkpointing --config IN/attention.json",
@@ -59,9 +59,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("parallel")
     write_inputs(folder)
     run(folder, "alone")
-    run(folder, "alone-at-starts", "--no-through")
+    run(folder, "alone-through", "--through")
     run(folder, "alone-of-attention", "--config IN/attention.json")
-    assert metrics(folder / "alone") != metrics(folder / "alone-at-starts")
+    assert metrics(folder / "alone") != metrics(folder / "alone-through")
     torchrun(folder, 2, WAYS)
     return folder
 
