@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from hope_kernels.memory import MemoryState
@@ -309,3 +310,19 @@ def sum_gradients(parameters: Sequence[Tensor]) -> None:
     dist.all_reduce(flat)
     for g, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         g.copy_(total.view_as(g))
+
+
+def drop_zero_gradients(parameters: Sequence[Tensor], world: int) -> None:
+    """Gradients that are zero everywhere, in all processes, become None: AdamW then leaves the parameter alone.
+
+    Whether a parameter that a window does not depend on has a zero gradient or none depends on how the window is
+    shared between processes; what comes out must not.
+    """
+    held = [p for p in parameters if p.grad is not None]
+    local = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in held]
+    alive = torch.stack([g.any() for g in local]).int()
+    if world > 1:
+        dist.all_reduce(alive, dist.ReduceOp.MAX)
+    for p, any_alive in zip(held, alive.tolist(), strict=True):
+        if not any_alive:
+            p.grad = None

@@ -21,7 +21,7 @@ from typing import Any
 import lm_checkpoint
 import torch
 import torch.distributed as dist
-from lm_parallel import Layout, Reading, join, nats, sum_gradients
+from lm_parallel import Layout, Reading, drop_zero_gradients, join, nats, sum_gradients
 from lm_report import Report
 from lm_text import ByteTokenizer, FileTokenizer, Reader, Window, read_folder
 from torch import Tensor, nn
@@ -164,6 +164,7 @@ class Trainer:
         parameters = list(self.parameters.values())
         if self.layout.chain > 1:
             sum_gradients(parameters)
+        drop_zero_gradients(parameters, self.layout.world)
         norm = nn.utils.clip_grad_norm_(parameters, a.clip)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         if not norm.isfinite():

@@ -25,7 +25,7 @@ pytest.importorskip("safetensors", reason="the trainer stores its model with saf
 import lm_checkpoint
 import lm_parallel
 import lm_text
-from lm_parallel import Layout, Reading, join
+from lm_parallel import Layout, Reading, drop_zero_gradients, join
 from lm_text import NO_LABEL, ByteTokenizer, Reader, read_folder
 
 ROOT = EXAMPLES.parent
@@ -176,6 +176,17 @@ def test_a_later_window_teaches_initial_weights_as_if_they_were_the_weights_it_f
     for g, *parts in zip(found, direct, through, strict=False):
         want = sum((part for part in parts if part is not None), torch.zeros_like(g))
         torch.testing.assert_close(g, want, rtol=1e-10, atol=1e-14)
+
+
+def test_what_a_window_tells_nothing_of_is_left_alone():
+    silent, heard = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([silent, heard], lr=0.1)
+    for factor in (1.0, 0.0):
+        silent.grad, heard.grad = torch.full((2,), factor), torch.tensor([0.0, 1.0])
+        drop_zero_gradients([silent, heard], world=1)
+        before = silent.detach().clone(), heard.detach().clone()
+        optimizer.step()
+        assert torch.equal(silent, before[0]) == (factor == 0) and not torch.equal(heard, before[1])
 
 
 def test_every_token_of_the_text_weighs_the_same_however_much_is_padded(inputs: Path):
