@@ -25,14 +25,14 @@ def check_bool(owner: str, name: str, value: Any) -> None:
         raise TypeError(f"{owner}: {name} is {value!r}; want True or False")
 
 
-def check_lr_max(owner: str, value: Any) -> None:
-    """The bound of a step: a finite number above 0, or None for the default."""
+def check_bound(owner: str, name: str, value: Any) -> None:
+    """A finite number above 0, or None where there is no bound or a default one."""
     if value is None:
         return
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{owner}: lr_max is {value!r}; want a positive float or None")
+        raise TypeError(f"{owner}: {name} is {value!r}; want a positive float or None")
     if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{owner}: lr_max is {value}; want a finite number above 0")
+        raise ValueError(f"{owner}: {name} is {value}; want a finite number above 0")
 
 
 def check_width(owner: str, dim: Any, heads: Any) -> None:

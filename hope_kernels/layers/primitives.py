@@ -32,6 +32,12 @@ def rms_norm(x: Tensor, eps: float = NORM_EPS) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
+def clip_norm(x: Tensor, bound: float) -> Tensor:
+    """Rows longer than ``bound`` shortened to that length, the others as they are, in the state dtype."""
+    x = x.to(state_dtype(x.dtype))
+    return x * (bound * torch.rsqrt(x.square().sum(-1, keepdim=True).clamp(min=bound**2)))
+
+
 class GateProjection(nn.Linear):
     """One linear map ``[.., dim] -> [.., gates, heads]`` for all gates of a layer, in the state dtype.
 

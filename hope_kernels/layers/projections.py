@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from hope_kernels.layers.level import START_FORGETTING, START_STEP, Tokens
-from hope_kernels.layers.primitives import HeadReadout, inverse_sigmoid, inverse_softplus, l2_norm, memory_gates
+from hope_kernels.layers.primitives import (
+    HeadReadout,
+    clip_norm,
+    inverse_sigmoid,
+    inverse_softplus,
+    l2_norm,
+    memory_gates,
+)
 from hope_kernels.memory import MemorySpec, MemoryState, memory_read, memory_write
 
 # What may be adaptive, by the names of the arguments of a memory.
@@ -17,16 +24,18 @@ ADAPTIVE = ("k", "v", "lr", "retention")
 GATE_STARTS = {"lr": inverse_sigmoid(START_STEP), "retention": inverse_softplus(START_FORGETTING)}
 
 
-def tokens_of(raw: dict[str, Tensor], lr_max: float) -> Tokens:
+def tokens_of(raw: dict[str, Tensor], lr_max: float, value_norm_max: float | None = None) -> Tokens:
     """What a memory is given, from the results of the projections.
 
     Args:
         raw: ``k, v [B, T, N, D]``, the key not yet of unit length; ``lr``, ``retention`` and ``momentum [B, T, N]``
             before their nonlinearities, the last two where there are such gates.
         lr_max: bound of the step.
+        value_norm_max: longer targets are shortened to this norm; None leaves them.
     """
     gates = memory_gates(lr_max, raw["lr"], raw.get("retention"), raw.get("momentum"))
-    return Tokens(l2_norm(raw["k"]).to(raw["k"].dtype), raw["v"], *gates)
+    v = raw["v"] if value_norm_max is None else clip_norm(raw["v"], value_norm_max).to(raw["v"].dtype)
+    return Tokens(l2_norm(raw["k"]).to(raw["k"].dtype), v, *gates)
 
 
 class ProjectionMemories(nn.Module):
@@ -44,7 +53,7 @@ class ProjectionMemories(nn.Module):
         hidden: H of each memory.
         chunk_size: tokens per write.
         spec: what each memory is.
-        lr_max: bound of the step.
+        lr_max, value_norm_max: bounds of the step and of a target's norm, see :func:`tokens_of`.
         bptt_chunks: detach the weights written into chunk n, 2n, ..; None for never.
         backend: as in :func:`hope_kernels.memory_scan`.
     """
@@ -59,6 +68,7 @@ class ProjectionMemories(nn.Module):
         *,
         spec: MemorySpec,
         lr_max: float,
+        value_norm_max: float | None = None,
         bptt_chunks: int | None = None,
         backend: str | None = None,
         device: torch.device | str | None = None,
@@ -66,7 +76,7 @@ class ProjectionMemories(nn.Module):
     ) -> None:
         super().__init__()
         self.adaptive, self.heads, self.chunk_size, self.spec = tuple(adaptive), heads, chunk_size, spec
-        self.lr_max, self.bptt_chunks, self.backend = lr_max, bptt_chunks, backend
+        self.lr_max, self.value_norm_max, self.bptt_chunks, self.backend = lr_max, value_norm_max, bptt_chunks, backend
         self.weights = nn.ParameterList(
             nn.Parameter(torch.empty(len(self.adaptive) * heads, *shape, device=device, dtype=dtype))
             for shape in spec.weight_shapes(head_dim, hidden)
@@ -114,7 +124,7 @@ class ProjectionMemories(nn.Module):
             raw = {name: value.narrow(1, start, length) for name, value in fixed.items()}
             for name, value in zip(self.adaptive, read.unflatten(2, (-1, self.heads)).unbind(2), strict=True):
                 raw[name] = self.readouts[name](value) if name in self.readouts else value
-            tokens = tokens_of(raw, self.lr_max)
+            tokens = tokens_of(raw, self.lr_max, self.value_norm_max)
             found.append(tokens)
             chunk = tokens if pending is None else joined([pending, tokens])
             if chunk.k.shape[1] == self.chunk_size:

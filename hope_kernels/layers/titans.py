@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hope_kernels import backends
-from hope_kernels.layers.checks import check_batch_size, check_bool, check_input, check_int, check_lr_max, check_width
+from hope_kernels.layers.checks import check_batch_size, check_bool, check_bound, check_input, check_int, check_width
 from hope_kernels.layers.level import START_MOMENTUM, Tokens, default_lr_max
 from hope_kernels.layers.primitives import CausalConvolution, GateProjection, inverse_sigmoid, l2_norm
 from hope_kernels.layers.projections import ADAPTIVE, GATE_STARTS, ProjectionMemories, tokens_of
@@ -36,7 +36,7 @@ class TitansLayer(nn.Module):
 
     Args:
         adaptive: the projections that are no linear maps here; a subclass makes their results in :meth:`_tokens`.
-        lr_max: bound of the step.
+        lr_max, value_norm_max: bounds of the step and of a target's norm; None for no bound of the latter.
         mixed_norm: the norm per head that the convolution's results start with.
         mixes_heads: whether a linear map follows the memory.
         The others as in :class:`SelfModifyingTitans`.
@@ -59,6 +59,7 @@ class TitansLayer(nn.Module):
         momentum: bool,
         adaptive: tuple[str, ...],
         lr_max: float,
+        value_norm_max: float | None,
         mixed_norm: float,
         mixes_heads: bool,
         bptt_chunks: int | None,
@@ -80,7 +81,8 @@ class TitansLayer(nn.Module):
         backends.check_name(backend)
         self.dim, self.heads, self.head_dim, self.chunk_size = dim, heads, dim // heads, chunk_size
         self.retention, self.momentum, self.adaptive = retention, momentum, adaptive
-        self.lr_max, self.bptt_chunks, self.backend = float(lr_max), bptt_chunks, backend
+        self.lr_max, self.value_norm_max = float(lr_max), value_norm_max
+        self.bptt_chunks, self.backend = bptt_chunks, backend
         self.hidden = expansion * self.head_dim
 
         def linear() -> nn.Linear:
@@ -116,6 +118,7 @@ class TitansLayer(nn.Module):
     def extra_repr(self) -> str:
         parts = [f"dim={self.dim}, heads={self.heads}, C={self.chunk_size}, {self.spec.rule}, lr<={self.lr_max:g}"]
         parts += [name for name in ("retention", "momentum") if getattr(self, name)]
+        parts += [] if self.value_norm_max is None else [f"|v|<={self.value_norm_max:g}"]
         parts += [] if self.bptt_chunks is None else [f"bptt={self.bptt_chunks}"]
         return ", ".join([*parts, f"backend={self.backend!r}"])
 
@@ -176,7 +179,7 @@ class TitansLayer(nn.Module):
     def _tokens(self, x: Tensor, mixed: Tensor, state: TitansState) -> tuple[Tokens, MemoryState | None, Tokens | None]:
         """What the main memory is given for ``x [B, T, dim]`` and what the convolution makes of it, ``mixed``; and
         the projections and their pending tokens as the new state has them."""
-        return tokens_of(self._fixed(x, mixed), self.lr_max), None, None
+        return tokens_of(self._fixed(x, mixed), self.lr_max, self.value_norm_max), None, None
 
     def _fixed(self, x: Tensor, mixed: Tensor) -> dict[str, Tensor]:
         """The results of all projections that are no memories, by name, see :func:`tokens_of`."""
@@ -282,7 +285,7 @@ class NeuralMemory(TitansLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_int(type(self).__name__, "chunk_size", chunk_size)
-        check_lr_max(type(self).__name__, lr_max)
+        check_bound(type(self).__name__, "lr_max", lr_max)
         super().__init__(
             dim,
             heads,
@@ -295,6 +298,7 @@ class NeuralMemory(TitansLayer):
             momentum=momentum,
             adaptive=(),
             lr_max=default_lr_max(chunk_size) if lr_max is None else lr_max,
+            value_norm_max=None,
             mixed_norm=1.0,  # and targets of the size of the keys
             mixes_heads=True,
             bptt_chunks=bptt_chunks,
@@ -336,6 +340,8 @@ class SelfModifyingTitans(TitansLayer):
             linear maps, as in :class:`NeuralMemory`. None for all.
         lr_max: bound of the step, ``η_max``; None for 0.1, or for ``min(0.1, 0.25 / C)`` with ``"gd"`` and C the
             larger chunk size.
+        value_norm_max: ``v`` is shortened to this norm where it is longer; None leaves it as the equations have it. A
+            bound of 1 takes away what makes self-made targets grow, see docs/titans.md.
         bptt_chunks: n: the outer gradient does not flow through weights written into chunk ``n, 2n, ..``, each memory
             by its own chunks.
         backend: as in :func:`hope_kernels.memory_scan`; None picks the fastest.
@@ -359,6 +365,7 @@ class SelfModifyingTitans(TitansLayer):
         momentum: bool = False,
         adaptive: Sequence[str] | None = None,
         lr_max: float | None = None,
+        value_norm_max: float | None = None,
         bptt_chunks: int | None = None,
         backend: str | None = None,
         device: torch.device | str | None = None,
@@ -366,7 +373,8 @@ class SelfModifyingTitans(TitansLayer):
     ) -> None:
         check_int(type(self).__name__, "chunk_size", chunk_size)
         check_int(type(self).__name__, "projection_chunk_size", projection_chunk_size)
-        check_lr_max(type(self).__name__, lr_max)
+        check_bound(type(self).__name__, "lr_max", lr_max)
+        check_bound(type(self).__name__, "value_norm_max", value_norm_max)
         check_bool(type(self).__name__, "retention", retention)
         if lr_max is None:
             lr_max = DELTA_LR_MAX if rule == "dgd" else default_lr_max(max(chunk_size, projection_chunk_size))
@@ -382,6 +390,7 @@ class SelfModifyingTitans(TitansLayer):
             momentum=momentum,
             adaptive=_checked_adaptive(adaptive, retention),
             lr_max=lr_max,
+            value_norm_max=value_norm_max,
             mixed_norm=START_MIXED_NORM,
             mixes_heads=False,
             bptt_chunks=bptt_chunks,
@@ -400,6 +409,7 @@ class SelfModifyingTitans(TitansLayer):
                 projection_chunk_size,
                 spec=self.spec,
                 lr_max=self.lr_max,
+                value_norm_max=value_norm_max,
                 bptt_chunks=bptt_chunks,
                 backend=backend,
                 device=device,

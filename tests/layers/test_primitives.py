@@ -7,7 +7,10 @@ import torch
 from torch.nn import functional as F
 
 from hope_kernels.layers.primitives import (
+    CausalConvolution,
     GateProjection,
+    HeadReadout,
+    clip_norm,
     inverse_sigmoid,
     inverse_softplus,
     l2_norm,
@@ -46,6 +49,47 @@ def test_gates_are_computed_in_float32_whatever_surrounds_them() -> None:
     gates, x = gates.bfloat16(), x.bfloat16()
     expected = F.linear(x.float(), gates.weight.float(), gates.bias.float()).view(2, 4, 2, 3)
     assert torch.equal(gates(x), expected)
+
+
+def test_rows_beyond_the_bound_are_shortened_and_zeros_survive() -> None:
+    x = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]], requires_grad=True)
+    torch.testing.assert_close(clip_norm(x, 1.0), torch.tensor([[0.6, 0.8], [0.3, 0.4], [0.0, 0.0]]))
+    (gradient,) = torch.autograd.grad(clip_norm(x, 1.0).sum(), x)
+    torch.testing.assert_close(gradient[1:], torch.ones(2, 2))
+    torch.testing.assert_close((gradient[0] * x[0]).sum(), torch.tensor(0.0), rtol=0, atol=1e-6)
+
+
+def test_the_convolution_is_that_of_pytorch_and_carries_its_tail() -> None:
+    torch.manual_seed(0)
+    conv = CausalConvolution(5, output_rms=2.0)
+    x = torch.randn(2, 9, 5)
+    padded = F.pad(x.transpose(1, 2), (3, 0))
+    expected = F.conv1d(padded, conv.weight.flip(0).T.unsqueeze(1), groups=5).transpose(1, 2)
+    tail, parts = conv.initial_tail(2), []
+    for part in x.split([2, 0, 1, 6], 1):
+        y, tail = conv(part, tail)
+        parts.append(y)
+    torch.testing.assert_close(torch.cat(parts, 1), expected)
+    assert torch.equal(tail, x[:, -3:])
+    wide = CausalConvolution(5000, output_rms=2.0)
+    y, _ = wide(torch.randn(1, 9, 5000), wide.initial_tail(1))
+    assert 1.9 < y[:, 3:].square().mean().sqrt() < 2.1
+    low, _ = conv.bfloat16()(x.bfloat16(), tail.bfloat16())
+    exact, _ = conv.float()(x.bfloat16().float(), tail.bfloat16().float())
+    assert torch.equal(low, exact.bfloat16())  # one rounding, at the end
+
+
+def test_a_readout_is_one_inner_product_per_head_in_float32() -> None:
+    torch.manual_seed(0)
+    readout = HeadReadout(2, 3, start=-1.5)
+    x = torch.randn(4, 2, 3)
+    assert torch.equal(readout(x), torch.full((4, 2), -1.5))
+    torch.nn.init.normal_(readout.weight)
+    expected = torch.stack([x[:, n] @ readout.weight[n] + readout.bias[n] for n in range(2)], -1)
+    torch.testing.assert_close(readout(x), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(readout(x), readout(x.float()))
+        assert readout(x.bfloat16()).dtype == torch.float32
 
 
 def test_gates_start_at_their_starting_values() -> None:

@@ -93,7 +93,7 @@ def run(layer: Any, x: Tensor) -> dict[str, Tensor]:
     heads = layer.heads
     slots = {"k": 0, "v": 1, "lr": 2, "retention": 3}
     adaptive = [name for name in slots if name in layer.adaptive]
-    self_target = layer.spec.objective == "self"
+    self_target = "output.weight" not in p  # the plain layer has an output projection, and targets that are given
 
     def per_head(y: Tensor) -> Tensor:
         return y.reshape(batch, heads, dim // heads)
@@ -118,6 +118,9 @@ def run(layer: Any, x: Tensor) -> dict[str, Tensor]:
         k = projections["k"].read(per_head(mixed)) if "k" in projections else per_head(mixed @ p["key.weight"].T)
         v = projections["v"].read(per_head(mixed)) if "v" in projections else per_head(mixed @ p["value.weight"].T)
         k = norm(k)
+        if layer.value_norm_max is not None:
+            long = (v**2).sum(-1, keepdim=True) > layer.value_norm_max**2
+            v = torch.where(long, layer.value_norm_max * v / (v**2).sum(-1, keepdim=True).sqrt(), v)
         eta = layer.lr_max * sigmoid(gate("lr", x[:, t]))
         alpha = torch.exp(-eta * softplus(gate("retention", x[:, t]))) if layer.retention else None
         beta = sigmoid(gate("momentum", x[:, t])) if layer.momentum else None
