@@ -81,6 +81,86 @@ def test_kernels_of_the_interpreter_are_refused():
     assert "sum_of_squares" in message and "TRITON_INTERPRET" in message
 
 
+# ---- digests ---------------------------------------------------------------------------------------------------------
+
+KERNELS = '''
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+SCALE = tl.constexpr(2)
+
+
+class Pair(NamedTuple):
+    left: Any
+    right: Any
+
+
+@triton.constexpr_function
+def shift(n):
+    return n + 1
+
+
+@triton.jit
+def scaled(x, n):
+    return x * SCALE + shift(n)
+
+
+@triton.jit
+def unused(x):
+    return x - 1
+
+
+@triton.jit
+def kernel(pair, n: tl.constexpr):
+    """Scales the left into the right."""
+    tl.store(pair.right, scaled(tl.load(pair.left), n))
+
+
+def launch(x):
+    kernel[(1,)](Pair(x, x), 8, num_warps=4)
+'''
+# What is changed in it, and whether something else would be compiled.
+CHANGES = {
+    "nothing": ("", "", False),
+    "a comment": ("    return x * SCALE", "    # twice\n    return x * SCALE", False),
+    "a line above": ("class Pair", "\n\nclass Pair", False),
+    "the layout": ("return x * SCALE + shift(n)", "return (x\n        * SCALE) + shift(n)", False),
+    "a docstring": ("Scales the left into the right.", "Other words.", False),
+    "another docstring": ("    return n + 1", "    'Adds one.'\n    return n + 1", False),
+    "an unused function": ("return x - 1", "return x - 2", False),
+    "a called function": ("return x * SCALE +", "return x + SCALE +", True),
+    "a function called at compile time": ("return n + 1", "return n + 2", True),
+    "a global": ("constexpr(2)", "constexpr(3)", True),
+    "the kernel": ("tl.store(pair.right", "tl.store(pair.right + 1", True),
+    "the order of an argument": ("    left: Any\n    right: Any", "    right: Any\n    left: Any", True),
+    "a constant": ("Pair(x, x), 8", "Pair(x, x), 16", True),
+    "an option": ("num_warps=4", "num_warps=8", True),
+    "a type": ("Pair(x, x)", "Pair(x, x.half())", True),
+    "alignment": ("Pair(x, x)", "Pair(x, 3)", True),
+}
+
+
+def test_digests_change_with_what_is_compiled_and_with_nothing_else(tmp_path):
+    files = {}
+    for i, (what, (old, new, _)) in enumerate(CHANGES.items()):
+        assert KERNELS.count(old) == 1 or not old, what
+        files[what] = tmp_path / f"changed_{i}.py"
+        files[what].write_text(KERNELS.replace(old, new) if old else KERNELS)
+    found = dict(zip(files, compiled_digests(*files.values()), strict=True))
+    sm_80, sm_90 = found["nothing"]
+    assert sm_80 != sm_90
+    changed = {what: sm_90 != compiled_for[1] for what, compiled_for in found.items()}
+    assert changed == {what: different for what, (_, _, different) in CHANGES.items()}
+    assert compiled_digests(files["nothing"], PYTHONHASHSEED="1") == [[sm_80, sm_90]]
+
+
+def compiled_digests(*files: Path, **environment: str) -> list[list[str]]:
+    found = compiled("digests", "sm_80,sm_90", *files, **environment)
+    return [found[file.stem] for file in files]
+
+
 # ---- the gate --------------------------------------------------------------------------------------------------------
 
 
@@ -208,11 +288,22 @@ def test_representative_shipped_configurations_compile_within_the_gate():
             assert (row["tensor_core"] > 0) == (row["operand_bits"] == 16), name
 
 
+def test_the_committed_report_is_of_exactly_what_is_shipped():
+    found = compiled("report", "benchmarks/results")
+    if found["path"] is None:
+        pytest.skip(f"there is no report of Triton {found['triton']}")
+    what_to_do = "run make triton-resources (with the oldest Triton make triton-resources-oldest) and commit the report"
+    assert found["lacking"] == [], f"{found['path']} lacks {len(found['lacking'])} of {found['shipped']}: {what_to_do}"
+    assert found["left"] == 0, f"{found['path']} has rows of what is not shipped: {what_to_do}"
+    assert found["failures"] == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_every_shipped_configuration_passes_the_gate(architecture, tmp_path):
-    report = tmp_path / "resources.json"
-    found = run("benchmarks/triton_resources.py", "--arch", architecture, "--json", str(report), timeout=7200)
+    report = tmp_path / "resources.json"  # holds nothing yet
+    command = ("benchmarks/triton_resources.py", "--arch", architecture, "--report", str(report))
+    found = run(*command, timeout=7200)
     assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
     content = json.loads(report.read_text())
     assert content["passed"] and content["rows"] and content["versions"]["triton"]
