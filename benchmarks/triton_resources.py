@@ -69,8 +69,12 @@ def _check(chosen: list, options: argparse.Namespace) -> int:
     from hope_kernels.bench import resource_report
 
     kept = resource_report.reported(chosen, resource_report.load(options.report))
-    lacking = [subject for subject in chosen if subject not in kept]
+    known = resource_report.known_lacking(options.report)
+    unknown = [subject for subject in chosen if subject not in kept and subject.name in known]
+    lacking = [subject for subject in chosen if subject not in kept and subject.name not in known]
     print(f"{options.report.name} holds {len(kept)} of {len(chosen)} configurations and targets.")
+    if unknown:
+        print(f"It says that it lacks {len(unknown)}: those are NOT checked.")
     if len(lacking) > MOST_UNREPORTED:
         print(
             f"It lacks {len(lacking)}, more than the {MOST_UNREPORTED} a check compiles: run make triton-resources "
@@ -81,7 +85,7 @@ def _check(chosen: list, options: argparse.Namespace) -> int:
     sampled = resource_report.sample(kept, SAMPLE)
     compiled = _compile(lacking + sampled, options)
     _show(compiled)
-    rows = [row for subject in chosen for row in kept.get(subject) or compiled[subject]]
+    rows = [row for subject in chosen for row in kept.get(subject) or compiled.get(subject, [])]
     failed = [row for row in rows + [row for subject in sampled for row in compiled[subject]] if row.failures]
     differing = {
         subject: different
@@ -90,9 +94,9 @@ def _check(chosen: list, options: argparse.Namespace) -> int:
     }
     print(f"{len(lacking)} compiled that it lacks, {len(sampled)} compiled to compare: {len(differing)} differ")
     for subject, different in differing.items():
-        print(f"not as reported: {_name(subject)}: {'; '.join(different)}")
+        print(f"not as reported: {subject.name}: {'; '.join(different)}")
     if options.json:
-        _write(options.json, rows)
+        _write(options.json, rows, unknown)
     return 1 if failed or differing else 0
 
 
@@ -107,10 +111,10 @@ def _update(every: list, chosen: list, options: argparse.Namespace) -> int:
     print(f"{len(kept)} of {len(every)} configurations and targets stay as reported, {len(lacking)} are compiled.")
     rows = kept | _compile(lacking, options)
     _show({subject: rows[subject] for subject in every if subject in rows})
-    _write(options.json or options.report, [row for subject in every for row in rows.get(subject, ())])
-    unknown = len(every) - len(rows)
+    unknown = [subject for subject in every if subject not in rows]
+    _write(options.json or options.report, [row for subject in every for row in rows.get(subject, ())], unknown)
     if unknown:
-        print(f"{unknown} configurations and targets remain unreported.")
+        print(f"{len(unknown)} configurations and targets are not in the report, which says so.")
     return 1 if any(row.failures for found in rows.values() for row in found) else 0
 
 
@@ -139,7 +143,7 @@ def _show(rows_of: dict) -> None:
     print(_summary(rows))
     for row in rows:
         if row.failures:
-            print(f"failed: {_name(row.subject)}: {'; '.join(row.failures)}")
+            print(f"failed: {row.subject.name}: {'; '.join(row.failures)}")
 
 
 def _summary(rows: list) -> str:
@@ -148,7 +152,8 @@ def _summary(rows: list) -> str:
     return f"{len(rows) - tolerated - failed} clean, {tolerated} tolerated, {failed} failed."
 
 
-def _write(target: Path, rows: list) -> None:
+def _write(target: Path, rows: list, lacking: list) -> None:
+    """``lacking``: subjects that are shipped and not among the rows."""
     import triton
 
     from hope_kernels.bench import resource_tables
@@ -156,7 +161,11 @@ def _write(target: Path, rows: list) -> None:
 
     report = stamp("triton-resources", ["python", *sys.argv])
     report["versions"] |= {"triton": triton.__version__}
-    report |= {"passed": not any(row.failures for row in rows), "rows": [row.as_dict() for row in rows]}
+    report |= {
+        "passed": not any(row.failures for row in rows),
+        "lacking": [subject.name for subject in lacking],
+        "rows": [row.as_dict() for row in rows],
+    }
     resource_tables.write(target, report, _markdown(report, rows))
 
 
@@ -201,14 +210,6 @@ def _swept(options: argparse.Namespace, architectures: Iterable[str]) -> Iterato
                     yield Subject(options.sweep, shape, variant, architecture, configuration)
 
 
-def _name(subject) -> str:
-    shape = subject.shape
-    return (
-        f"{subject.kernel} {shape.form} {shape.rule} {shape.operand_bits}-bit C{shape.block_chunk} "
-        f"D{shape.block_dim} {subject.variant} on {subject.architecture}"
-    )
-
-
 def _cells(row) -> list[str]:
     shape, resources = row.subject.shape, row.resources
     name = f"{shape.form} {shape.rule} {shape.operand_bits}-bit C{shape.block_chunk} D{shape.block_dim}"
@@ -247,7 +248,16 @@ def _markdown(report: dict, rows: list) -> list[str]:
     ]
     for title, some in (("Tolerated", tolerated), ("Failed", failed)):
         if some:
-            lines += ["", f"## {title}", "", *(f"* {_name(row.subject)}: {_reason(row)}" for row in some)]
+            lines += ["", f"## {title}", "", *(f"* {row.subject.name}: {_reason(row)}" for row in some)]
+    if report["lacking"]:
+        lines += [
+            "",
+            "## Not in this report",
+            "",
+            "Shipped, and not compiled with this Triton since they last changed:",
+            "",
+            *(f"* {name}" for name in report["lacking"]),
+        ]
     return lines
 
 

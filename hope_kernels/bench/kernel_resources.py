@@ -55,6 +55,15 @@ class Subject:
     architecture: str
     configuration: Configuration | None = None
 
+    @property
+    def name(self) -> str:
+        """Of the shipped subjects no two have the same."""
+        shape = self.shape
+        return (
+            f"{self.kernel} {shape.form} {shape.rule} {shape.operand_bits}-bit C{shape.block_chunk} "
+            f"D{shape.block_dim} {self.variant} on {self.architecture}"
+        )
+
 
 @dataclass(frozen=True)
 class Row:

@@ -1,7 +1,8 @@
 """The report of the Triton kernels' resources as a lock file: what it holds need not be compiled again.
 
 A row carries the digest of what was compiled (:mod:`hope_kernels.backends.triton.digest`). As long as the engine would
-compile the same, the row holds; nothing is said about the others until they are compiled.
+compile the same, the row holds; nothing is said about the others until they are compiled. A report may be known to be
+incomplete, where nobody has compiled all of it with an old Triton: it then names what it lacks.
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ def load(path: Path) -> dict[str, Resources]:
         for row in json.loads(path.read_text())["rows"]
         if row.get("digest") and not row["failures"]
     }
+
+
+def known_lacking(path: Path) -> set[str]:
+    """The names of the subjects that a report says it lacks."""
+    return set(json.loads(path.read_text()).get("lacking", ())) if path.exists() else set()
 
 
 def reported(subjects: Iterable[Subject], held: Mapping[str, Resources]) -> dict[Subject, list[Row]]:

@@ -62,8 +62,9 @@ def shipped(architecture: str, *wanted: str) -> dict:
 
 
 def report(folder: str) -> dict:
-    """Which configurations the report in ``folder`` for the Triton at hand lacks, and how many digests it has that are
-    of none; ``path`` None: there is no report of this very version."""
+    """Which configurations the report in ``folder`` for the Triton at hand lacks, which of them without saying so or
+    saying so wrongly, and how many digests it has that are of none; ``path`` None: there is no report of this very
+    version."""
     from hope_kernels.bench import resource_report
     from hope_kernels.bench.kernel_resources import shipped_subjects
 
@@ -78,7 +79,8 @@ def report(folder: str) -> dict:
         "triton": triton.__version__,
         "path": str(path),
         "shipped": len(every),
-        "lacking": [str(subject) for subject in every if subject not in kept],
+        "lacking": len(every) - len(kept),
+        "undeclared": sorted({s.name for s in every if s not in kept} ^ resource_report.known_lacking(path)),
         "left": len(held.keys() - {row.digest for row in rows}),
         "failures": [row.as_dict() for row in rows if row.failures],
     }
