@@ -65,7 +65,8 @@ test-slow: $(INSTALLED) ## the slow tier alone
 	$(ONE_THREAD_EACH) $(BIN)/python -m pytest $(IN_PARALLEL) -m slow $(TEST_ARGS)
 
 test-oldest-triton: $(OLDEST)/installed.stamp ## the Triton engine's tests with the oldest Triton (TEST_ARGS)
-	$(OLDEST)/bin/python -m pytest tests/backends/test_triton.py $(TEST_ARGS)
+	$(OLDEST)/bin/python -m pytest tests/backends/test_triton.py $(TEST_ARGS) \
+		tests/backends/test_triton_resources.py::test_the_committed_report_is_of_exactly_what_is_shipped
 
 # One build with the address and the undefined-behaviour sanitizer, one with the thread sanitizer; the cases run on every
 # instruction set this processor has.
@@ -92,7 +93,7 @@ bench: $(INSTALLED) ## every backend against the naive path (BENCH_ARGS="--shape
 bench-suite: $(INSTALLED) ## the regression benchmarks, pytest-benchmark's tables
 	$(BIN)/python -m pytest benchmarks $(BENCH_ARGS)
 
-triton-resources: $(INSTALLED) ## registers, shared memory and spills of the Triton kernels, without a GPU (RESOURCES_ARGS)
+triton-resources: $(INSTALLED) ## bring the report of the Triton kernels' registers and spills up to date (RESOURCES_ARGS: --check)
 	$(BIN)/python benchmarks/triton_resources.py $(RESOURCES_ARGS)
 
 triton-resources-oldest: $(OLDEST)/installed.stamp ## the same with the oldest Triton

@@ -55,12 +55,22 @@ class Subject:
     architecture: str
     configuration: Configuration | None = None
 
+    @property
+    def name(self) -> str:
+        """Of the shipped subjects no two have the same."""
+        shape = self.shape
+        return (
+            f"{self.kernel} {shape.form} {shape.rule} {shape.operand_bits}-bit C{shape.block_chunk} "
+            f"D{shape.block_dim} {self.variant} on {self.architecture}"
+        )
+
 
 @dataclass(frozen=True)
 class Row:
     """What came of a subject: ``settings`` of the launch; ``resources`` None where it does not compile.
 
-    ``failures`` say why it must not be shipped. ``tolerated``: no failure, and yet not free of spills.
+    ``failures`` say why it must not be shipped. ``tolerated``: no failure, and yet not free of spills. ``digest`` is
+    that of what was compiled (:mod:`hope_kernels.backends.triton.digest`), empty where it does not compile.
     """
 
     subject: Subject
@@ -68,6 +78,7 @@ class Row:
     settings: dict[str, int]
     resources: Resources | None
     failures: list[str]
+    digest: str = ""
 
     @property
     def tolerated(self) -> bool:
@@ -84,11 +95,13 @@ class Row:
             **({} if self.resources is None else asdict(self.resources)),
             "failures": self.failures,
             "tolerated": self.tolerated,
+            "digest": self.digest,
         }
 
 
-def launches_of(subject: Subject) -> list[Launch]:
-    """The launches of a subject's kernel, compiled."""
+def launches_of(subject: Subject, *, describe: bool = False) -> list[Launch]:
+    """The launches of a subject's kernel, compiled, or only described: each different one once, though a kernel may be
+    launched once per chunk."""
     shape, full = subject.shape, subject.variant != "plain"
     tiled_scan = _TILED.get(subject.kernel)
     less = ODD if subject.variant == "odd" else 0
@@ -112,15 +125,16 @@ def launches_of(subject: Subject) -> list[Launch]:
     assumed = {} if subject.configuration is None else {subject.kernel: subject.configuration}
     architecture = ARCHITECTURES[subject.architecture]
     if tiled_scan is None:
-        with compile_only(architecture) as launches, assume(assumed):
+        with compile_only(architecture, describe=describe) as launches, assume(assumed):
             _LAUNCHERS[subject.kernel](problem)
-        return launches
-    with assume(assumed):
-        with compile_only(architecture, tiled_scan.forward) as launches:
-            tiled.scan_forward(problem, save=True)
-        with compile_only(architecture, tiled_scan.backward) as backward_launches:
-            _backward(problem, tiled)
-    return launches + backward_launches
+    else:
+        with assume(assumed):
+            with compile_only(architecture, tiled_scan.forward, describe=describe) as launches:
+                tiled.scan_forward(problem, save=True)
+            with compile_only(architecture, tiled_scan.backward, describe=describe) as backward_launches:
+                _backward(problem, tiled)
+        launches = launches + backward_launches
+    return list({launch.digest: launch for launch in launches}.values())
 
 
 def _forward(problem: ScanProblem) -> None:
@@ -209,19 +223,27 @@ def examine(subject: Subject) -> list[Row]:
         return [Row(subject, "", settings, None, [f"does not compile: {str(error).strip().splitlines()[-1]}"])]
     architecture = ARCHITECTURES[subject.architecture]
     rows = []
-    # A kernel may be launched once per chunk: once is enough.
-    for launch in {(launch.kernel, launch.compiled.hash): launch for launch in launches}.values():
+    for launch in launches:
         multiplies = "tt.dot" in launch.compiled.asm["ttir"]
         resources = read_resources(launch.compiled, architecture)
         failures = resources.failures(architecture, tensor_core=multiplies and subject.shape.operand_bits == 16)
-        if settings and launch.options["num_warps"] != settings["num_warps"]:
-            failures.append(f"the engine launches it with num_warps={launch.options['num_warps']} all the same")
-        rows.append(Row(subject, launch.kernel, settings or _settings(launch), resources, failures))
+        failures += launch_failures(launch, subject)
+        rows.append(Row(subject, launch.kernel, settings_of(launch, subject), resources, failures, launch.digest))
     return rows
 
 
-def _settings(launch: Launch) -> dict[str, int]:
-    """Tile and options of a launch whose configuration is not of the table."""
+def launch_failures(launch: Launch, subject: Subject) -> list[str]:
+    """Why a launch is not the subject's, whatever it takes."""
+    warps = launch.options["num_warps"]
+    if subject.configuration is None or warps == subject.configuration.num_warps:
+        return []
+    return [f"the engine launches it with num_warps={warps} all the same"]
+
+
+def settings_of(launch: Launch, subject: Subject) -> dict[str, int]:
+    """The subject's configuration; where it takes what the table gives, tile and options of the launch."""
+    if subject.configuration is not None:
+        return subject.configuration.settings()
     tile = launch.options.get("tile")
     blocks = {} if tile is None else {name: getattr(tile, name) for name in ("rows", "columns", "inner")}
     return blocks | {name: launch.options[name] for name in ("num_warps", "num_stages") if name in launch.options}

@@ -281,6 +281,38 @@ def test_every_kernel_of_the_tiled_plan_has_a_configuration_on_every_device(monk
     assert not lacking
 
 
+def resident_shapes(kernel: str, form: str, rule: str, bits: int, architecture: str) -> str:
+    """The largest chunks and widths of a resident kernel, as the documentation has them."""
+    device = Device(architecture, architecture)
+    listed = [
+        (chunk, dim)
+        for chunk in (16, 32, 64)
+        for dim in (16, 32, 64, 128)
+        if choose(kernel, ShapeClass(form, rule, bits, chunk, dim), device) is not None
+    ]
+    largest = [
+        (chunk, dim)
+        for chunk, dim in listed
+        if not any((c, d) != (chunk, dim) and c >= chunk and d >= dim for c, d in listed)
+    ]
+    return ", ".join(f"{chunk}×{dim}" for chunk, dim in largest) or "–"
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_the_documentation_says_what_is_resident(monkeypatch, direction):
+    monkeypatch.setattr(table, "SHIPPED", Path(table.__file__).with_name("configurations.json"))
+    text = (Path(__file__).parents[2] / "docs" / "triton.md").read_text()
+    for bits in (16, 32):
+        for form in ("linear", "mlp", "glu"):
+            for rule in ("gd", "dgd"):
+                cells = [
+                    resident_shapes(f"resident_{direction}", form, rule, bits, architecture)
+                    for architecture in ("sm_80", "sm_90", "sm_100", "gfx942", ANY)
+                ]
+                line = " | ".join([direction, f"{bits} bits", f"`{form}`, `{rule}`", *cells])
+                assert f"| {line} |" in text, f"docs/triton.md lacks: | {line} |"
+
+
 def test_the_table_is_read_without_triton():
     code = (
         "import sys\n"

@@ -13,7 +13,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -35,7 +34,6 @@ pytestmark = pytest.mark.skipif(not STATUS, reason=f"triton: {STATUS.reason}")
 
 if STATUS:
     from hope_kernels.backends import triton as engine
-    from hope_kernels.backends.triton import plan as plan_module
     from hope_kernels.backends.triton.compile_only import meta_problem
     from hope_kernels.backends.triton.configurations import Configuration, assume
     from hope_kernels.backends.triton.plan import choose_plan
@@ -138,22 +136,24 @@ def test_forward_and_backward_each_follow_their_own_configurations():
             assert choose_plan(problem, present).name == "resident"
 
 
-def test_short_chunks_are_resident_even_where_no_configuration_is_known():
-    problem = meta_problem(
-        MemorySpec(), dtype=torch.float16, batch=1, tokens=64, heads=1, dim=64, hidden=8, chunk_size=32
-    )
-    with assume({"resident_backward": None}):
-        choice = choose_plan(problem, "backward")
-    assert choice.name == "resident"
-    assert "32 tokens are too few for several launches" in choice.reason
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.interpreted_cases(2)
+def test_where_there_is_no_device_small_scans_of_every_form_and_rule_are_resident(dtype):
+    """So the resident kernels are what tests of "triton" interpret, beside the tiled ones of larger sizes."""
+    sizes = {"batch": 1, "tokens": 40, "heads": 1, "dim": 16, "hidden": 16, "chunk_size": 16}
+    for form in ("linear", "mlp", "glu"):
+        for rule in ("gd", "dgd"):
+            problem = meta_problem(MemorySpec(form, rule=rule), dtype=dtype, **sizes)
+            for direction in ("forward", "backward"):
+                assert choose_plan(problem, direction).name == "resident", (form, rule, direction)
 
 
 @contextmanager
 def either_plan(directions: dict[str, bool]) -> Iterator[None]:
-    """The resident plan for those directions that are true, the tiled plan for the others, however short the chunk."""
+    """The resident plan for those directions that are true, the tiled plan for the others."""
     configuration = Configuration.of(block_hidden=16, num_warps=4)
     known = {f"resident_{name}": configuration if resident else None for name, resident in directions.items()}
-    with assume(known), patch.object(plan_module, "SHORT_CHUNK", 0):
+    with assume(known):
         yield
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -79,6 +80,86 @@ def test_sizes_of_one_compile_and_no_other_sizes_compile_anew(plan, kernel):
 def test_kernels_of_the_interpreter_are_refused():
     message = compiled("interpreted", TRITON_INTERPRET="1")["message"]
     assert "sum_of_squares" in message and "TRITON_INTERPRET" in message
+
+
+# ---- digests ---------------------------------------------------------------------------------------------------------
+
+KERNELS = '''
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+SCALE = tl.constexpr(2)
+
+
+class Pair(NamedTuple):
+    left: Any
+    right: Any
+
+
+@triton.constexpr_function
+def shift(n):
+    return n + 1
+
+
+@triton.jit
+def scaled(x, n):
+    return x * SCALE + shift(n)
+
+
+@triton.jit
+def unused(x):
+    return x - 1
+
+
+@triton.jit
+def kernel(pair, n: tl.constexpr):
+    """Scales the left into the right."""
+    tl.store(pair.right, scaled(tl.load(pair.left), n))
+
+
+def launch(x):
+    kernel[(1,)](Pair(x, x), 8, num_warps=4)
+'''
+# What is changed in it, and whether something else would be compiled.
+CHANGES = {
+    "nothing": ("", "", False),
+    "a comment": ("    return x * SCALE", "    # twice\n    return x * SCALE", False),
+    "a line above": ("class Pair", "\n\nclass Pair", False),
+    "the layout": ("return x * SCALE + shift(n)", "return (x\n        * SCALE) + shift(n)", False),
+    "a docstring": ("Scales the left into the right.", "Other words.", False),
+    "another docstring": ("    return n + 1", "    'Adds one.'\n    return n + 1", False),
+    "an unused function": ("return x - 1", "return x - 2", False),
+    "a called function": ("return x * SCALE +", "return x + SCALE +", True),
+    "a function called at compile time": ("return n + 1", "return n + 2", True),
+    "a global": ("constexpr(2)", "constexpr(3)", True),
+    "the kernel": ("tl.store(pair.right", "tl.store(pair.right + 1", True),
+    "the order of an argument": ("    left: Any\n    right: Any", "    right: Any\n    left: Any", True),
+    "a constant": ("Pair(x, x), 8", "Pair(x, x), 16", True),
+    "an option": ("num_warps=4", "num_warps=8", True),
+    "a type": ("Pair(x, x)", "Pair(x, x.half())", True),
+    "alignment": ("Pair(x, x)", "Pair(x, 3)", True),
+}
+
+
+def test_digests_change_with_what_is_compiled_and_with_nothing_else(tmp_path):
+    files = {}
+    for i, (what, (old, new, _)) in enumerate(CHANGES.items()):
+        assert KERNELS.count(old) == 1 or not old, what
+        files[what] = tmp_path / f"changed_{i}.py"
+        files[what].write_text(KERNELS.replace(old, new) if old else KERNELS)
+    found = dict(zip(files, compiled_digests(*files.values()), strict=True))
+    sm_80, sm_90 = found["nothing"]
+    assert sm_80 != sm_90
+    changed = {what: sm_90 != compiled_for[1] for what, compiled_for in found.items()}
+    assert changed == {what: different for what, (_, _, different) in CHANGES.items()}
+    assert compiled_digests(files["nothing"], PYTHONHASHSEED="1") == [[sm_80, sm_90]]
+
+
+def compiled_digests(*files: Path, **environment: str) -> list[list[str]]:
+    found = compiled("digests", "sm_80,sm_90", *files, **environment)
+    return [found[file.stem] for file in files]
 
 
 # ---- the gate --------------------------------------------------------------------------------------------------------
@@ -208,11 +289,100 @@ def test_representative_shipped_configurations_compile_within_the_gate():
             assert (row["tensor_core"] > 0) == (row["operand_bits"] == 16), name
 
 
+CLI = "benchmarks/triton_resources.py"
+FEW = ("--kernel", "tiled_triangle_adjoint", "--arch", "sm_90")  # four subjects that compile in seconds
+
+
+def report_path() -> Path:
+    """The committed report for the Triton at hand."""
+    installed = version("triton")
+    path = ROOT / "benchmarks" / "results" / f"triton-resources-{'.'.join(installed.split('.')[:2])}.json"
+    if not path.exists() or json.loads(path.read_text())["versions"]["triton"] != installed:
+        pytest.skip(f"there is no report of Triton {installed}")
+    return path
+
+
+def test_a_check_compiles_what_the_report_lacks_and_finds_what_differs_from_it(tmp_path):
+    content = json.loads(report_path().read_text())
+    few = [row for row in content["rows"] if (row["kernel"], row["architecture"]) == (FEW[1], FEW[3])]
+    changed, missing = few[0], few[-1]
+    content["rows"].remove(missing)
+    changed["registers"] += 1
+    (tmp_path / "report.json").write_text(json.dumps(content))
+    found = run(CLI, *FEW, "--check", "--report", str(tmp_path / "report.json"), "--json", str(tmp_path / "found.json"))
+    assert found.returncode == 1, found.stderr[-3000:]
+    assert "report.json holds 3 of 4" in found.stdout
+    assert "1 compiled that it lacks, 3 compiled to compare: 1 differ" in found.stdout
+    message = f"{changed['function']}: registers is {changed['registers'] - 1}, the report says {changed['registers']}"
+    assert found.stdout.count("not as reported: ") == 1 and message in found.stdout
+    written = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert [row["digest"] for row in written] == [row["digest"] for row in few]
+    assert written[-1] == missing
+
+
+def test_a_check_does_not_compile_a_whole_table(tmp_path):
+    found = run(CLI, "--arch", "sm_90", "--check", "--report", str(tmp_path / "none.json"))
+    assert found.returncode == 1
+    assert "run make triton-resources" in found.stderr and "commit the report" in found.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_an_update_compiles_what_is_new_keeps_what_holds_and_drops_the_rest(tmp_path):
+    """A kept row comes out as the report has it, however wrong; ``--all`` reads it from the binary."""
+    content = json.loads(report_path().read_text())
+    rows = content["rows"]
+    few = [i for i, row in enumerate(rows) if (row["kernel"], row["architecture"]) == (FEW[1], FEW[3])]
+    rows[few[0]]["registers"] += 1
+    kept = rows[: few[-1]] + rows[few[-1] + 1 :]
+    gone = {**rows[few[-1]], "digest": "0123456789abcdef"}
+    report = tmp_path / "report.json"
+    report.write_text(json.dumps({**content, "rows": [gone, *kept]}))
+    found = run(CLI, *FEW, "--report", str(report))
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert json.loads(report.read_text())["rows"] == rows
+    assert run(CLI, *FEW, "--report", str(report), "--all").returncode == 0
+    rows[few[0]]["registers"] -= 1
+    assert json.loads(report.read_text())["rows"] == rows
+
+
+def test_a_sample_is_spread_and_the_same_every_time():
+    from hope_kernels.bench.kernel_resources import Row, shipped_subjects
+    from hope_kernels.bench.resource_report import sample
+
+    subjects = shipped_subjects(["sm_80", "sm_90", "sm_100", "gfx942"])
+    rows = {subject: [Row(subject, "", {}, resources(), [])] for subject in subjects}
+    taken = sample(rows, 24)
+    assert len(set(taken)) == 24
+    assert taken == sample(dict(reversed(rows.items())), 24)
+    assert {subject.kernel for subject in taken} == {subject.kernel for subject in subjects}
+    for name, least in (("architecture", 4), ("variant", 5)):
+        counts = Counter(getattr(subject, name) for subject in taken)
+        assert set(counts) == {getattr(subject, name) for subject in subjects} and min(counts.values()) >= least
+    assert len({(subject.shape.form, subject.shape.rule) for subject in taken}) == 6
+
+
+def test_the_committed_report_is_of_exactly_what_is_shipped():
+    found = compiled("report", "benchmarks/results")
+    if found["path"] is None:
+        pytest.skip(f"there is no report of Triton {found['triton']}")
+    what_to_do = "run make triton-resources (with the oldest Triton make triton-resources-oldest) and commit the report"
+    undeclared = found["undeclared"]
+    assert undeclared == [], (
+        f"{found['path']} is not of {len(undeclared)} of {found['shipped']} as it says: {what_to_do}"
+    )
+    path = Path(found["path"])
+    if path == max(path.parent.glob("triton-resources-*.json"), key=lambda p: [int(n) for n in p.stem[17:].split(".")]):
+        assert found["lacking"] == 0, f"the report of the newest Triton has to be whole: {what_to_do}"
+    assert found["left"] == 0, f"{found['path']} has rows of what is not shipped: {what_to_do}"
+    assert found["failures"] == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_every_shipped_configuration_passes_the_gate(architecture, tmp_path):
-    report = tmp_path / "resources.json"
-    found = run("benchmarks/triton_resources.py", "--arch", architecture, "--json", str(report), timeout=7200)
+    report = tmp_path / "resources.json"  # holds nothing yet
+    found = run(CLI, "--arch", architecture, "--report", str(report), timeout=7200)
     assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
     content = json.loads(report.read_text())
     assert content["passed"] and content["rows"] and content["versions"]["triton"]

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 import triton
@@ -57,6 +59,49 @@ def shipped(architecture: str, *wanted: str) -> dict:
         for subject in shipped_subjects([architecture])
     }
     return {name: [row.as_dict() for row in examine(subjects[name])] for name in wanted}
+
+
+def report(folder: str) -> dict:
+    """Which configurations the report in ``folder`` for the Triton at hand lacks, which of them without saying so or
+    saying so wrongly, and how many digests it has that are of none; ``path`` None: there is no report of this very
+    version."""
+    from hope_kernels.bench import resource_report
+    from hope_kernels.bench.kernel_resources import shipped_subjects
+
+    path = Path(folder) / f"triton-resources-{'.'.join(triton.__version__.split('.')[:2])}.json"
+    if not path.exists() or json.loads(path.read_text())["versions"]["triton"] != triton.__version__:
+        return {"triton": triton.__version__, "path": None}
+    held = resource_report.load(path)
+    every = shipped_subjects(list(ARCHITECTURES))
+    kept = resource_report.reported(every, held)
+    rows = [row for found in kept.values() for row in found]
+    return {
+        "triton": triton.__version__,
+        "path": str(path),
+        "shipped": len(every),
+        "lacking": len(every) - len(kept),
+        "undeclared": sorted({s.name for s in every if s not in kept} ^ resource_report.known_lacking(path)),
+        "left": len(held.keys() - {row.digest for row in rows}),
+        "failures": [row.as_dict() for row in rows if row.failures],
+    }
+
+
+def digests(architectures: str, *files: str) -> dict:
+    """By file, the digests of what ``launch(x)`` of that module would compile for each of the architectures, which a
+    comma separates; all files go by one module name."""
+    found = {}
+    for file in files:
+        spec = importlib.util.spec_from_file_location("kernels_of_a_test", file)
+        assert spec is not None and spec.loader is not None
+        sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        for architecture in architectures.split(","):
+            with compile_only(ARCHITECTURES[architecture], describe=True) as launches:
+                module.launch(torch.empty(64, device="meta"))
+            (launch,) = launches
+            assert launch.compiled is None
+            found.setdefault(Path(file).stem, []).append(launch.digest)
+    return found
 
 
 def variants(plan: str) -> dict:

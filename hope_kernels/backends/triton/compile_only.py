@@ -7,6 +7,7 @@ are those of a real call at that size, and every launch is recorded with the ker
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from hope_kernels.backends.interface import ScanProblem
 from hope_kernels.backends.triton.configurations import Device, assume
+from hope_kernels.backends.triton.digest import digest
 from hope_kernels.memory.spec import MemorySpec
 
 
@@ -53,13 +55,22 @@ class Launch(NamedTuple):
     """One launch that was compiled instead.
 
     ``kernel`` is the function's name, ``options`` are the keywords of the launch (``num_warps``, ..), ``compiled`` is
-    Triton's compiled kernel with its ``metadata`` and ``asm``.
+    Triton's compiled kernel with its ``metadata`` and ``asm``, ``digest`` that of what it is compiled from.
     """
 
     kernel: str
     grid: Any
     options: dict[str, Any]
     compiled: Any
+    digest: str
+
+
+class _NotCompiled:
+    """In place of a kernel that is only described."""
+
+
+# Of kernels that Triton keeps for the process.
+_digests: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 
 class _StandIn:
@@ -80,11 +91,14 @@ class _StandIn:
 
 
 @contextmanager
-def compile_only(architecture: Architecture, kernels: Collection[str] | None = None) -> Iterator[list[Launch]]:
+def compile_only(
+    architecture: Architecture, kernels: Collection[str] | None = None, *, describe: bool = False
+) -> Iterator[list[Launch]]:
     """Inside, launches of Triton kernels compile for ``architecture`` and are appended to the list that is yielded.
 
     Configurations are chosen as on that architecture. ``kernels``: names of the functions to compile, None for all;
-    launches of others do nothing.
+    launches of others do nothing. ``describe``: nothing is compiled; launches have their digests, and None for
+    ``compiled`` unless the kernel had been compiled by this process.
 
     For the whole process, threads included: not for use beside real launches.
 
@@ -93,12 +107,39 @@ def compile_only(architecture: Architecture, kernels: Collection[str] | None = N
     """
     launches: list[Launch] = []
     compile_and_run, interpret, previous = JITFunction.run, InterpretedFunction.__getitem__, driver._active
+    compile_one = JITFunction._do_compile
+    given: list[Any] = []  # arguments of the launch that is being compiled
 
     def run(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         if kernels is not None and kernel.__name__ not in kernels:
             return None
+        given[:] = [*arguments, *options.values()]
         compiled = compile_and_run(kernel, *arguments, grid=grid, warmup=True, **options)
-        launches.append(Launch(kernel.__name__, grid, options, compiled))
+        known = None if isinstance(compiled, _NotCompiled) else compiled
+        launches.append(Launch(kernel.__name__, grid, options, known, _digests[compiled]))
+        return known
+
+    def build(
+        kernel: JITFunction,
+        key: str,
+        signature: dict,
+        device: str,
+        constants: dict,
+        options: Any,
+        attributes: dict,
+        warmup: bool,
+    ) -> Any:
+        arguments = (key, signature, device, constants, options, attributes, warmup)
+        compiled = _NotCompiled() if describe else compile_one(kernel, *arguments)
+        _digests[compiled] = digest(
+            kernel,
+            given,
+            signature=signature,
+            constants=constants,
+            attributes=attributes,
+            options=vars(options),
+            target=architecture.target,
+        )
         return compiled
 
     def refuse(kernel: InterpretedFunction, grid: Any) -> Any:
@@ -108,7 +149,7 @@ def compile_only(architecture: Architecture, kernels: Collection[str] | None = N
         )
 
     driver.set_active(_StandIn(architecture.target))
-    JITFunction.run, InterpretedFunction.__getitem__ = run, refuse
+    JITFunction.run, InterpretedFunction.__getitem__, JITFunction._do_compile = run, refuse, build
     try:
         with warnings.catch_warnings(), assume(device=Device(architecture.name, architecture.name)):
             # A change of default in a later Triton, warned about once per process.
@@ -116,6 +157,7 @@ def compile_only(architecture: Architecture, kernels: Collection[str] | None = N
             yield launches
     finally:
         JITFunction.run, InterpretedFunction.__getitem__ = compile_and_run, interpret
+        JITFunction._do_compile = compile_one
         driver._active = previous
 
 

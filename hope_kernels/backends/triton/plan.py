@@ -23,9 +23,6 @@ PLANS = ("resident", "tiled")
 # Tokens of a chunk, and features of a token, that one program can hold at all.
 RESIDENT_CHUNK = 64
 RESIDENT_DIM = 128
-# Up to these a program may spill registers and still be far ahead of several launches for so few tokens.
-SHORT_CHUNK = 32
-NARROW_DIM = 64
 
 
 class PlanChoice(NamedTuple):
@@ -40,9 +37,8 @@ def choose_plan(problem: ScanProblem, direction: str) -> PlanChoice:
     """The plan for the ``"forward"`` or the ``"backward"`` of a scan. It depends on the memory's spec and sizes, the
     dtype and the device, and on nothing else: a call too short to write anything runs as longer ones do.
 
-    Resident where a chunk fits one program and either the table of configurations has one of this direction's kernel
-    for this class of shapes on this device, that is one that is known not to spill registers, or the chunk is short;
-    else tiled.
+    Resident where a chunk fits one program and the table of configurations has one of this direction's kernel for this
+    class of shapes on this device, that is one that is known not to spill registers; else tiled.
     """
     chunk_size, dim = problem.chunk_size, problem.tokens.shape[3]
     if chunk_size > RESIDENT_CHUNK:
@@ -54,7 +50,4 @@ def choose_plan(problem: ScanProblem, direction: str) -> PlanChoice:
     shape, device = configurations.shape_class(problem), configurations.device_of(problem.tokens)
     if configurations.choose(f"resident_{direction}", shape, device) is not None:
         return PlanChoice("resident", f"a chunk of {chunk_size} tokens of {dim} features fits one program")
-    unknown = f"no resident configuration of the {direction} is known for {shape} on {device.name}"
-    if chunk_size <= SHORT_CHUNK and dim <= NARROW_DIM:
-        return PlanChoice("resident", f"{unknown}, and {chunk_size} tokens are too few for several launches a chunk")
-    return PlanChoice("tiled", unknown)
+    return PlanChoice("tiled", f"no resident configuration of the {direction} is known for {shape} on {device.name}")

@@ -27,7 +27,7 @@ ForwardResult = tuple["Tensor", list["Tensor"], list["Tensor"], list["Tensor"]]
 Upstream = tuple["Tensor | None", list["Tensor | None"], list["Tensor | None"]]
 
 
-# Where the table has no configuration, for short chunks and for a plan asked for by name: it runs, spilling registers.
+# Where the table has no configuration and the plan was asked for by name: it runs, spilling registers perhaps.
 _UNLISTED = Configuration.of(block_hidden=16, num_warps=8)
 
 
