@@ -27,7 +27,7 @@ from tests.golden_cases import GOLDEN, load_golden
 
 pytestmark = needs_host_layer
 QUICK_GOLDEN = ["mlp_carried_state", "mlp_gd_momentum"]
-KERNEL = build.ROOT / "csrc/cuda/backward_scan.h"
+KERNEL = [build.ROOT / "csrc/cuda" / f"backward_{part}.h" for part in ("block", "products", "scan")]
 
 
 def assert_close_to_truth(problem: Problem, dtype: torch.dtype, **options) -> None:
@@ -366,8 +366,8 @@ CASES = ["small short backward", "small single backward", "small self backward",
 
 
 def written_barriers() -> list[str]:
-    lines = enumerate(KERNEL.read_text().splitlines(), 1)
-    return [f"{KERNEL.name}:{number}" for number, line in lines if re.search(r"\b__syncthreads\(", line)]
+    lines = [(path.name, *line) for path in KERNEL for line in enumerate(path.read_text().splitlines(), 1)]
+    return [f"{name}:{number}" for name, number, line in lines if re.search(r"\b__syncthreads\(", line)]
 
 
 @pytest.mark.slow

@@ -1,0 +1,403 @@
+// One block at work on the backward scan of one (sequence, head): where it is, the states of the segment it is in, the
+// adjoint of the state, and tokens on their way between global and shared memory. What is computed with them is
+// backward_scan.h's.
+#pragma once
+
+#include "backward_layout.h"
+
+namespace hope::cuda {
+
+template <class Traits>
+class BackwardBlock : protected ForwardScan<Traits> {
+  using Forward = ForwardScan<Traits>;
+
+ protected:
+  using Forward::begin_phase;
+  using typename Forward::Element;
+  using typename Forward::Numbers;
+  using Forward::place_;
+  using Forward::problem_;
+  using Forward::scale_of;
+  using Forward::shared_;
+  using Forward::state_;  // the state while it is rebuilt, its adjoint while chunks are walked back
+  using Forward::thread_;
+  using Forward::tile;
+  using Forward::turn;
+  using Forward::weight;
+  using Group = float[2][4];                            // accumulators of a slice and 16 of this warp's hidden units
+  using PackedUnits = uint32_t[Traits::kUnitTiles][2];  // a slice and all of them, as operands
+  static constexpr int kGroups = Traits::kUnitTiles / 2;
+  // What is known once for the whole scan is in shared memory: what follows from it, addresses above all, would otherwise be
+  // held in registers for the whole scan.
+  struct Here {
+    BackwardLayout layout;
+    BackwardWorkspace workspace;  // this task's part
+    float scale;   // of the chunk's write, see write_scale
+    bool live[2];  // a gradient has reached the state after a piece; for even and odd pieces: one is read, the next written
+    int first, last;  // states that the piece's segment has up to the piece's own: slots 0, 1, ..
+  };
+
+  __device__ __forceinline__ BackwardBlock(const BackwardParams& params, char* shared)
+      : Forward(params.rebuild, shared), back_(params), here_(block_shared<Here>()) {}
+
+  // ---- pieces of the sequence ----------------------------------------------------------------------------------------
+
+  // The newest piece, first to be walked back, comes last in the sequence. Those behind the last chunk read one state.
+  __device__ __forceinline__ bool newest(int piece) const { return piece == place_.pieces - 1; }
+  __device__ __forceinline__ int state_before(int piece) const { return min(piece, place_.chunks); }
+  __device__ __forceinline__ int slot_before(int piece) const {
+    return state_before(piece) % int(problem_.checkpoint_interval);
+  }
+  __device__ __forceinline__ bool first_of_segment(int piece) const {
+    return newest(piece) || (piece < place_.chunks && (piece + 1) % int(problem_.checkpoint_interval) == 0);
+  }
+  // Whether a piece's queries have outputs with a gradient.
+  __device__ __forceinline__ bool reads(int piece) const {
+    return back_.problem.q.data && this->first_query(piece) < this->token_count(piece);
+  }
+  // Truncated backpropagation: nothing flows back into the write of every bptt_chunks-th state.
+  __device__ __forceinline__ bool cuts(int piece) const {
+    return this->writes(piece) && problem_.bptt_chunks > 0 &&
+           (place_.seq.first_chunk + piece + 1) % problem_.bptt_chunks == 0;
+  }
+  // Whether a gradient has reached the state after a piece: only then what it wrote has any.
+  __device__ __forceinline__ bool live(int piece) const { return here_.live[piece & 1] && !cuts(piece); }
+  __device__ __forceinline__ bool written(int piece) const { return this->writes(piece) && live(piece); }
+  // Whether the errors depend on what the memory makes of the keys.
+  __device__ __forceinline__ bool predicts() const {
+    return problem_.objective == Objective::l2 || problem_.objective == Objective::self;
+  }
+  __device__ __forceinline__ int slices() const { return back_.rebuild.rows / kSlice; }
+
+  // ---- memory --------------------------------------------------------------------------------------------------------
+
+  __device__ __forceinline__ Element* tensor(BackwardTensor t) const {
+    return reinterpret_cast<Element*>(shared_ + here_.layout.tensors[t]);
+  }
+  // W_in^T, or W_out, of the chunk's start: [kHidden] rows of kPitch.
+  template <bool kOut>
+  __device__ __forceinline__ const Element* weights() const {
+    return reinterpret_cast<const Element*>(shared_ + here_.layout.weights) + (kOut ? Traits::kHidden * Traits::kPitch : 0);
+  }
+  __device__ __forceinline__ const Element* weights_in() const { return weights<false>(); }
+  __device__ __forceinline__ const Element* weights_out() const { return weights<true>(); }
+  __device__ __forceinline__ float* row_sums(int which) const {
+    return reinterpret_cast<float*>(shared_ + here_.layout.rows) + which * Traits::kWarps * back_.rebuild.rows;
+  }
+  // Weights of tokens in the write of the state (0) and of the momentum (1), divided by the scale.
+  __device__ __forceinline__ float* steps(int which) const {
+    return reinterpret_cast<float*>(shared_ + here_.layout.steps) + which * back_.rebuild.rows;
+  }
+  __device__ __forceinline__ float scale() const { return Traits::kType == DType::float16 ? here_.scale : 1.0f; }
+  __device__ __forceinline__ float* scalar_sums(int which) const {
+    return reinterpret_cast<float*>(shared_ + here_.layout.scalars) + which * Traits::kWarps;
+  }
+  // Sets of partial sums take turns from slice to slice.
+  __device__ __forceinline__ float4* partial(int slice) const {
+    const int set = slice & (here_.layout.partials - 1);
+    return reinterpret_cast<float4*>(shared_ + here_.layout.partial + set * here_.layout.partial_bytes);
+  }
+
+  __device__ __forceinline__ uint4* kept(int slice, KeptPart part) const {
+    constexpr int kCount = Traits::kUnitTiles / 2 * Traits::kThreads;
+    char* memory = here_.layout.kept >= 0
+                       ? shared_ + here_.layout.kept
+                       : static_cast<char*>(here_.workspace.kept);
+    return reinterpret_cast<uint4*>(memory) + (slice * kKeptParts + part) * kCount + thread_;
+  }
+  __device__ __forceinline__ void keep(int slice, KeptPart part, int i, const PackedUnits& x) const {
+    kept(slice, part)[i * Traits::kThreads] = uint4{x[2 * i][0], x[2 * i][1], x[2 * i + 1][0], x[2 * i + 1][1]};
+  }
+  __device__ __forceinline__ void recall(int slice, KeptPart part, PackedUnits& x) const {
+    const uint4* from = kept(slice, part);
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      const uint4 y = from[i * Traits::kThreads];
+      x[2 * i][0] = y.x, x[2 * i][1] = y.y, x[2 * i + 1][0] = y.z, x[2 * i + 1][1] = y.w;
+    }
+  }
+
+  static constexpr int64_t kSlotBytes = 2 * Traits::kHidden * Traits::kDim * sizeof(Element);
+
+  // This task's part of the workspace.
+  __device__ __forceinline__ BackwardWorkspace task_workspace() const {
+    const int64_t task = blockIdx.x, states = task * back_.slots;
+    const auto part = [](void* memory, int64_t bytes) -> void* { return memory ? static_cast<char*>(memory) + bytes : nullptr; };
+    const BackwardWorkspace& all = back_.workspace;
+    BackwardWorkspace own;
+    own.adjoint = part(all.adjoint, task * ParkedState<Traits>::kBytes);
+    own.slots = part(all.slots, states * kSlotBytes);
+    own.remainders = part(all.remainders, states * PackedState<Traits>::kBytes);
+    own.kept = part(all.kept, task * back_.kept_bytes);
+    own.momentum_slots = part(all.momentum_slots, states * ParkedState<Traits>::kBytes);
+    own.momentum_adjoint = part(all.momentum_adjoint, task * ParkedState<Traits>::kBytes);
+    own.momentum_operand = part(all.momentum_operand, task * PackedState<Traits>::kBytes);
+    return own;
+  }
+  __device__ __forceinline__ Element* slot(int which) const {
+    return reinterpret_cast<Element*>(static_cast<char*>(here_.workspace.slots) + which * kSlotBytes);
+  }
+  __device__ __forceinline__ ParkedState<Traits> parked() const { return {here_.workspace.adjoint, 0}; }
+  __device__ __forceinline__ PackedState<Traits> remainder(int which) const { return {here_.workspace.remainders, which}; }
+  __device__ __forceinline__ ParkedState<Traits> momentum_slot(int which) const {
+    return {here_.workspace.momentum_slots, which};
+  }
+  __device__ __forceinline__ ParkedState<Traits> momentum_adjoint() const { return {here_.workspace.momentum_adjoint, 0}; }
+  __device__ __forceinline__ PackedState<Traits> momentum_operand() const { return {here_.workspace.momentum_operand, 0}; }
+
+  // One thread says whose turn it is, a barrier before the others look.
+  __device__ __forceinline__ void enter(int piece) const {
+    here_.last = state_before(piece), here_.first = here_.last - slot_before(piece);
+  }
+
+  // ---- states of a segment -------------------------------------------------------------------------------------------
+
+  static __device__ __forceinline__ MatrixView contiguous(const void* data, int64_t which, int64_t rows, int64_t columns) {
+    float* matrix = const_cast<float*>(static_cast<const float*>(data)) + which * rows * columns;
+    return {matrix, DType::float32, 0, 0, columns, 1};
+  }
+
+  __device__ __forceinline__ void load_first(int chunk) {
+    if (chunk == 0) return this->load_initial();
+    const int64_t row = place_.checkpoint_row(problem_, back_.rebuild.checkpoints, chunk), D = problem_.dim,
+                  H = problem_.hidden;
+    const void* const* saved = back_.result.checkpoints;
+    const MatrixView weights[2] = {contiguous(saved[0], row, D, H), contiguous(saved[1], row, H, D)};
+    if constexpr (Traits::kMomentum) {
+      const MatrixView speeds[2] = {contiguous(saved[kMaxWeights], row, D, H), contiguous(saved[kMaxWeights + 1], row, H, D)};
+      this->load_state(weights, speeds);
+    } else {
+      this->load_state(weights, nullptr);
+    }
+  }
+
+  // The states at the start of the segment's chunks into slots 0, 1, ..
+  __device__ __forceinline__ void rebuild() {
+    begin_phase();
+    {
+      const ParkedState<Traits> away = parked();
+      each_in(state_, [&](int i, int j, float(&x)[4]) { away.in(i, j) = four(x); });
+      each_out(state_, [&](int i, int j, float(&x)[4]) { away.out(i, j) = four(x); });
+    }
+    const int stages = back_.rebuild.stages;
+#pragma unroll 1
+    for (int next = here_.first;; ++next) {
+      cp_async_wait<0>();
+      __syncthreads();  // everyone's share of the tokens is there; the stage loaded next is free
+      if (next < here_.last) this->load_tokens(next, next & (stages - 1));
+      if (next == here_.first) load_first(next);
+      if (stages == 1) {
+        cp_async_wait<0>();
+        __syncthreads();  // everyone's share of the tokens is there
+      }
+      const int chunk = next - (stages - 1);
+      if (chunk < here_.first) continue;
+      begin_phase();
+      save_slot(chunk - here_.first);
+      if (chunk == here_.last) break;
+      this->apply(chunk, chunk & (stages - 1));
+      __syncthreads();  // the last slice's errors are complete
+      this->write(chunk, chunk & (stages - 1));
+    }
+    const ParkedState<Traits> away = parked();
+    each_in(state_, [&](int i, int j, float(&x)[4]) { take(x, away.in(i, j)); });
+    each_out(state_, [&](int i, int j, float(&x)[4]) { take(x, away.out(i, j)); });
+    __syncthreads();  // the slots are there for all
+  }
+  static __device__ __forceinline__ void take(float (&x)[4], const float4& y) { x[0] = y.x, x[1] = y.y, x[2] = y.z, x[3] = y.w; }
+
+  __device__ __forceinline__ void save_slot(int which) {
+    const Lane lane(thread_);
+    const int unit = thread_ / kWarp * Traits::kUnits + lane.group;
+    Element* in = slot(which) + unit * Traits::kDim + lane.pair;
+    Element* out = in + Traits::kHidden * Traits::kDim;
+    const auto put = [](Element* to, uint32_t pair) { *reinterpret_cast<uint32_t*>(to) = pair; };
+    const bool exact = here_.workspace.remainders;
+    const PackedState<Traits> rest = remainder(which);
+    each_in(state_, [&](int i, int j, float(&x)[4]) {
+      const uint2 rounded = packed(four(x));
+      put(in + 16 * i * Traits::kDim + 8 * j, rounded.x);
+      put(in + (16 * i + 8) * Traits::kDim + 8 * j, rounded.y);
+      if (exact) rest.in(i, j) = lost(x, rounded);
+    });
+    each_out(state_, [&](int i, int j, float(&x)[4]) {
+      const uint2 rounded = packed(four(x));
+      put(out + 8 * j * Traits::kDim + 16 * i, movmatrix(rounded.x));
+      put(out + 8 * j * Traits::kDim + 16 * i + 8, movmatrix(rounded.y));
+      if (exact) rest.out(i, j) = lost(x, rounded);
+    });
+    if constexpr (Traits::kMomentum) {
+      const ParkedState<Traits> speed = this->momentum(), to = momentum_slot(which);
+      each_in(state_, [&](int i, int j, float(&)[4]) { to.in(i, j) = speed.in(i, j); });
+      each_out(state_, [&](int i, int j, float(&)[4]) { to.out(i, j) = speed.out(i, j); });
+    }
+  }
+  // What rounding takes from a tile.
+  static __device__ __forceinline__ uint2 lost(const float (&x)[4], const uint2& rounded) {
+    const float4 kept = unpacked(rounded);
+    return packed(float4{x[0] - kept.x, x[1] - kept.y, x[2] - kept.z, x[3] - kept.w});
+  }
+  static __device__ __forceinline__ uint2 packed(const float4& x) {
+    return uint2{Numbers::pack(x.x, x.y), Numbers::pack(x.z, x.w)};
+  }
+  static __device__ __forceinline__ float4 unpacked(const uint2& x) {
+    const float2 low = Numbers::unpack(x.x), high = Numbers::unpack(x.y);
+    return float4{low.x, low.y, high.x, high.y};
+  }
+
+  // ---- the adjoint of the state --------------------------------------------------------------------------------------
+
+  __device__ __forceinline__ void load_adjoint() {
+    begin_phase();
+    if constexpr (Traits::kMomentum) {
+      const ParkedState<Traits> speed = momentum_adjoint();
+      this->load_matrices(back_.result.grad_momentum);
+      each_in(state_, [&](int i, int j, float(&x)[4]) { speed.in(i, j) = four(x); });
+      each_out(state_, [&](int i, int j, float(&x)[4]) { speed.out(i, j) = four(x); });
+    }
+    this->load_matrices(back_.result.grad_weights);
+  }
+
+  __device__ __forceinline__ void store_adjoint() {
+    begin_phase();
+    const int64_t row = this->final_row();
+    const auto held = [](int, int, const float(&x)[4]) { return four(x); };
+    this->store_matrices(back_.result.weights, row, held, held);
+    if constexpr (Traits::kMomentum) {
+      const ParkedState<Traits> speed = momentum_adjoint();
+      this->store_matrices(
+          back_.result.momentum, row, [&](int i, int j, const float(&)[4]) { return speed.in(i, j); },
+          [&](int i, int j, const float(&)[4]) { return speed.out(i, j); });
+    }
+  }
+
+  __device__ __forceinline__ void clear_adjoint() {
+    const auto clear = [](int, int, float(&x)[4]) { x[0] = x[1] = x[2] = x[3] = 0.0f; };
+    each_in(state_, clear);
+    each_out(state_, clear);
+    if constexpr (Traits::kMomentum) {
+      const ParkedState<Traits> speed = momentum_adjoint();
+      each_in(state_, [&](int i, int j, float(&)[4]) { speed.in(i, j) = float4{0.0f, 0.0f, 0.0f, 0.0f}; });
+      each_out(state_, [&](int i, int j, float(&)[4]) { speed.out(i, j) = float4{0.0f, 0.0f, 0.0f, 0.0f}; });
+    }
+  }
+
+  // ---- tokens --------------------------------------------------------------------------------------------------------
+
+  // float16 divides what is in proportion to the weights of tokens by this (see ForwardScan).
+  __device__ __forceinline__ float write_scale(int piece) const {
+    if constexpr (Traits::kMomentum) return fmaxf(scale_of(problem_.step, piece), scale_of(problem_.momentum_step, piece));
+    return scale_of(problem_.step, piece);
+  }
+
+  // The chunk's first state if it is not there yet, and the tokens of a piece.
+  __device__ __forceinline__ void load_piece(int piece) const {
+    if (newest(piece) || piece < place_.chunks) {
+      constexpr int kParts = Traits::kDim / 8;
+      Element* to = reinterpret_cast<Element*>(shared_ + here_.layout.weights);
+      const Element* from = slot(slot_before(piece));
+      for (int i = thread_; i < 2 * Traits::kHidden * kParts; i += Traits::kThreads)
+        cp_async_16(to + i / kParts * Traits::kPitch + i % kParts * 8, from + i * 8);
+    }
+    const int count = this->token_count(piece);
+    const ScanProblem& p = back_.problem;
+    if (written(piece)) {
+      const float scale = write_scale(piece);
+      if (thread_ == 0) here_.scale = scale;
+      for (int row = thread_; row < back_.rebuild.rows; row += Traits::kThreads) {
+        steps(0)[row] = weight(problem_.step, piece, row, scale);
+        if constexpr (Traits::kMomentum) steps(1)[row] = weight(problem_.momentum_step, piece, row, scale);
+      }
+      this->load_tensor(tensor(kChunkKeys), p.k, p.pending_k, piece, 0, count);
+      this->load_tensor(tensor(kTargets), p.v, p.pending_v, piece, 0, count);
+    }
+    if (reads(piece)) {
+      const int first = this->first_query(piece);
+      this->load_tensor(tensor(kRead), p.q, p.q, piece, first, count);
+      this->load_tensor(tensor(kUpstream), back_.result.grad_output, back_.result.grad_output, piece, first, count);
+    }
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();  // everyone's share is there
+  }
+
+  // Rows [first, count) of a piece times a factor.
+  __device__ __forceinline__ void store_rows(const TokenView& fresh, const TokenView& pending, const Element* from, int piece,
+                                             int first, int count, float factor) const {
+    const int old = this->first_query(piece);
+    for (int i = thread_ + first * (Traits::kDim / 8); i < count * (Traits::kDim / 8); i += Traits::kThreads) {
+      const int row = i / (Traits::kDim / 8), column = i % (Traits::kDim / 8) * 8;
+      const int64_t j = int64_t(piece) * back_.rebuild.span + row;
+      const TokenView& view = row < old ? pending : fresh;
+      if (!view.data) continue;
+      Element* to = static_cast<Element*>(view.data) +
+                    (row < old ? place_.pending(view, j) : place_.fresh(view, j)) + column;
+      uint4 x = *reinterpret_cast<const uint4*>(from + row * Traits::kPitch + column);
+      const auto times = [&](uint32_t& pair) {
+        const float2 y = Numbers::unpack(pair);
+        pair = Numbers::pack(factor * y.x, factor * y.y);
+      };
+      times(x.x), times(x.y), times(x.z), times(x.w);
+      if (back_.rebuild.vectors) {
+        *reinterpret_cast<uint4*>(to) = x;
+      } else {
+        const uint32_t pairs[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+        for (int e = 0; e < 8; ++e)
+          if (column + e < problem_.dim) {
+            const float2 y = Numbers::unpack(pairs[e / 2]);
+            to[e] = Element(e % 2 ? y.y : y.x);
+          }
+      }
+    }
+  }
+  __device__ __forceinline__ void store_written(int piece) const {
+    const BackwardResult& result = back_.result;
+    const int count = back_.rebuild.span;
+    store_rows(result.k, result.pending_k, tensor(kDelta), piece, 0, count, 1.0f);
+    if (problem_.objective == Objective::self)
+      store_rows(result.v, result.pending_v, tensor(kTargets), piece, 0, count, 1.0f);
+    else
+      store_rows(result.v, result.pending_v, tensor(kDDelta), piece, 0, count,
+                 problem_.objective == Objective::l2 ? -scale() : scale());
+  }
+
+  // Gradient 0 for tokens [begin, end).
+  __device__ __forceinline__ void clear_tokens(const TokenView& fresh, const TokenView& pending, int64_t begin,
+                                               int64_t end) const {
+    for (int64_t j = begin + thread_ / kWarp; j < end; j += Traits::kWarps) {
+      const bool old = j < place_.seq.pending;
+      const TokenView& view = old ? pending : fresh;
+      if (!view.data) continue;
+      Element* to = static_cast<Element*>(view.data) + (old ? place_.pending(view, j) : place_.fresh(view, j));
+      for (int column = thread_ % kWarp; column < problem_.dim; column += kWarp) to[column] = Element(0.0f);
+    }
+  }
+  // Nothing behind the last complete chunk was written, and outputs without a gradient give queries none.
+  __device__ __forceinline__ void clear_unwritten() const {
+    const BackwardResult& result = back_.result;
+    const int64_t begin = place_.chunks * problem_.chunk_size;
+    clear_tokens(result.k, result.pending_k, begin, place_.end);
+    clear_tokens(result.v, result.pending_v, begin, place_.end);
+    if (!back_.problem.q.data) clear_tokens(result.q, result.q, place_.seq.pending, place_.end);
+  }
+  // Nothing depends on what this chunk wrote.
+  __device__ __forceinline__ void clear_written(int piece) const {
+    const BackwardResult& result = back_.result;
+    const int64_t begin = int64_t(piece) * back_.rebuild.span;
+    clear_tokens(result.k, result.pending_k, begin, begin + back_.rebuild.span);
+    clear_tokens(result.v, result.pending_v, begin, begin + back_.rebuild.span);
+    const int64_t row = place_.coefficient_row(problem_, piece);
+    for (void* gates : {result.step, result.momentum_step})
+      for (int t = thread_; gates && t < back_.rebuild.span; t += Traits::kThreads)
+        static_cast<float*>(gates)[row * problem_.chunk_size + t] = 0.0f;
+    if (thread_ == 0)
+      for (void* factor : {result.decay, result.momentum_carry, result.momentum_decay})
+        if (factor) static_cast<float*>(factor)[row] = 0.0f;
+  }
+
+  const BackwardParams& back_;
+  Here& here_;
+};
+
+}  // namespace hope::cuda

@@ -1,0 +1,238 @@
+// Products of the backward scan: a slice of tokens with the state, with its adjoint, and what they add to the adjoint.
+#pragma once
+
+#include "backward_block.h"
+
+namespace hope::cuda {
+
+template <class Traits>
+class BackwardProducts : protected BackwardBlock<Traits> {
+  using Block = BackwardBlock<Traits>;
+
+ protected:
+  using Block::add_in;
+  using Block::add_out;
+  using typename Block::Element;
+  using typename Block::Group;
+  using Block::here_;
+  using typename Block::Numbers;
+  using typename Block::PackedUnits;
+  using Block::partial;
+  using Block::problem_;
+  using Block::state_;
+  using Block::steps;
+  using Block::thread_;
+  using Block::tile;
+  using Block::turn;
+  using Block::weight;
+  using Sum = ScanSum<Traits>;
+
+  __device__ __forceinline__ BackwardProducts(const BackwardParams& params, char* shared) : Block(params, shared) {}
+
+  static __device__ __forceinline__ void clear(Group& x) {
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x[n][e] = 0.0f;
+  }
+  // visit(n, e, r): accumulator e of tile n, which belongs to row g + 8 r of the slice.
+  template <class Visit>
+  static __device__ __forceinline__ void each_unit(const Visit& visit) {
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) visit(n, e, e / 2);
+  }
+  // Group i as operands, rows g times w0 and rows g + 8 times w1.
+  static __device__ __forceinline__ void pack(PackedUnits& to, int i, const Group& x, float w0 = 1.0f, float w1 = 1.0f) {
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      to[2 * i + n][0] = Numbers::pack(w0 * x[n][0], w0 * x[n][1]);
+      to[2 * i + n][1] = Numbers::pack(w1 * x[n][2], w1 * x[n][3]);
+    }
+  }
+
+  static __device__ __forceinline__ void copy(PackedUnits& to, const PackedUnits& from) {
+#pragma unroll
+    for (int n = 0; n < Traits::kUnitTiles; ++n) to[n][0] = from[n][0], to[n][1] = from[n][1];
+  }
+
+  // Every row times its token's weight in the write of the state (0) or of the momentum (1).
+  __device__ __forceinline__ void weigh(PackedUnits& x, int which, int slice) const {
+    const Lane lane(thread_);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float w = steps(which)[slice * kSlice + lane.group + 8 * r];
+#pragma unroll
+      for (int n = 0; n < Traits::kUnitTiles; ++n) {
+        const float2 y = Numbers::unpack(x[n][r]);
+        x[n][r] = Numbers::pack(w * y.x, w * y.y);
+      }
+    }
+  }
+
+  // x = X W_in (kOut false) or X W_out^T of one slice and group i.
+  template <bool kOut>
+  __device__ __forceinline__ void by_weight(Group& x, const Element* rows, int slice, int i) const {
+    clear(x);
+    const int lane = thread_ % kWarp;
+    const Element* own = this->template weights<kOut>() +
+                         (thread_ / kWarp * Traits::kUnits + lane % 8 + lane / 16 * 8) * Traits::kPitch + lane / 8 % 2 * 8;
+#pragma unroll
+    for (int k = 0; k < Traits::kDimTiles / 2; ++k) {
+      uint32_t a[4], b[4];
+      ldmatrix(a, tile(rows, slice, 16 * k));
+      ldmatrix(b, own + 16 * i * Traits::kPitch + 16 * k);
+      Numbers::mma(x[0], a, {b[0], b[1]});
+      Numbers::mma(x[1], a, {b[2], b[3]});
+    }
+  }
+
+  // The adjoint as operands: what PackedState holds of the momentum's.
+  struct StateTiles {
+    const ScanState<Traits>& state;
+    static __device__ __forceinline__ uint2 both(const float (&x)[4]) {
+      return uint2{Numbers::pack(x[0], x[1]), Numbers::pack(x[2], x[3])};
+    }
+    __device__ __forceinline__ uint2 in(int i, int j) const { return both(state.in[i][j]); }
+    __device__ __forceinline__ uint2 out(int i, int j) const { return both(state.out[i][j]); }
+  };
+
+  // x = X A_in (kOut false) or X A_out^T.
+  template <bool kOut, class Tiles>
+  __device__ __forceinline__ void by_adjoint(Group& x, const Element* rows, int slice, int i, const Tiles& tiles) const {
+    clear(x);
+#pragma unroll
+    for (int k = 0; k < Traits::kDimTiles / 2; ++k) {
+      uint32_t a[4];
+      ldmatrix(a, tile(rows, slice, 16 * k));
+      if constexpr (kOut) {
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          const uint2 both = tiles.out(k, 2 * i + n);
+          Numbers::mma(x[n], a, {movmatrix(both.x), movmatrix(both.y)});
+        }
+      } else {
+        const uint2 low = tiles.in(i, 2 * k), high = tiles.in(i, 2 * k + 1);
+        Numbers::mma(x[0], a, {low.x, high.x});
+        Numbers::mma(x[1], a, {low.y, high.y});
+      }
+    }
+  }
+
+  // y += U W_out (kOut) or U W_in^T for the 16 features from 16 p on: this warp's part of it.
+  template <bool kOut>
+  __device__ __forceinline__ void add_weight(float (&y)[2][4], const PackedUnits& u, int p) const {
+#pragma unroll
+    for (int m = 0; m < Traits::kUnitTiles / 2; ++m) {
+      const uint32_t a[4] = {u[2 * m][0], u[2 * m][1], u[2 * m + 1][0], u[2 * m + 1][1]};
+      uint32_t b[4];
+      ldmatrix_transposed(b, tile(this->template weights<kOut>(), thread_ / kWarp * (Traits::kUnits / 16) + m, 16 * p));
+      Numbers::mma(y[0], a, {b[0], b[1]});
+      Numbers::mma(y[1], a, {b[2], b[3]});
+    }
+  }
+  // y += U A_out (kOut) or U A_in^T.
+  template <bool kOut, class Tiles>
+  __device__ __forceinline__ void add_adjoint(float (&y)[2][4], const PackedUnits& u, int p, const Tiles& tiles) const {
+#pragma unroll
+    for (int m = 0; m < Traits::kUnitTiles / 2; ++m) {
+      const uint32_t a[4] = {u[2 * m][0], u[2 * m][1], u[2 * m + 1][0], u[2 * m + 1][1]};
+      if constexpr (kOut) {
+        const uint2 low = tiles.out(p, 2 * m), high = tiles.out(p, 2 * m + 1);
+        Numbers::mma(y[0], a, {low.x, high.x});
+        Numbers::mma(y[1], a, {low.y, high.y});
+      } else {
+#pragma unroll
+        for (int q = 0; q < 2; ++q) {
+          const uint2 both = tiles.in(m, 2 * p + q);
+          Numbers::mma(y[q], a, {movmatrix(both.x), movmatrix(both.y)});
+        }
+      }
+    }
+  }
+
+  // Sums over the warps what terms(p, y) adds for each 16 features, and calls finish(row, column, sum0, sum1).
+  template <class Terms, class Finish>
+  __device__ __forceinline__ void sum_parts(int slice, const Terms& terms, const Finish& finish) {
+    if (here_.layout.partials == 1) __syncthreads();  // the sums before these were read
+    float4* sums = partial(slice);
+    float4* own = sums + thread_ / kWarp * (Traits::kDimTiles * kWarp) + thread_ % kWarp;
+#pragma unroll
+    for (int p = 0; p < Traits::kDimTiles / 2; ++p) {
+      float y[2][4] = {};
+      terms(p, y);
+      own[2 * p * kWarp] = four(y[0]);
+      own[(2 * p + 1) * kWarp] = four(y[1]);
+    }
+    __syncthreads();  // every warp's part of this slice is there; with two sets the other one is free
+    Sum::over_warps(sums, [&](int i, const float4& sum) {
+      Sum::in_pairs(i, sum, [&](int row, int column, float x0, float x1) { finish(slice * kSlice + row, column, x0, x1); });
+    });
+  }
+
+  // A_out += Y^T H of one slice, as it is held: H turned.
+  __device__ __forceinline__ void add_to_out(PackedUnits& hidden, const Element* rows, int slice) {
+    turn(hidden);
+#pragma unroll
+    for (int p = 0; p < Traits::kDimTiles / 2; ++p) add_out(state_.out[p], hidden, rows, slice, p);
+  }
+  // A_in += D_z^T X of one slice.
+  __device__ __forceinline__ void add_to_in(PackedUnits& d_inputs, const Element* rows, int slice) {
+    turn(d_inputs);
+#pragma unroll
+    for (int j = 0; j < Traits::kDimTiles / 2; ++j) {
+      uint32_t b[4];
+      ldmatrix_transposed(b, tile(rows, slice, 16 * j));
+#pragma unroll
+      for (int i = 0; i < Traits::kUnitTiles / 2; ++i) add_in(state_.in[i], d_inputs[2 * i], d_inputs[2 * i + 1], j, b);
+    }
+  }
+
+  // z <- act(z), slope = act'(z), curve = act''(z), as far as they are asked for.
+  template <class... More>
+  __device__ __forceinline__ void activate(Group& z, More&... more) const {
+    with_activation<Traits::kType>(problem_.activation, [&](auto act) {
+      each_unit([&](int n, int e, int) {
+        if constexpr (sizeof...(More) == 0) {
+          float slope;
+          act(z[n][e], slope);
+        } else {
+          act(z[n][e], more[n][e]...);
+        }
+      });
+    });
+  }
+
+  // The same by name, as a class that is derived from this one calls them.
+  __device__ __forceinline__ void by_weight_in(Group& x, const Element* rows, int slice, int i) const {
+    by_weight<false>(x, rows, slice, i);
+  }
+  __device__ __forceinline__ void by_weight_out(Group& x, const Element* rows, int slice, int i) const {
+    by_weight<true>(x, rows, slice, i);
+  }
+  template <class Tiles>
+  __device__ __forceinline__ void by_adjoint_in(Group& x, const Element* rows, int slice, int i, const Tiles& tiles) const {
+    by_adjoint<false>(x, rows, slice, i, tiles);
+  }
+  template <class Tiles>
+  __device__ __forceinline__ void by_adjoint_out(Group& x, const Element* rows, int slice, int i, const Tiles& tiles) const {
+    by_adjoint<true>(x, rows, slice, i, tiles);
+  }
+  __device__ __forceinline__ void add_weight_in(float (&y)[2][4], const PackedUnits& u, int p) const {
+    add_weight<false>(y, u, p);
+  }
+  __device__ __forceinline__ void add_weight_out(float (&y)[2][4], const PackedUnits& u, int p) const {
+    add_weight<true>(y, u, p);
+  }
+  template <class Tiles>
+  __device__ __forceinline__ void add_adjoint_in(float (&y)[2][4], const PackedUnits& u, int p, const Tiles& tiles) const {
+    add_adjoint<false>(y, u, p, tiles);
+  }
+  template <class Tiles>
+  __device__ __forceinline__ void add_adjoint_out(float (&y)[2][4], const PackedUnits& u, int p, const Tiles& tiles) const {
+    add_adjoint<true>(y, u, p, tiles);
+  }
+};
+
+}  // namespace hope::cuda
