@@ -32,7 +32,8 @@ def save(model: HopeForCausalLM, folder: str | os.PathLike[str]) -> None:
     # Each file appears whole or not at all. The weights name their config: with another one beside them, as when only
     # one of the two was replaced, they are refused.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
-        save_file(tensors, Path(scratch) / WEIGHTS, metadata={"format": "pt", MODEL_TYPE: config})
+        # One entry: the library writes several in any order, and the same model is to be the same file.
+        save_file(tensors, Path(scratch) / WEIGHTS, metadata={MODEL_TYPE: config})
         (Path(scratch) / CONFIG).write_text(config + "\n")
         for name in (WEIGHTS, CONFIG):
             os.replace(Path(scratch) / name, folder / name)

@@ -26,6 +26,10 @@ def test_what_is_saved_comes_back(mixer, tied, tmp_path) -> None:
     model.save_pretrained(tmp_path / "new" / "folder")
     assert sorted(p.name for p in (tmp_path / "new/folder").iterdir()) == ["config.json", "model.safetensors"]
     again = HopeForCausalLM.from_pretrained(tmp_path / "new" / "folder")
+    for copy in range(4):
+        again.save_pretrained(tmp_path / str(copy))
+        for name in ("config.json", "model.safetensors"):
+            assert (tmp_path / str(copy) / name).read_bytes() == (tmp_path / "new/folder" / name).read_bytes()
     assert again.config == model.config
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     assert torch.equal(model(ids_of(1, 7)).logits, again(ids_of(1, 7)).logits)
