@@ -63,7 +63,7 @@ def test_output_and_gradients_follow_the_formula_under_any_split(window) -> None
 
 
 def test_far_positions_keep_their_angle() -> None:
-    """In float32 the angle of token ten million would be off by a radian."""
+    """In float32 the angle of token ten million would be off by up to half a radian."""
     layer = make(None, torch.float32)
     for found, exact in zip(layer._rotation(10_000_000, 2, torch.device("cpu")), (math.cos, math.sin), strict=True):
         for row, position in enumerate((10_000_000, 10_000_001)):
