@@ -1,10 +1,14 @@
-// Worker threads that spin briefly for the next call and then sleep, and each thread's scratch memory.
+// The threads that share the work of a call, and each thread's scratch memory.
 //
-// Calls arrive every few hundred microseconds in a training step: waking a sleeping thread would cost a visible part of
-// that, spinning for long would take the core from PyTorch's own threads. After fork the child has no workers; it notices
-// by its process id and starts its own.
+// PyTorch's OpenMP workers spin for milliseconds after each of its operators. A second set of threads would share the cores
+// with them (measured on two cores: 4 ms of a 15 ms call), so a call runs on those very workers where this process has an
+// OpenMP runtime, found by the name of GCC's entry point, which the LLVM and Intel runtimes have too. Where there is none,
+// and in a forked child, whose copy of the runtime waits for workers that stayed with the parent, the engine has workers of
+// its own. They spin briefly for the next call and then sleep: calls arrive every few hundred microseconds in a training
+// step, and waking a sleeping thread would cost a visible part of that.
 #include "thread_pool.h"
 
+#include <dlfcn.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -49,6 +53,23 @@ struct Job {
 
 thread_local bool inside_piece = false;
 
+void work_inside(Job& job) {
+  inside_piece = true;
+  job.work();
+  inside_piece = false;
+}
+
+// void GOMP_parallel(void (*function)(void*), void* data, unsigned threads, unsigned flags): the caller and the workers of
+// its team all run function(data).
+using OpenMPParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+// Null in a forked child.
+OpenMPParallel openmp_parallel() {
+  static const pid_t owner = getpid();
+  static const auto found = reinterpret_cast<OpenMPParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return getpid() == owner ? found : nullptr;
+}
+
 class Pool {
  public:
   explicit Pool(pid_t owner) : owner_(owner) {}
@@ -68,9 +89,7 @@ class Pool {
       generation_.fetch_add(1, std::memory_order_release);
     }
     if (sleeping_.load() > 0) wake_.notify_all();
-    inside_piece = true;
-    job.work();
-    inside_piece = false;
+    work_inside(job);
     // The last pieces are as long as ours were: spin, then give way.
     for (int spin = 0; unfinished_.load(std::memory_order_acquire) > 0; ++spin)
       spin < kSpins ? relax() : std::this_thread::yield();
@@ -150,9 +169,16 @@ thread_local Scratch scratch;
 
 void parallel_for(int threads, int64_t pieces, PieceFunction function, void* context) {
   Job job{function, context, pieces};
-  if (threads > pieces) threads = int(pieces);
-  if (threads > 1 && !inside_piece && pool().run(job, threads)) return;
-  job.work();
+  if (threads < 2 || pieces < 2 || inside_piece) return job.work();
+  if (const OpenMPParallel parallel = openmp_parallel()) {
+    // A call from another thread would get a team of its own: more threads than cores.
+    static std::mutex busy;
+    const std::unique_lock<std::mutex> exclusive(busy, std::try_to_lock);
+    if (!exclusive.owns_lock()) return job.work();
+    // Never a smaller team, however few the pieces: GCC's runtime ends the threads that a team lacks.
+    return parallel([](void* data) { work_inside(*static_cast<Job*>(data)); }, &job, unsigned(threads), 0);
+  }
+  if (!pool().run(job, threads < pieces ? threads : int(pieces))) job.work();
 }
 
 void* thread_scratch(size_t bytes) {

@@ -1,4 +1,4 @@
-// The engine's own worker threads. A call names how many threads it may use; pieces are handed out dynamically, so nothing
+// The threads of the CPU engine. A call names how many threads it may use; pieces are handed out dynamically, so nothing
 // computed may depend on which thread takes which piece.
 #pragma once
 
