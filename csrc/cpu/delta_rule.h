@@ -75,7 +75,7 @@ class DeltaRule {
       turned.copy = turned_.reshaped(u.axis.n, axis_);
       transpose(team, turned.copy, u);
     }
-    gemm_nt(team, u, turned, gram_);
+    gemm_nt(team.exact(), u, turned, gram_);
     for (idx t = 0; t < count_; ++t) {
       eta_[t] = step_[t] / (1 + step_[t] * element(gram_, t, t));
       weight_[t] = eta_[t] * after_[t];
@@ -128,7 +128,7 @@ class DeltaRule {
       r_turned.copy = turned_.reshaped(r.axis.n, axis_);
       transpose(team, r_turned.copy, r);
     }
-    gemm_nt(team, d_errors, r_turned, d_lower_, T(-1), T(1));
+    gemm_nt(team.exact(), d_errors, r_turned, d_lower_, T(-1), T(1));
     scale_rows<false>(team, d_product, T(1), before_, d_errors);
   }
 
@@ -147,8 +147,8 @@ class DeltaRule {
         }
         for (idx c = n; c < axis_.width; ++c) dl[c] = 0;
       }
-    gemm_nn(team, d_lower_, inputs_, d_inputs, d_inputs, T(1), T(1));
-    gemm_tn(team, d_lower_, inputs_, d_inputs, d_inputs, T(1), T(1));
+    gemm_nn(team.exact(), d_lower_, inputs_, d_inputs, d_inputs, T(1), T(1));
+    gemm_tn(team.exact(), d_lower_, inputs_, d_inputs, d_inputs, T(1), T(1));
     for (idx t = 0; t < count_; ++t) {
       const T d = d_eta_[t] + d_weight_[t] * after_[t];
       d_after_[t] += d_weight_[t] * eta_[t];
@@ -207,7 +207,7 @@ class DeltaRule {
     for (idx b = 0; b < count_; b += kSolveBlock) {
       const idx rows = min(kSolveBlock, count_ - b);
       const Mat<T> block = r.rows_from(b, rows);
-      if (b > 0) gemm_nn(team, lower_.rows_from(b, rows), r, block, block, T(-1), T(1), b);
+      if (b > 0) gemm_nn(team.exact(), lower_.rows_from(b, rows), r, block, block, T(-1), T(1), b);
       team.each(r.axis.panels, [&](idx p) {
         for (idx t = b + 1; t < b + rows; ++t)
           for (idx s = b; s < t; ++s) subtract_row(r, p, t, element(lower_, t, s), s);
@@ -222,7 +222,7 @@ class DeltaRule {
       const idx rows = min(kSolveBlock, count_ - b), rest = b + rows;
       const Mat<T> block = x.rows_from(b, rows);
       if (rest < count_)
-        gemm_tn(team, lower_.rows_from(rest, count_ - rest), x.rows_from(rest, count_ - rest), block, block, T(-1), T(1),
+        gemm_tn(team.exact(), lower_.rows_from(rest, count_ - rest), x.rows_from(rest, count_ - rest), block, block, T(-1), T(1),
                 b, rows);
       team.each(x.axis.panels, [&](idx p) {
         for (idx t = rest - 1; t > b; --t)

@@ -13,6 +13,9 @@
 namespace hope::cpu {
 
 #if defined(HOPE_X86_VARIANTS)
+namespace avx512bf16 {
+extern const Variant kVariant;
+}
 namespace avx512 {
 extern const Variant kVariant;
 }
@@ -31,7 +34,7 @@ struct Candidate {
   bool usable;
 };
 
-constexpr int kMaxVariants = 3;
+constexpr int kMaxVariants = 4;
 
 // Newest first.
 int candidates(Candidate* list) {
@@ -42,6 +45,7 @@ int candidates(Candidate* list) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512cd");
+  list[count++] = {&avx512bf16::kVariant, avx512 && __builtin_cpu_supports("avx512bf16")};
   list[count++] = {&avx512::kVariant, avx512};
   list[count++] = {&avx2::kVariant, avx2};
 #endif
@@ -66,7 +70,7 @@ Choice choose() {
     }
     if (list[i].usable) return {list[i].variant, ""};
   }
-  return {nullptr, "HOPE_KERNELS_CPU_ISA names no instruction set of this build; want avx512, avx2 or baseline"};
+  return {nullptr, "HOPE_KERNELS_CPU_ISA names no instruction set of this build; want avx512bf16, avx512, avx2 or baseline"};
 }
 
 }  // namespace

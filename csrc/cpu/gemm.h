@@ -8,7 +8,12 @@
 //
 // Every element of C is one sum in the order of the contraction index, cut into blocks whose size depends on the
 // contraction's length only: it does not depend on M, on N, nor on the threads that share the work.
+//
+// A team that rounds multiplies in bfloat16 and adds in float32, on processors with an instruction for that. It takes two
+// steps of the contraction at once: the operands of a tile are packed into pairs first, B once for all rows.
 #pragma once
+
+#include <type_traits>
 
 #include "matrix.h"
 
@@ -17,26 +22,29 @@ namespace hope::cpu::HOPE_ISA {
 constexpr idx kContractionBlock = 512;  // 512 rows of a 256-byte panel: 128 KiB, a quarter of a small L2
 constexpr idx kRowChunk = 96;           // rows of C per piece of a team
 constexpr idx kAheadLength = 32;        // contraction steps that hide the way of a tile of C from memory
+constexpr idx kPackedRowChunk = 384;    // the same where each piece packs its panel of B first
+constexpr idx kPackedPanels = 4;        // and of A^T, panels
+constexpr idx kPackedBlock = 256;       // steps packed at a time: a panel of pairs fills 32 KiB
 
-// Operand A of a tile: element (row i, contraction k) of segment s.
-template <class T>
+// Operand A of a tile: element (row i, contraction k) of segment s. An element is a number or, packed, a pair of steps.
+template <class E>
 struct Strip {
-  const T* data;
+  const E* data;
   idx stride;  // not transposed: between rows i; transposed: between contraction steps k
   idx segments, length, last_length, segment_stride;
 };
 
-template <class T, int kRows, int kVectors, bool kTransposed>
-void tile(const Strip<T>& a, const T* b, idx ldb, const T* cin, idx ldcin, T* c, idx ldc, T alpha, T beta) {
+template <class T, class E, int kRows, int kVectors, bool kTransposed>
+void tile(const Strip<E>& a, const E* b, idx ldb, const T* cin, idx ldcin, T* c, idx ldc, T alpha, T beta) {
   using V = Vec<T>;
   constexpr int L = kLanes<T>;
-  constexpr bool kAhead = !kTransposed && kRows > kTileRows / 2;
+  constexpr bool kAhead = !kTransposed && kRows > kTileRows / 2 && std::is_same_v<E, T>;
   V sum[kRows][kVectors];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) sum[i][j] = zero<T>();
-  const T* segment = a.data;
+  const E* segment = a.data;
   if (beta != T(0) && a.length >= kAheadLength) {  // needed when the sums are done
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
@@ -45,21 +53,21 @@ void tile(const Strip<T>& a, const T* b, idx ldb, const T* cin, idx ldcin, T* c,
   }
   for (idx s = 0; s < a.segments; ++s, segment += a.segment_stride) {
     const idx length = s + 1 == a.segments ? a.last_length : a.length;
-    const T* ak = segment;
+    const E* ak = segment;
     // The next tile's rows follow in the panel; the hardware's own prefetch does not start for so few.
     const char* ahead = reinterpret_cast<const char*>(segment + kRows * a.stride);
 // Two steps per turn: the loop's own instructions would cost several per cent of the multiply-adds.
 #pragma GCC unroll 2
     for (idx k = 0; k < length; ++k) {
-      if constexpr (kAhead) __builtin_prefetch(ahead + k * (kRows * sizeof(T)), 0, 2);
-      V bk[kVectors];
+      if constexpr (kAhead) __builtin_prefetch(ahead + k * (kRows * sizeof(E)), 0, 2);
+      decltype(load(b)) bk[kVectors];
 #pragma GCC unroll 8
       for (int j = 0; j < kVectors; ++j) bk[j] = load(b + j * L);
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
-        const T x = kTransposed ? ak[i] : ak[i * a.stride];
+        const E x = kTransposed ? ak[i] : ak[i * a.stride];
 #pragma GCC unroll 8
-        for (int j = 0; j < kVectors; ++j) sum[i][j] += x * bk[j];
+        for (int j = 0; j < kVectors; ++j) multiply_add(sum[i][j], x, bk[j]);
       }
       b += ldb;
       ak += kTransposed ? a.stride : 1;
@@ -90,22 +98,28 @@ void tile(const Strip<T>& a, const T* b, idx ldb, const T* cin, idx ldcin, T* c,
   }
 }
 
-template <class T>
-using TileFunction = void (*)(const Strip<T>&, const T*, idx, const T*, idx, T*, idx, T, T);
+template <class T, class E>
+using TileFunction = void (*)(const Strip<E>&, const E*, idx, const T*, idx, T*, idx, T, T);
 
-template <class T, bool kTransposed>
-constexpr TileFunction<T> kTiles[kTileRows][4] = {
-    {tile<T, 1, 1, kTransposed>, tile<T, 1, 2, kTransposed>, tile<T, 1, 3, kTransposed>, tile<T, 1, 4, kTransposed>},
-    {tile<T, 2, 1, kTransposed>, tile<T, 2, 2, kTransposed>, tile<T, 2, 3, kTransposed>, tile<T, 2, 4, kTransposed>},
-    {tile<T, 3, 1, kTransposed>, tile<T, 3, 2, kTransposed>, tile<T, 3, 3, kTransposed>, tile<T, 3, 4, kTransposed>},
-    {tile<T, 4, 1, kTransposed>, tile<T, 4, 2, kTransposed>, tile<T, 4, 3, kTransposed>, tile<T, 4, 4, kTransposed>},
-    {tile<T, 5, 1, kTransposed>, tile<T, 5, 2, kTransposed>, tile<T, 5, 3, kTransposed>, tile<T, 5, 4, kTransposed>},
-    {tile<T, 6, 1, kTransposed>, tile<T, 6, 2, kTransposed>, tile<T, 6, 3, kTransposed>, tile<T, 6, 4, kTransposed>},
+template <class T, class E, bool kTransposed>
+constexpr TileFunction<T, E> kTiles[kTileRows][4] = {
+    {tile<T, E, 1, 1, kTransposed>, tile<T, E, 1, 2, kTransposed>,
+     tile<T, E, 1, 3, kTransposed>, tile<T, E, 1, 4, kTransposed>},
+    {tile<T, E, 2, 1, kTransposed>, tile<T, E, 2, 2, kTransposed>,
+     tile<T, E, 2, 3, kTransposed>, tile<T, E, 2, 4, kTransposed>},
+    {tile<T, E, 3, 1, kTransposed>, tile<T, E, 3, 2, kTransposed>,
+     tile<T, E, 3, 3, kTransposed>, tile<T, E, 3, 4, kTransposed>},
+    {tile<T, E, 4, 1, kTransposed>, tile<T, E, 4, 2, kTransposed>,
+     tile<T, E, 4, 3, kTransposed>, tile<T, E, 4, 4, kTransposed>},
+    {tile<T, E, 5, 1, kTransposed>, tile<T, E, 5, 2, kTransposed>,
+     tile<T, E, 5, 3, kTransposed>, tile<T, E, 5, 4, kTransposed>},
+    {tile<T, E, 6, 1, kTransposed>, tile<T, E, 6, 2, kTransposed>,
+     tile<T, E, 6, 3, kTransposed>, tile<T, E, 6, 4, kTransposed>},
 };
 
 // Runs tiles over rows [0, rows) and `vectors` vectors of one panel of C.
-template <class T, bool kTransposed>
-void tile_rows(const Strip<T>& a, idx row_step, const T* b, idx ldb, const T* cin, idx ldcin, T* c, idx ldc, idx rows,
+template <class T, bool kTransposed, class E>
+void tile_rows(const Strip<E>& a, idx row_step, const E* b, idx ldb, const T* cin, idx ldcin, T* c, idx ldc, idx rows,
                idx vectors, T alpha, T beta) {
   const idx count = ceil_div(rows, kTileRows);
   if (count == 0) return;
@@ -114,11 +128,11 @@ void tile_rows(const Strip<T>& a, idx row_step, const T* b, idx ldb, const T* ci
   idx row = 0;
   for (idx t = 0; t < count; ++t) {
     const idx height = rows / count + (t < rows % count ? 1 : 0);
-    Strip<T> strip = a;
+    Strip<E> strip = a;
     strip.data += row * row_step;
     for (idx v = 0; v < vectors; v += wide) {
       const idx column = v * kLanes<T>;
-      kTiles<T, kTransposed>[height - 1][min(wide, vectors - v) - 1](
+      kTiles<T, E, kTransposed>[height - 1][min(wide, vectors - v) - 1](
           strip, b + column, ldb, cin + row * ldcin + column, ldcin, c + row * ldc + column, ldc, alpha, beta);
     }
     row += height;
@@ -130,10 +144,90 @@ HOPE_INLINE idx panel_vectors(const Axis& axis, idx panel) {
   return ceil_div(axis.valid(panel), kLanes<T>);
 }
 
+template <class T>
+constexpr bool rounds_products() {
+  return kHasPairs && std::is_same_v<T, float>;
+}
+
+constexpr idx kPanelPairs = 64;  // columns of a packed panel
+
+// Pairs that hold any operand A of `rows` rows and columns `axis`, packed along its rows or down its columns.
+HOPE_INLINE idx packed_size(idx rows, const Axis& axis) { return axis.panels * kPanelPairs * (rows / 2 + 1); }
+
+// Rows [0, length) of a panel, `vectors` vectors of each, into pairs: row t of `to` takes rows 2 t and 2 t + 1.
+HOPE_INLINE void pack_columns(Pair* to, const float* from, idx ld, idx length, idx vectors) {
+  for (idx k = 0; k < length; k += 2, to += kPanelPairs, from += 2 * ld)
+    for (idx c = 0; c < vectors * kLanes<float>; c += kLanes<float>)
+      store(to + c, pair_up(load(from + c), k + 1 < length ? load(from + ld + c) : zero<float>()));
+}
+
+// One row of A into pairs along the row.
+template <class T>
+HOPE_INLINE void pack_row(Pair* to, const Mat<T>& a, idx row) {
+  constexpr idx L = kLanes<T>;
+  for (idx p = 0; p < a.axis.panels; ++p, to += kPanelPairs / 2) {
+    const T* from = a.at(p, row);
+    const idx valid = a.axis.valid(p);
+    for (idx c = 0; c < valid; c += 2 * L)
+      store(to + c / 2, pairs_along(load(from + c), c + L < valid ? load(from + c + L) : zero<T>()));
+    if (valid % 2 != 0) to[valid / 2] &= 0xffff;  // padding may hold anything
+  }
+}
+
+// gemm_nn and gemm_tn below, in bfloat16: A is packed as a whole, a panel of B for all rows of a piece.
+template <class T>
+void packed_nn(const Team& team, const Mat<T>& a, const Mat<T>& b, const Mat<T>& cin, const Mat<T>& c, T alpha, T beta) {
+  const idx depth = a.axis.n, stride = a.axis.panels * (kPanelPairs / 2);
+  const idx chunk = team.threads > 1 ? kPackedRowChunk : max(1, a.rows), chunks = ceil_div(a.rows, chunk);
+  team.blocks(a.rows, make_axis<T>(1), [&](idx, idx r0, idx r1) {
+    for (idx r = r0; r < r1; ++r) pack_row(team.packed + r * stride, a, r);
+  });
+  team.each(c.axis.panels * chunks, [&](idx piece) {
+    const idx p = piece / chunks, first = piece % chunks * chunk, rows = min(chunk, a.rows - first);
+    const idx vectors = panel_vectors<T>(c.axis, p);
+    alignas(64) Pair packed_b[kPackedBlock / 2 * kPanelPairs];
+    for (idx k = 0; k < depth; k += kPackedBlock) {
+      const idx length = min(kPackedBlock, depth - k), pairs = ceil_div(length, 2);
+      pack_columns(packed_b, b.at(p, k), b.ld, length, vectors);
+      const Strip<Pair> strip{team.packed + first * stride + k / 2, stride, 1, pairs, pairs, 0};
+      const Mat<T>& from = k == 0 ? cin : c;
+      tile_rows<T, false>(strip, stride, packed_b, kPanelPairs, from.at(p, first), from.ld, c.at(p, first), c.ld, rows,
+                          vectors, alpha, k == 0 ? beta : T(1));
+    }
+  });
+}
+
+template <class T>
+void packed_tn(const Team& team, const Mat<T>& a, const Mat<T>& b, const Mat<T>& cin, const Mat<T>& c, T alpha, T beta) {
+  const idx panel = ceil_div(a.rows, 2) * kPanelPairs;
+  const idx group = team.threads > 1 ? kPackedPanels : max(1, a.axis.panels), groups = ceil_div(a.axis.panels, group);
+  team.each(a.axis.panels, [&](idx q) {
+    pack_columns(team.packed + q * panel, a.at(q, 0), a.ld, a.rows, panel_vectors<T>(a.axis, q));
+  });
+  team.each(c.axis.panels * groups, [&](idx piece) {
+    const idx p = piece / groups, q0 = piece % groups * group, q1 = min(q0 + group, a.axis.panels);
+    const idx vectors = panel_vectors<T>(c.axis, p);
+    alignas(64) Pair packed_b[kPackedBlock / 2 * kPanelPairs];
+    for (idx k = 0; k < a.rows; k += kPackedBlock) {
+      const idx length = min(kPackedBlock, a.rows - k), pairs = ceil_div(length, 2);
+      pack_columns(packed_b, b.at(p, k), b.ld, length, vectors);
+      const Mat<T>& from = k == 0 ? cin : c;
+      for (idx q = q0; q < q1; ++q) {
+        const idx m = q * a.axis.width;
+        const Strip<Pair> strip{team.packed + q * panel + k / 2 * kPanelPairs, kPanelPairs, 1, pairs, pairs, 0};
+        tile_rows<T, true>(strip, 1, packed_b, kPanelPairs, from.at(p, m), from.ld, c.at(p, m), c.ld, a.axis.valid(q),
+                           vectors, alpha, k == 0 ? beta : T(1));
+      }
+    }
+  });
+}
+
 // C = beta * Cin + alpha * A[:, 0:depth] B[0:depth, :], rows of A; depth defaults to all columns of A.
 template <class T>
 void gemm_nn(const Team& team, const Mat<T>& a, const Mat<T>& b, const Mat<T>& cin, const Mat<T>& c, T alpha, T beta,
              idx depth = -1) {
+  if constexpr (rounds_products<T>())
+    if (team.packed) return packed_nn(team, a, b, cin, c, alpha, beta);
   if (depth < 0) depth = a.axis.n;
   const idx width = a.axis.width, block = max(1, kContractionBlock / width) * width;
   const idx chunk = team.threads > 1 ? kRowChunk : max(1, a.rows);
@@ -159,6 +253,8 @@ HOPE_INLINE void gemm_nn(const Team& team, const Mat<T>& a, const Mat<T>& b, con
 template <class T>
 void gemm_tn(const Team& team, const Mat<T>& a, const Mat<T>& b, const Mat<T>& cin, const Mat<T>& c, T alpha, T beta,
              idx first = 0, idx count = -1) {
+  if constexpr (rounds_products<T>())
+    if (team.packed) return packed_tn(team, a, b, cin, c, alpha, beta);
   if (count < 0) count = a.axis.n;
   const idx width = a.axis.width, panel0 = first / width, panel1 = ceil_div(first + count, width);
   const idx panels = panel1 - panel0;

@@ -74,10 +74,12 @@ class Arena {
   size_t used_ = 0;
 };
 
-// The threads that work on one task. Alone (threads == 1) everything is a plain loop. Pieces write disjoint outputs and
-// sums run over fixed pieces in a fixed order: results do not depend on the number of threads.
+// The threads that work on one task. Alone (threads == 1) everything is a plain loop. Pieces write disjoint outputs and sums
+// run over fixed pieces in a fixed order: results do not depend on the number of threads.
 struct Team {
   int threads = 1;
+  Pair* packed = nullptr;  // where given, products round their operands to bfloat16, and pack one of them here
+  Team exact() const { return Team{threads}; }
   template <class F>
   HOPE_INLINE void each(idx pieces, const F& piece) const {
     if (threads <= 1 || pieces < 2) {

@@ -12,12 +12,16 @@ namespace hope::cpu::HOPE_ISA {
 // Chunks of up to this many tokens multiply by transposed weights with dot products instead of transposing a copy.
 constexpr idx kDotRows = 4;
 
+// From chunks of this many tokens on, products are faster in bfloat16, with the time to pack the weights for them.
+constexpr idx kPackedRows = 16;
+
 struct Net {
   Form form;
   Activation activation;
   Objective objective;
   Rule rule;
   bool residual, momentum;
+  bool rounds;  // products round their operands to bfloat16; the same for every call of a stream
   idx dim, hidden, chunk;
   int weights;  // number of weight matrices
   int inputs;   // how many of them are applied to the memory's input: the last of `mlp` and `glu` is not
@@ -42,6 +46,7 @@ Net make_net(const ScanProblem& problem) {
   net.rule = problem.rule;
   net.residual = problem.residual != 0;
   net.momentum = problem.momentum_step != nullptr;
+  net.rounds = kHasPairs && problem.dtype == DType::bfloat16 && problem.chunk_size >= kPackedRows;
   net.dim = problem.dim;
   net.hidden = problem.form == Form::linear ? problem.dim : problem.hidden;
   net.chunk = problem.chunk_size;

@@ -64,6 +64,8 @@ class Task {
     capacity_ = keys * (net_.self() ? 2 : 1) + min(queries, max(longest, 1));
     acts_.layout(arena, net_, capacity_, keys, backward || segment_.data);
     state_ = make_state<T>(arena, net_);
+    if (net_.rounds)
+      team_.packed = arena.array<Pair>(max(packed_size(capacity_, net_.dim_axis), packed_size(capacity_, net_.hidden_axis)));
     if (writes && (backward || segment_.data)) {
       Arena count;
       lay_out_record(count);

@@ -1,5 +1,5 @@
 // The SIMD vocabulary of the CPU kernels, on compiler vector extensions (GCC, Clang): one vector type per element type,
-// as wide as the instruction set this file is compiled for. The same source serves every processor; the three intrinsics
+// as wide as the instruction set this file is compiled for. The same source serves every processor; the few intrinsics
 // below only spell instructions the compiler does not find by itself.
 //
 // Everything that ends up in kernels lives in the namespace of its instruction set (HOPE_ISA): the same source is compiled
@@ -111,6 +111,43 @@ HOPE_INLINE vfloat reciprocal(vfloat x) {
   return estimate + estimate * (1 - x * estimate);
 #else
   return 1 / x;
+#endif
+}
+
+// Two consecutive steps of a contraction in bfloat16, the first in the low half: what one instruction multiplies and adds in
+// each lane, at twice float's rate. Only where the processor has it; kernels ask kHasPairs.
+using Pair = uint32_t;
+#if defined(__AVX512BF16__)
+constexpr bool kHasPairs = true;
+// a, b rounded to bfloat16, the pair (a[i], b[i]) in lane i.
+HOPE_INLINE vint32 pair_up(vfloat a, vfloat b) {
+  typedef int16_t Halves __attribute__((vector_size(64)));
+  constexpr Halves kOrder = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                             8,  24, 9,  25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return (vint32)_mm512_permutexvar_epi16((__m512i)kOrder, (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
+}
+// a then b rounded to bfloat16, in memory order: the pairs (a[0], a[1]) .. (b[14], b[15]).
+HOPE_INLINE vint32 pairs_along(vfloat a, vfloat b) { return (vint32)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a); }
+#else
+constexpr bool kHasPairs = false;
+HOPE_INLINE vint32 pair_up(vfloat a, vfloat) { return (vint32)a; }
+HOPE_INLINE vint32 pairs_along(vfloat a, vfloat) { return (vint32)a; }
+#endif
+HOPE_INLINE vint32 load(const Pair* p) {
+  vint32 v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+HOPE_INLINE void store(Pair* p, vint32 v) { std::memcpy(p, &v, sizeof v); }
+
+// sum += x * b in every lane; of pairs, both products.
+HOPE_INLINE void multiply_add(vfloat& sum, float x, vfloat b) { sum += x * b; }
+HOPE_INLINE void multiply_add(vdouble& sum, double x, vdouble b) { sum += x * b; }
+HOPE_INLINE void multiply_add(vfloat& sum, Pair x, vint32 b) {
+#if defined(__AVX512BF16__)
+  sum = (vfloat)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(x)), (__m512bh)b);
+#else
+  (void)sum, (void)x, (void)b;
 #endif
 }
 

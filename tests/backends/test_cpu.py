@@ -109,22 +109,38 @@ def test_low_precision_stays_within_twice_the_eager_error(spec, dtype):
     assert_within_budget(evaluate_package(problem, "cpu"), evaluate_package(problem, "reference"), truth, dtype)
 
 
+# Chunks long enough for products in bfloat16, in sizes that fill neither pairs nor panels nor a packed block.
+PACKED_SIZES = [(1, 5, 16, 37), (17, 70, 19, 61), (64, 1, 16, 50), (65, 300, 33, 70)]
+
+
+@pytest.mark.parametrize("sizes", PACKED_SIZES, ids=str)
+@pytest.mark.parametrize("spec", SPECS, ids=spec_id)
+def test_products_in_bfloat16_stay_within_twice_the_eager_error(spec, sizes):
+    dim, hidden, chunk_size, tokens = sizes
+    problem = problem_for(spec, dim=dim, hidden=hidden, chunk_size=chunk_size, tokens=tokens).cast(torch.bfloat16)
+    truth = evaluate_oracle(problem)
+    found, eager = evaluate_package(problem, "cpu"), evaluate_package(problem, "reference")
+    assert_within_budget(found, eager, truth, torch.bfloat16)
+
+
 # ---- instruction sets ------------------------------------------------------------------------------------------------
 
 _RUN_VARIANT = """
 import json, sys, torch
 from hope_kernels import MemorySpec, available_backends, _core
 from tests.backends.test_cpu import SPECS, problem_for
-from tests.cases import evaluate_package
+from tests.cases import evaluate_package, package_results
 worst = {}
-for dtype in (torch.float64, torch.float32):
+for dtype, chunk_size in ((torch.float64, 7), (torch.float32, 7), (torch.bfloat16, 19)):
     for spec in SPECS:
-        problem = problem_for(spec, dim=17, hidden=70, chunk_size=7, tokens=24).cast(dtype)
+        problem = problem_for(spec, dim=17, hidden=70, chunk_size=chunk_size, tokens=2 * chunk_size + 5).cast(dtype)
         found, expected = (evaluate_package(problem, backend).named() for backend in ("cpu", "reference"))
         for name, want in expected.items():
             error = (found[name].double() - want.double()).abs().max() / max(1.0, want.double().abs().max())
             worst[str(dtype)] = max(worst.get(str(dtype), 0.0), error.item() if error == error else float("inf"))
-print(json.dumps({"isa": _core.isa(), "worst": worst}))
+problem = problem_for(SPECS[1], dim=17, hidden=70, chunk_size=19, tokens=43).cast(torch.bfloat16)
+state, exact = (package_results(p, backend="cpu")["weight0"] for p in (problem, problem.cast(torch.float32)))
+print(json.dumps({"isa": _core.isa(), "worst": worst, "rounds": not torch.equal(state, exact)}))
 """
 
 
@@ -143,6 +159,8 @@ def test_every_instruction_set_this_processor_has_agrees_with_the_eager_path(isa
     assert report["isa"] == isa
     assert report["worst"]["torch.float64"] < 1e-12
     assert report["worst"]["torch.float32"] < 2e-5
+    assert report["worst"]["torch.bfloat16"] < 0.1
+    assert report["rounds"] == (isa == "avx512bf16")  # the state from the same tokens in float32 differs
 
 
 def test_the_newest_instruction_set_is_the_default():
@@ -163,14 +181,17 @@ def test_an_unknown_instruction_set_makes_the_backend_unavailable_and_says_why()
 # ---- threads, batches, checkpoints: bit for bit ----------------------------------------------------------------------
 
 SMALL = {"batch": 3, "heads": 2, "dim": 17, "hidden": 33, "chunk_size": 7, "tokens": 24}
+# Chunks long enough for products in bfloat16.
+PACKED = {"batch": 3, "heads": 2, "dim": 17, "hidden": 33, "chunk_size": 18, "tokens": 50}
 # One task with products large enough to be shared between threads.
 LARGE = {"batch": 1, "heads": 1, "dim": 200, "hidden": 300, "chunk_size": 80, "tokens": 170}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sizes", [SMALL, LARGE], ids=["many small tasks", "one large task"])
 @pytest.mark.parametrize("spec", SPECS, ids=spec_id)
-def test_the_thread_count_changes_no_bit(spec, sizes):
-    problem = problem_for(spec, **sizes).cast(torch.float32)
+def test_the_thread_count_changes_no_bit(spec, sizes, dtype):
+    problem = problem_for(spec, **sizes).cast(dtype)
     with thread_count(1):
         alone = evaluate_package(problem, "cpu")
     for count in (2, 3, 7):
@@ -178,9 +199,10 @@ def test_the_thread_count_changes_no_bit(spec, sizes):
             assert_identical(evaluate_package(problem, "cpu"), alone)
 
 
+@pytest.mark.parametrize("sizes", [SMALL, PACKED], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("spec", SPECS, ids=spec_id)
-def test_a_row_alone_equals_the_row_in_a_batch_bit_for_bit(spec):
-    problem = problem_for(spec, shared=False, **SMALL).cast(torch.float32)
+def test_a_row_alone_equals_the_row_in_a_batch_bit_for_bit(spec, sizes):
+    problem = problem_for(spec, shared=False, **sizes).cast(torch.bfloat16 if sizes is PACKED else torch.float32)
 
     def results(p: Problem) -> dict[str, Tensor]:
         return package_results(p, backend="cpu")
@@ -198,11 +220,12 @@ def ones_like_results(problem: Problem, results) -> dict[str, Tensor]:
     return {name: torch.ones_like(value, dtype=torch.float64) for name, value in results(problem).items()}
 
 
+@pytest.mark.parametrize("sizes", [SMALL, PACKED], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("spec", SPECS, ids=spec_id)
-def test_a_call_of_any_length_gives_the_same_bits(spec):
-    problem = problem_for(spec, **SMALL).cast(torch.float32)
+def test_a_call_of_any_length_gives_the_same_bits(spec, sizes):
+    problem = problem_for(spec, **sizes).cast(torch.bfloat16 if sizes is PACKED else torch.float32)
     whole = package_results(problem, backend="cpu")
-    split = package_results(problem, backend="cpu", lengths=[3, 7, 1, 13])
+    split = package_results(problem, backend="cpu", lengths=[3, 7, 1, sizes["tokens"] - 11])
     for name in ("output", *(n for n in whole if n.startswith(("weight", "momentum")))):
         # The chunk's own scalars are products whose grouping the split does not change; its tokens are the same.
         assert torch.equal(split[name], whole[name]), name
@@ -504,6 +527,29 @@ print("done")
 def test_a_forked_child_starts_its_own_workers():
     run = subprocess.run([sys.executable, "-c", _FORK], capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 0 and run.stdout.endswith("done\n"), run.stderr
+
+
+_WORKERS = """
+import os, torch
+from tests.backends.test_cpu import SMALL, SPECS, problem_for
+from tests.cases import package_results
+torch.set_num_threads(2)
+x = torch.randn(2000, 2000)
+(x + x).sum()                                                    # PyTorch's own workers are running
+before = len(os.listdir("/proc/self/task"))
+problem = problem_for(SPECS[1], **SMALL).cast(torch.float32)
+package_results(problem, backend="cpu")
+assert torch.get_num_threads() == 2 and before > 1
+print(len(os.listdir("/proc/self/task")) - before, "more")
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="this system does not list a process's threads")
+@pytest.mark.skipif("OpenMP" not in torch.__config__.parallel_info(), reason="this PyTorch has no OpenMP workers")
+def test_calls_run_on_the_workers_of_pytorch():
+    """Workers of our own would share the cores with PyTorch's, which spin for a while after every operator."""
+    run = subprocess.run([sys.executable, "-c", _WORKERS], capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0 and run.stdout == "0 more\n", run.stdout + run.stderr
 
 
 # ---- the boundary of the core ----------------------------------------------------------------------------------------
