@@ -13,7 +13,7 @@ namespace hope::cpu::HOPE_ISA {
 constexpr idx kDotRows = 4;
 
 // From chunks of this many tokens on, products are faster in bfloat16, with the time to pack the weights for them.
-constexpr idx kPackedRows = 16;
+constexpr idx kPackedRows = 8;
 
 struct Net {
   Form form;
