@@ -1,4 +1,5 @@
-// Runs the CPU engine over random scans and updates, for sanitizers to watch: `driver CASES [SEED]`.
+// Runs the CPU engine over random scans and updates, for sanitizers to watch: `driver CASES [SEED [FILE]]`. FILE receives a
+// line for each result, by which two builds of the engine can be compared: case, name, element type, sum, sum of magnitudes.
 //
 // Every array is an allocation of its own and exactly as large as the description says, so that AddressSanitizer sees the
 // first element read or written outside. Results that are not wanted are absent, those that are must be complete: a value
@@ -77,6 +78,22 @@ class Array {
     const uint16_t bits = get<uint16_t>(at) & 0x7fff;
     return bits > (dtype_ == DType::bfloat16 ? 0x7f80 : 0x7c00);
   }
+  double value(int64_t i) const {
+    const char* at = static_cast<const char*>(data()) + size_t(i) * bytes_of(dtype_);
+    if (dtype_ == DType::float64) return get<double>(at);
+    if (dtype_ == DType::float32) return get<float>(at);
+    const uint16_t bits = get<uint16_t>(at);
+    if (dtype_ == DType::bfloat16) {
+      const uint32_t wide = uint32_t(bits) << 16;
+      float f;
+      std::memcpy(&f, &wide, 4);
+      return f;
+    }
+    const int exponent = bits >> 10 & 0x1f;
+    const double size = exponent ? std::ldexp(1024 + (bits & 0x3ff), exponent - 25) : std::ldexp(bits & 0x3ff, -24);
+    return bits & 0x8000 ? -size : size;
+  }
+  DType dtype() const { return dtype_; }
   bool same_bits(const Array& other) const {
     if (count_ != other.count_) return false;
     return count_ == 0 || std::memcmp(data(), other.data(), size_t(count_) * bytes_of(dtype_)) == 0;
@@ -413,11 +430,32 @@ std::vector<Array> update(uint64_t seed, int threads) {
   return arrays;
 }
 
+// NaN stands for what nothing had to write.
+void write_sums(std::FILE* file, uint64_t seed, const Case& made) {
+  static const char* const kNames[] = {"float32", "float64", "bfloat16", "float16"};
+  for (const Case::Named& result : made.results) {
+    double sum = 0, magnitude = 0;
+    for (int64_t i = 0; i < result.array.count(); ++i) {
+      if (result.array.nan(i)) continue;
+      sum += result.array.value(i), magnitude += std::abs(result.array.value(i));
+    }
+    std::string name = result.name;
+    for (char& c : name)
+      if (c == ' ') c = '_';
+    const bool checkpoints = name.find("checkpoints") != std::string::npos || name == "segment";  // may hold padding
+    if (!checkpoints)
+      std::fprintf(file, "%llu %s %s %.17g %.17g\n", static_cast<unsigned long long>(seed), name.c_str(),
+                   kNames[int(made.problem.dtype)], sum, magnitude);
+  }
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
   const int cases = count > 1 ? std::atoi(arguments[1]) : 100;
   const uint64_t first = count > 2 ? std::strtoull(arguments[2], nullptr, 10) : 0;
+  std::FILE* sums = count > 3 ? std::fopen(arguments[3], "w") : nullptr;
+  if (count > 3 && !sums) fail(std::string("cannot write ") + arguments[3]);
   for (int i = 0; i < cases; ++i) {
     const uint64_t seed = first + uint64_t(i);
     const Case alone = run(seed, 1), together = run(seed, 3);
@@ -425,10 +463,12 @@ int main(int count, char** arguments) {
       if (!alone.results[r].array.same_bits(together.results[r].array))
         fail("case " + std::to_string(seed) + " (" + alone.description + "): " + alone.results[r].name +
              " depends on the number of threads");
+    if (sums) write_sums(sums, seed, alone);
     const std::vector<Array> one = update(seed, 1), several = update(seed, 3);
     for (size_t r = 0; r < one.size(); ++r)
       if (!one[r].same_bits(several[r])) fail("update " + std::to_string(seed) + " depends on the number of threads");
   }
+  if (sums && std::fclose(sums) != 0) fail("the sums were not written");
   std::printf("%d cases passed\n", cases);
   return 0;
 }
