@@ -249,6 +249,39 @@ HOPE_INLINE void gemm_nn(const Team& team, const Mat<T>& a, const Mat<T>& b, con
   gemm_nn(team, a, b, c, c, alpha, beta);
 }
 
+// Rows [m0, m1) of one panel of C = beta * Cin + alpha * A^T B for kDepth rows of A and B, the write of a tiny chunk: one pass
+// over C, which is bound by its memory, with B in registers.
+template <class T, int kDepth>
+void outer_products(const T* a, idx lda, const T* b, idx ldb, const T* cin, idx ldcin, T* c, idx ldc, idx rows, idx vectors,
+                    T alpha, T beta) {
+  constexpr int L = kLanes<T>;
+  for (idx v = 0; v < vectors; v += 4) {
+    const int width = int(min(4, vectors - v));
+    Vec<T> bk[kDepth][4];
+#pragma GCC unroll 4
+    for (int k = 0; k < kDepth; ++k)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) bk[k][j] = j < width ? alpha * load(b + k * ldb + (v + j) * L) : zero<T>();
+    for (idx m = 0; m < rows; ++m) {
+      const T* from = cin + m * ldcin + v * L;
+      T* to = c + m * ldc + v * L;
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        if (j >= width) break;
+        Vec<T> sum = beta == T(0) ? zero<T>() : beta * load(from + j * L);
+#pragma GCC unroll 4
+        for (int k = 0; k < kDepth; ++k) sum += a[k * lda + m] * bk[k][j];
+        store(to + j * L, sum);
+      }
+    }
+  }
+}
+
+template <class T>
+constexpr decltype(&outer_products<T, 1>) kOuterProducts[] = {outer_products<T, 1>, outer_products<T, 2>,
+                                                              outer_products<T, 3>, outer_products<T, 4>};
+constexpr idx kOuterDepth = 4;
+
 // C = beta * Cin + alpha * A[:, first:first + count]^T B; rows of C are those columns of A (count < 0: all of them).
 template <class T>
 void gemm_tn(const Team& team, const Mat<T>& a, const Mat<T>& b, const Mat<T>& cin, const Mat<T>& c, T alpha, T beta,
@@ -261,6 +294,10 @@ void gemm_tn(const Team& team, const Mat<T>& a, const Mat<T>& b, const Mat<T>& c
   team.each(c.axis.panels * panels, [&](idx piece) {
     const idx p = piece / panels, q = panel0 + piece % panels;
     const idx m0 = max(first, q * width), m1 = min(first + count, (q + 1) * width);
+    if (1 <= a.rows && a.rows <= kOuterDepth)
+      return kOuterProducts<T>[a.rows - 1](a.at(q, 0) + (m0 - q * width), a.ld, b.at(p, 0), b.ld, cin.at(p, m0 - first),
+                                           cin.ld, c.at(p, m0 - first), c.ld, m1 - m0, panel_vectors<T>(c.axis, p),
+                                           alpha, beta);
     for (idx k = 0; k < a.rows; k += kContractionBlock) {
       const idx length = min(kContractionBlock, a.rows - k);
       Strip<T> strip{a.at(q, k) + (m0 - q * width), a.ld, 1, length, length, 0};
