@@ -2,7 +2,8 @@
 
 It works in the state dtype (float64 for float64 tokens, else float32), converts bfloat16 and float16 tokens as it loads
 and stores them, and runs on as many threads as ``torch.get_num_threads()`` says. Results do not depend on that number,
-bit for bit.
+bit for bit. Where the processor multiplies in bfloat16, the products of bfloat16 tokens do so from chunks of 8 on.
+``docs/cpu.md`` says how it works.
 """
 
 from __future__ import annotations
