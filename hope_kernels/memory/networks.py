@@ -1,0 +1,142 @@
+"""The network under a factored memory: the linear layers that all sequences share, or, merged, each its own.
+
+A factored memory (:mod:`hope_kernels.memory.factored`) never asks what its linear layers are, only what they do:
+:class:`SharedNetwork` is that question. :class:`WeightNetwork` answers it with weight tensors; an integration answers
+it with a pre-trained module's own layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hope_kernels.backends.interface import state_dtype
+from hope_kernels.memory.reference import activate
+from hope_kernels.memory.spec import MemorySpec
+
+
+class SharedNetwork(Protocol):
+    """The linear layers of a memory's network and its activation, as a factored scan calls them.
+
+    Layers are numbered like ``MemorySpec.weight_names`` of the memory's form: ``mlp`` has ``W_in, W_out``, ``glu``
+    ``W_gate, W_up, W_out``. The tensors below have leading dimensions ``[B, T, N]`` (sequences, tokens, heads).
+    """
+
+    def apply(self, i: int, u: Tensor) -> Tensor:
+        """``u W_i + b_i``: ``[B, T, N, in]`` to ``[B, T, N, out]``, in the dtype the layer itself computes in. Where
+        nothing is written this is the layer's output, bit for bit, so it should be the layer's own call."""
+        ...
+
+    def apply_transposed(self, i: int, e: Tensor) -> Tensor:
+        """``e W_i^T``, without bias: ``[B, T, N, out]`` in the state dtype to ``[B, T, N, in]`` in any dtype."""
+        ...
+
+    def bias(self, i: int) -> Tensor | None:
+        """``b_i``, broadcastable to ``[N, out]``, or None. It is never written and never decays."""
+        ...
+
+    def weight(self, i: int) -> Tensor:
+        """``W_i [N, in, out]``, any strides. Asked for only where written pairs are merged into dense weights."""
+        ...
+
+    def activate(self, z: Tensor) -> Tensor:
+        """The activation: elementwise, twice differentiable, for the dtype of ``apply`` and the state dtype."""
+        ...
+
+
+def slope(network: SharedNetwork, z: Tensor) -> Tensor:
+    """``act'(z)``, elementwise and differentiable: forward-mode, so that any activation made of torch operations has
+    one, and nothing is unpacked inside a checkpointed region."""
+    return torch.func.jvp(network.activate, (z,), (torch.ones_like(z),))[1]
+
+
+def product(a: Tensor, b: Tensor, operand: torch.dtype) -> Tensor:
+    """``a @ b`` with operands rounded to ``operand``, accumulated and returned in its state dtype.
+
+    The rounded operands are multiplied in the state dtype: a 16-bit product would round its result as well.
+    """
+    dtype = state_dtype(operand)
+    with torch.autocast(a.device.type, enabled=False):
+        if operand == dtype:
+            return a.to(dtype) @ b.to(dtype)
+        return a.to(operand).to(dtype) @ b.to(operand).to(dtype)
+
+
+class WeightNetwork:
+    """A network of plain weight tensors, without biases: those ``memory_scan`` is given.
+
+    Args:
+        weights: each ``[N, in, out]`` (one product for all sequences) or ``[B, N, in, out]`` (each its own), any
+            strides, any floating dtype.
+        operand: what operands of products are rounded to, the dtype of the tokens.
+        spec: for its activation.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], operand: torch.dtype, spec: MemorySpec) -> None:
+        self.weights, self.operand, self.spec = tuple(weights), operand, spec
+
+    def apply(self, i: int, u: Tensor) -> Tensor:
+        return linear(u, self.weights[i], self.operand)
+
+    def apply_transposed(self, i: int, e: Tensor) -> Tensor:
+        return linear(e, self.weights[i].transpose(-1, -2), self.operand)
+
+    def bias(self, i: int) -> None:
+        return None
+
+    def weight(self, i: int) -> Tensor:
+        return self.weights[i]
+
+    def activate(self, z: Tensor) -> Tensor:
+        return activate(z, self.spec.activation)
+
+
+class MergedNetwork:
+    """Weights of each sequence's own in the place of a shared network's, whose biases and activation go on.
+
+    Args:
+        network: the shared network.
+        weights: each ``[B, N, in, out]`` in the state dtype.
+        operand: what operands of products are rounded to.
+    """
+
+    def __init__(self, network: SharedNetwork, weights: Sequence[Tensor], operand: torch.dtype) -> None:
+        self.network, self.weights, self.operand = network, tuple(weights), operand
+
+    def apply(self, i: int, u: Tensor) -> Tensor:
+        z, bias = linear(u, self.weights[i], self.operand), self.network.bias(i)
+        return (z if bias is None else z + bias).to(self.operand)  # as the shared network's own layers round
+
+    def apply_transposed(self, i: int, e: Tensor) -> Tensor:
+        return linear(e, self.weights[i].transpose(-1, -2), self.operand)
+
+    def bias(self, i: int) -> Tensor | None:
+        return self.network.bias(i)
+
+    def weight(self, i: int) -> Tensor:
+        return self.weights[i]
+
+    def activate(self, z: Tensor) -> Tensor:
+        return self.network.activate(z)
+
+
+def with_weights(network: SharedNetwork, weights: Sequence[Tensor], operand: torch.dtype) -> SharedNetwork:
+    """``network`` with dense weights of each sequence's own, ``[B, N, in, out]``, in the place of the shared ones."""
+    if isinstance(network, WeightNetwork):
+        return WeightNetwork(weights, operand, network.spec)
+    return MergedNetwork(network, weights, operand)
+
+
+def linear(u: Tensor, weight: Tensor, operand: torch.dtype) -> Tensor:
+    """``u W``, state dtype, for ``u [B, T, N, in]`` and ``W [N, in, out]`` (shared) or ``[B, N, in, out]``."""
+    if weight.dim() == 4:
+        return product(u.transpose(1, 2), weight, operand).transpose(1, 2)
+    rows, length, heads, features = u.shape
+    if heads == 1:  # one product over all sequences, without a copy
+        return product(u.reshape(rows * length, features), weight[0], operand).view(rows, length, 1, weight.shape[-1])
+    # A broadcast product would copy the weights for every sequence; heads in front share them.
+    by_head = u.permute(2, 0, 1, 3).reshape(heads, rows * length, features)
+    return product(by_head, weight, operand).view(heads, rows, length, weight.shape[-1]).permute(1, 2, 0, 3)
