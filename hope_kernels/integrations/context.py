@@ -53,20 +53,22 @@ class CMSContext:
 
     Attributes:
         states: the state of each MLP's memory, by the MLP's name; none before the first token.
+        rows: sequences of the batch.
     """
 
     states: dict[str, Any] = field(default_factory=dict)
+    rows: int = 0
     steps: dict[str, list[Step]] = field(default_factory=dict, repr=False)
 
     def __copy__(self) -> CMSContext:
-        return CMSContext(dict(self.states), {name: list(steps) for name, steps in self.steps.items()})
+        return CMSContext(dict(self.states), self.rows, {name: list(steps) for name, steps in self.steps.items()})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CMSContext:
         return self.__copy__()
 
     def __getstate__(self) -> dict[str, Any]:
         # A step refers to the module that can run it again, which is not to be stored with the states.
-        return {"states": self.states, "steps": {}}
+        return {"states": self.states, "rows": self.rows, "steps": {}}
 
     def reset(self) -> None:
         """Forget everything: the next token is a context's first."""
@@ -81,14 +83,12 @@ class CMSContext:
     def index_select(self, indices: Tensor) -> None:
         """Keep, reorder or repeat sequences: row ``i`` goes on as row ``indices[i]`` was (beam search)."""
         self.states = {name: state.index_select(indices) for name, state in self.states.items()}
+        self.rows = len(indices)
         self.steps.clear()
 
     def repeat_interleave(self, repeats: int) -> None:
         """Every sequence ``repeats`` times, copies beside each other."""
-        for name, state in self.states.items():
-            rows = torch.arange(state.batch_size).repeat_interleave(repeats)
-            self.states[name] = state.index_select(rows)
-        self.steps.clear()
+        self.index_select(torch.arange(self.rows).repeat_interleave(repeats))
 
     def remember(self, name: str, step: Step) -> None:
         """Note a call that may be taken back; those before the last ``UNDOABLE_TOKENS`` tokens are forgotten."""

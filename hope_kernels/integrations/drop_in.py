@@ -60,9 +60,8 @@ def replace_mlps(
     mlps = [(name, child, structure) for name, child, structure in found if structure is not None]
     if not mlps:
         raise ValueError(
-            f"match: found no MLP in {type(module).__name__}; want a function of (name, module) that returns an "
-            "MLPStructure "
-            f"for some of its {len(found)} submodules"
+            f"match: found no MLP in {type(module).__name__}; want a function of (name, module) that "
+            f"returns an MLPStructure for some of its {len(found)} submodules"
         )
     install(mlps, chunk_sizes(levels, layers, len(mlps)), rank, told=False)
     return module

@@ -1,7 +1,7 @@
 """A pre-trained MLP as a memory: its weights are the initial state, and a forward pass writes corrections to them.
 
 ``MLPStructure`` says which linear layers an MLP is made of, :class:`CMSGates` holds the few parameters that are new,
-and :func:`become_memory` gives the module itself the forward pass of a memory. The module stays the object it was,
+and :class:`MemoryMLP` gives the module itself the forward pass of a memory. The module stays the object it was,
 under
 its names, with its own layers: what wraps, shards, stores or adapts it goes on doing so.
 """
@@ -16,8 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hope_kernels.integrations.context import Call, current_call
+from hope_kernels.integrations.context import UNDOABLE_TOKENS, Call, CMSContext, Step, current_call
 from hope_kernels.layers.primitives import GateProjection, inverse_sigmoid, inverse_softplus
+from hope_kernels.memory import MemorySpec
+from hope_kernels.memory.factored import FactoredState, factored_scan
+from hope_kernels.memory.factors import merge_after
 
 # Where the gates start. The learned scale multiplies the step, so the step starts in the middle of its range, where its
 # gradient is largest; forgetting starts small, as in the layers that are trained from scratch.
@@ -146,7 +149,7 @@ class ModuleNetwork:
 
     def apply(self, i: int, u: Tensor) -> Tensor:
         """``u W_i + b_i``."""
-        return self.linears[i](u)
+        return self.linears[i](u.contiguous())  # GPT-2's layers take views of nothing else
 
     def apply_transposed(self, i: int, e: Tensor) -> Tensor:
         """``e W_i^T``."""
@@ -197,6 +200,12 @@ def _adjoint(linear: nn.Module, e: Tensor) -> Tensor:
     return found if torch.is_grad_enabled() else found.detach()
 
 
+def out_features(linear: nn.Module) -> int:
+    """Features that a linear layer gives."""
+    found = getattr(linear, "out_features", None)
+    return linear.weight.shape[1] if found is None else found
+
+
 def in_features(linear: nn.Module) -> int:
     """Features that a linear layer takes."""
     found = getattr(linear, "in_features", None)
@@ -204,7 +213,7 @@ def in_features(linear: nn.Module) -> int:
 
 
 class MemoryMLP:
-    """What :func:`become_memory` mixes into the class of an MLP: the forward pass of a memory.
+    """What a memory mixes into the class of an MLP: the forward pass of a memory.
 
     The output is ``f_{W_c}(x)``, at the weights that the sequence has at the start of its chunk, followed by the
     module's
@@ -234,8 +243,7 @@ class MemoryMLP:
                     "are padding; want the model's own, model.gradient_checkpointing_enable()"
                 )
             call = Call()
-        network = ModuleNetwork(self, structure)
-        base = network(x)
+        base = ModuleNetwork(self, structure)(x)
         x = x.to(base.dtype)  # under autocast the dtype that the linear layers compute in
         valid = None if call.valid is None else call.valid.to(x.device)
         tokens = (x, *gates(x, base))
@@ -250,3 +258,70 @@ class MemoryMLP:
             real = (at >= valid[:, :1]) & (at < valid[:, 1:])
             output = torch.where(real.unsqueeze(-1), output, base)
         return output if structure.dropout is None else getattr(self, structure.dropout)(output)
+
+    def _scan(
+        self, state: FactoredState | None, tokens: tuple[Tensor, ...], valid: Tensor | None
+    ) -> tuple[Tensor, FactoredState]:
+        """Outputs for ``tokens``, x, v, lr and retention, ``[B, T, ..]`` each, and the state after them."""
+        x, v, lr, retention = tokens
+        network = ModuleNetwork(self, self.cms_structure)
+        spec = MemorySpec(self.cms_structure.form, residual=False)  # the activation is the module's own
+        hidden = out_features(network.linears[0])
+        k = x.unsqueeze(2)  # one head
+        output, state = factored_scan(
+            network,
+            k,
+            k,
+            v.unsqueeze(2),
+            lr,
+            state,
+            spec=spec,
+            chunk_size=self.cms_chunk_size,
+            retention=retention,
+            valid=valid,
+            limit=merge_after(spec, x.shape[-1], hidden),
+        )
+        return output.squeeze(2), state
+
+    def _scan_carried(self, context: CMSContext, tokens: tuple[Tensor, ...], valid: Tensor | None) -> Tensor:
+        """Outputs for ``tokens``, going on from the state in ``context`` and leaving the new one there."""
+        name, length = self.cms_name, tokens[0].shape[1]
+        context.rows = tokens[0].shape[0]
+        if torch.is_grad_enabled():
+            context.steps.pop(name, None)
+            output, context.states[name] = self._scan(context.states.get(name), tokens, valid)
+            return output
+        # The last tokens are scanned by themselves, so that a cache can take some of them back.
+        outputs = []
+        for start, stop in ((0, length - UNDOABLE_TOKENS), (max(0, length - UNDOABLE_TOKENS), length)):
+            if start >= stop:
+                continue
+            # Copies where they are a part: a view would keep the whole call.
+            part = tuple(x if stop - start == length else x[:, start:stop].clone() for x in tokens)
+            span = None if valid is None else (valid - start).clamp(0, stop - start)
+            before = context.states.get(name)
+            output, context.states[name] = self._scan(before, part, span)
+            outputs.append(output)
+        if length:
+            context.remember(name, Step(before, part, span, self._state_after))
+        return torch.cat(outputs, 1) if len(outputs) != 1 else outputs[0]
+
+    def _state_after(
+        self, state: FactoredState | None, tokens: tuple[Tensor, ...], valid: Tensor | None
+    ) -> FactoredState:
+        return self._scan(state, tokens, valid)[1]
+
+
+class _ValueOf(torch.autograd.Function):
+    """The first tensor's value with the second one's gradient, where the two are equal but for rounding.
+
+    A scan cuts products at chunks, which rounds differently than the module's own whole products do.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradient: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad

@@ -53,7 +53,7 @@ def make(name: str = "llama", dtype: torch.dtype = torch.float32, **changes) -> 
     with torch.no_grad():
         for parameter in made.parameters():
             if parameter.dim() > 1:
-                parameter.normal_(std=0.5)
+                parameter.normal_(std=0.25)
             else:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return made.to(dtype).eval()
@@ -99,9 +99,11 @@ def oracle_mlp(module: nn.Module, original: nn.Module, x: Tensor, chunk_size: in
                 break
             moving = weights
             for t in range(span.start, span.stop):
-                found = functional_call(original, weights | frozen, (x[row, t : t + 1],))
+                # Copies: the target depends on the first weights too, and is a constant of the inner gradient.
+                here = {name: w.clone() for name, w in weights.items()}
+                found = functional_call(original, here | frozen, (x[row, t : t + 1],))
                 loss = 0.5 * (found - v[row, t]).square().sum()
-                steps = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+                steps = torch.autograd.grad(loss, list(here.values()), create_graph=True)
                 moving = {
                     name: retention[row, t, 0] * w - lr[row, t, 0] * step
                     for (name, w), step in zip(moving.items(), steps, strict=True)
@@ -111,15 +113,18 @@ def oracle_mlp(module: nn.Module, original: nn.Module, x: Tensor, chunk_size: in
     return torch.stack(rows)
 
 
-def with_oracle(model: nn.Module) -> nn.Module:
-    """A copy of a model with memories, whose MLPs are computed by the oracle instead; fresh contexts, no padding."""
+def with_oracle(model: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    """A copy of a model with memories whose MLPs are computed by the oracle instead, and those MLPs' parameters.
+
+    For whole sequences from a fresh context, without padding.
+    """
     from hope_kernels.integrations.transformers import remove_cms
 
-    plain = remove_cms(copy.deepcopy(model))
-    for (name, memory), size in [((n, m), m.cms_chunk_size) for n, m in memories(model)]:
+    plain, parameters = remove_cms(copy.deepcopy(model)), {}
+    for name, memory in memories(model):
         mlp = plain.get_submodule(name)
         original = copy.deepcopy(mlp)
-        for (_, mine), (_, theirs) in zip(mlp.named_parameters(), original.named_parameters(), strict=True):
-            theirs.data = mine.data
+        parameters |= {f"{name}.{key}": parameter for key, parameter in original.named_parameters()}
+        size = memory.cms_chunk_size
         mlp.forward = lambda x, memory=memory, original=original, size=size: oracle_mlp(memory, original, x, size)
-    return plain
+    return plain, parameters
