@@ -80,7 +80,7 @@ def install(mlps: list[tuple[str, nn.Module, MLPStructure]], sizes: dict[int, in
         name, module, structure = mlps[number]
         weight = getattr(module, structure.linears[0]).weight
         dim = in_features(getattr(module, structure.linears[0]))
-        gates = CMSGates(dim, rank, device=weight.device, dtype=weight.dtype)
+        gates = CMSGates(dim, size, rank, device=weight.device, dtype=weight.dtype)
         gates.train(module.training)
         module.cms = gates
         for key, value in zip(_ATTRIBUTES, (name, number, structure, size, told), strict=True):

@@ -8,6 +8,7 @@ its names, with its own layers: what wraps, shards, stores or adapts it goes on 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,14 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hope_kernels.integrations.context import UNDOABLE_TOKENS, Call, CMSContext, Step, current_call
-from hope_kernels.layers.primitives import GateProjection, inverse_sigmoid, inverse_softplus
+from hope_kernels.layers.primitives import GateProjection, inverse_softplus
 from hope_kernels.memory import MemorySpec
 from hope_kernels.memory.factored import FactoredState, factored_scan
 from hope_kernels.memory.factors import merge_after
 
-# Where the gates start. The learned scale multiplies the step, so the step starts in the middle of its range, where its
-# gradient is largest; forgetting starts small, as in the layers that are trained from scratch.
-START_STEP = 0.5
+# Forgetting starts small, as in the layers that are trained from scratch.
 START_FORGETTING = 0.02
 CHILD = "cms"
 
@@ -71,10 +70,12 @@ class CMSGates(nn.Module):
 
     The target is the trained MLP's output and a correction to it, so an untrained gate does not pull the MLP away
     from what it was trained to say; ``d`` starts at 1 and ``B`` at 0: a memory begins by writing its input's own
-    direction.
+    direction. All steps of a chunk are taken at its start and add up, hence ``b = -log C``: whatever the chunk size,
+    they add up to about ``scale`` at first.
 
     Args:
         dim: features D.
+        chunk_size: C, tokens per write.
         rank: columns of ``A``, 0 for a diagonal correction alone.
 
     Attributes:
@@ -84,12 +85,18 @@ class CMSGates(nn.Module):
     """
 
     def __init__(
-        self, dim: int, rank: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        dim: int,
+        chunk_size: int,
+        rank: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         to: dict[str, Any] = {"device": device, "dtype": dtype}
         self.scale = nn.Parameter(torch.zeros(1, **to))
-        starts = (inverse_sigmoid(START_STEP), inverse_softplus(START_FORGETTING))
+        starts = (-math.log(chunk_size), inverse_softplus(START_FORGETTING))  # sigmoid: 1 / (1 + C)
         self.gates = GateProjection(dim, 1, starts, **to)
         self.target_diagonal = nn.Parameter(torch.ones(dim, **to))
         if rank:

@@ -65,7 +65,7 @@ def tokens(rows: int, length: int, seed: int = 0) -> Tensor:
     return torch.randint(2, VOCABULARY, (rows, length), generator=generator)
 
 
-def switch_on(model: nn.Module, scale: float = 0.5) -> nn.Module:
+def switch_on(model: nn.Module, scale: float = 0.1) -> nn.Module:
     """Gates as after some training: the scale set, everything else random."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -76,7 +76,7 @@ def switch_on(model: nn.Module, scale: float = 0.5) -> nn.Module:
                 if name == "scale":
                     parameter.fill_(scale)
                 else:
-                    parameter.add_(noise, alpha=0.3)
+                    parameter.add_(noise, alpha=0.1)
     return model
 
 
