@@ -59,7 +59,9 @@ def test_a_cache_carries_gradients_from_call_to_call():
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()
 def test_rows_of_different_lengths_are_each_what_they_are_alone(name):
-    model = adapted(name)
+    # Gemma 2's own attention, eager, casts float64's lowest number to float32: NaN for rows with padding.
+    dtype, near = (torch.float32, 1e-4) if name == "gemma2" else (torch.float64, 1e-7)
+    model = adapted(name, dtype)
     rows = [tokens(1, length, seed=length) for length in (9, 6, 3)]
     padded = torch.cat([torch.nn.functional.pad(row, (9 - row.shape[1], 0)) for row in rows])
     settings = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
@@ -67,7 +69,7 @@ def test_rows_of_different_lengths_are_each_what_they_are_alone(name):
     for i, row in enumerate(rows):
         alone = model.generate(row, attention_mask=torch.ones_like(row), **settings)
         torch.testing.assert_close(
-            torch.stack(found.logits, 1)[i], torch.stack(alone.logits, 1)[0], rtol=1e-7, atol=1e-7
+            torch.stack(found.logits, 1)[i], torch.stack(alone.logits, 1)[0], rtol=near, atol=near
         )
         assert torch.equal(found.sequences[i, 9:], alone.sequences[0, row.shape[1] :])
 
