@@ -11,6 +11,7 @@ activations of its own included; ``memory_scan`` itself runs :func:`run` on weig
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -23,9 +24,13 @@ from hope_kernels.backends.interface import state_dtype
 from hope_kernels.memory import validation as check
 from hope_kernels.memory.coefficients import chunk_coefficients
 from hope_kernels.memory.factors import INPUT_OF_LAYER, Factors, Pairs, merge_after, operand_dtype
-from hope_kernels.memory.networks import SharedNetwork, slope, with_weights
+from hope_kernels.memory.layout import TableLayout, UniformLayout
+from hope_kernels.memory.networks import SharedNetwork, WeightNetwork, slope, with_weights
 from hope_kernels.memory.schedule import RaggedSchedule, Schedule, Segment, UniformSchedule
 from hope_kernels.memory.spec import MemorySpec
+from hope_kernels.memory.state import MemoryState
+
+ALWAYS = sys.maxsize  # more pairs than any sequence has: never merged
 
 Gates = tuple[Tensor, Tensor | None]  # lr, retention
 
@@ -238,11 +243,16 @@ class _Writing:
         inputs, errors = zip(*self.blocks, strict=True)
         return Factors(join(inputs), join(errors), self.weights, self.decay)
 
-    def merge(self) -> None:
-        """Dense weights of each sequence's own in the place of the pairs."""
-        factors = self._factors()
-        if factors is None:
+    def merge_beyond(self, limit: int | None) -> None:
+        """Dense weights of each sequence's own in the place of the pairs, if these are more than ``limit``."""
+        if self.weights is None:
             return
+        if limit is None:
+            inputs, errors = self.blocks[0]
+            limit = merge_after(self.spec, inputs[0].shape[-1], errors[0].shape[-1])
+        if self.capacity <= limit:
+            return
+        factors = self._factors()
         base = [self.network.weight(i) for i in range(self.spec.weight_count)]
         self.merged = tuple(_recomputed(lambda: factors.merged(base, self.spec)))
         self.network = with_weights(self.shared, self.merged, self.operand)
@@ -318,7 +328,7 @@ def run(
     Args:
         tokens: ``q, k, v``; reads share the pass of the keys through the network where q and k are one tensor.
         gates: of the new tokens; ``pending``: k, v and gates of the tokens before them.
-        limit: merge as soon as there are more pairs than this; None for never.
+        limit: merge as soon as there are more pairs than this; None for :func:`merge_after`'s rule.
         one_base_product: see :func:`factored_scan`.
     """
     q, k, v = tokens
@@ -328,7 +338,7 @@ def run(
     for segment in schedule.segments:
         starts.append(writing.pairs_now())
         shares = q is k and not one_base_product and segment.writes and schedule.keys_hold_reads(segment)
-        if not shares and not one_base_product:
+        if not shares and not one_base_product and q.shape[1]:
             outputs.append(writing.read(schedule.reads(segment, q)))
         if not segment.writes:
             continue
@@ -342,16 +352,14 @@ def run(
             outputs.append(schedule.reads_of_keys(segment, at_keys))
         elif one_base_product:
             continue  # reads of this call still want the pairs as they are
-        if limit is not None and writing.capacity > limit:
-            writing.merge()
-    if not schedule.segments:
+        writing.merge_beyond(limit)
+    if q.shape[1] == 0 or not schedule.segments:
         output = q.clone()  # no token: a copy of an empty q keeps its gradient
     elif one_base_product:
         output = writing.read(q, lambda: _all_segments(schedule, starts))
         if isinstance(schedule, RaggedSchedule):  # tokens outside every sequence read nothing
             output = schedule.assemble([schedule.reads(segment, output) for segment in schedule.segments])
-        if limit is not None and writing.capacity > limit:
-            writing.merge()
+        writing.merge_beyond(limit)
     else:
         output = schedule.assemble(outputs)
     return output, writing.history()
@@ -360,6 +368,46 @@ def run(
 def _all_segments(schedule: Schedule, starts: Sequence[Callable[[], Pairs | None]]) -> _AllSegments | None:
     pairs = [start() for start in starts]
     return None if all(p is None for p in pairs) else _AllSegments(schedule, pairs)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# For memory_scan: weight tensors and a MemoryState
+
+
+def scan_problem(
+    tokens: tuple[Tensor, Tensor, Tensor], gates: Gates, state: MemoryState, layout: UniformLayout | TableLayout
+) -> tuple[Tensor, Factors | None]:
+    """A checked ``memory_scan`` by the factored plan: output ``[B, T, N, D]``, dtype of q, and all pairs after it.
+
+    A ``q`` without tokens makes it a write of all the others. Rows at different positions are looked at on the host.
+    """
+    q, k, v = tokens
+    network = WeightNetwork(state.stored_weights, k.dtype, state.spec)
+    if isinstance(layout, UniformLayout):
+        schedule: Schedule = UniformSchedule(layout.rows, layout.length, layout.pending, layout.chunk_size)
+    else:
+        columns = (layout.row, layout.start, layout.length, layout.pending)
+        row, start, length, pending = (x.tolist() for x in columns)
+        schedule = RaggedSchedule(row, start, length, pending, layout.chunk_size, k.shape[:2], k.device)
+    history = History(factors=state.factors, counts=_counts(state))
+    before = (state.pending_k, state.pending_v, (state.pending_lr, state.pending_retention))
+    with torch.autocast(k.device.type, enabled=False):
+        output, history = run(network, state.spec, schedule, history, (q, k, v), gates, before, limit=ALWAYS)
+    return output.to(q.dtype), history.factors
+
+
+def read(q: Tensor, state: MemoryState) -> Tensor:
+    """``f_W(q)`` of a factored state (or one that has nothing written), in the dtype of q."""
+    network = WeightNetwork(state.stored_weights, q.dtype, state.spec)
+    with torch.autocast(q.device.type, enabled=False):
+        writing = _Writing(network, state.spec, History(factors=state.factors, counts=_counts(state)), q.shape[0], q)
+        return writing.read(q).to(q.dtype)
+
+
+def _counts(state: MemoryState) -> int | tuple[int, ...]:
+    """Pairs of each row of a state that has never been merged: all tokens but the pending ones."""
+    counts = state.position - state.pending_count
+    return tuple(counts.tolist()) if isinstance(counts, Tensor) else counts
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -493,8 +541,6 @@ def factored_scan(
     check.check_gates(spec, lr, retention, None, k)
     if limit is not None:
         check.check_positive("limit", limit)
-    else:
-        limit = merge_after(spec, k.shape[3], _hidden(network, spec))
     if valid is not None:
         check.check_valid(valid, k)
     rows, length = k.shape[:2]
@@ -539,10 +585,6 @@ def factored_scan(
     return FactoredOutput(
         output, FactoredState(chunk_size, position, count, history, **unfinished, has_retention=retention is not None)
     )
-
-
-def _hidden(network: SharedNetwork, spec: MemorySpec) -> int:
-    return network.weight(0).shape[-1]
 
 
 def _per_row(value: int | Sequence[int], rows: int) -> list[int]:

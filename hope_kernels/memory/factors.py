@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +54,24 @@ class Factors:
             function("weights", self.weights),
             None if self.decay is None else function("decay", self.decay),
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors by name."""
+        return {
+            "inputs": list(self.inputs), "errors": list(self.errors), "weights": self.weights, "decay": self.decay
+        }  # fmt: skip
+
+    @staticmethod
+    def from_state_dict(state_dict: dict[str, Any]) -> Factors:
+        """The inverse of :meth:`state_dict`.
+
+        Raises:
+            ValueError: a name is missing or unknown.
+        """
+        names = {"inputs", "errors", "weights", "decay"}
+        if set(state_dict) != names:
+            raise ValueError(f"factors: got {sorted(state_dict)}; want {sorted(names)}")
+        return Factors(**{**state_dict, "inputs": tuple(state_dict["inputs"]), "errors": tuple(state_dict["errors"])})
 
     def merged(self, base: Sequence[Tensor], spec: MemorySpec) -> tuple[Tensor, ...]:
         """Dense weights ``gamma W(0) - U^T diag(a) E``, each ``[B, N, in, out]`` in the state dtype, differentiable.
