@@ -289,7 +289,18 @@ def fill_cms(model: nn.Module, settings: dict[str, Any], tensors: dict[str, Tens
 
 
 def _gates_of(module: nn.Module) -> CMSGates:
-    return module.get_submodule(CHILD)
+    """Of a memory.
+
+    Raises:
+        ValueError: something has wrapped them (PEFT's modules_to_save).
+    """
+    gates = module.get_submodule(CHILD)
+    if not isinstance(gates, CMSGates):
+        raise ValueError(
+            f"model: the gates of {module.cms_name} are inside a {type(gates).__name__}; want them stored by what "
+            "wrapped them, or unwrapped first (model.merge_and_unload() of PEFT)"
+        )
+    return gates
 
 
 def _file(path: str | os.PathLike[str]) -> Path:

@@ -192,6 +192,8 @@ def _check_weights(model: nn.Module) -> None:
         )
 
 
+# Compiled code breaks off at what the hooks do: it is about Python objects, and about values on the host.
+@torch.compiler.disable
 def _enter_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before the model's forward: which tokens of this call are real."""
     given = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
@@ -204,10 +206,12 @@ def _enter_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     enter(Call(valid=valid))
 
 
+@torch.compiler.disable
 def _leave_model(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     leave()
 
 
+@torch.compiler.disable
 def _enter_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before a decoder layer's forward: its cache, however the architecture calls and passes it."""
     from transformers import Cache
@@ -290,16 +294,14 @@ def _valid(mask: Any, length: int, cache: Any) -> Tensor | None:
         keys = torch.arange(length, device=mask.device) + past
         seen = mask[:, 0].gather(-1, keys.view(1, -1, 1).expand(mask.shape[0], -1, 1)).squeeze(-1)
         real = seen if seen.dtype == torch.bool else seen == 0
-    compiling = torch.compiler.is_compiling()
-    if not compiling and bool(real.all()):
+    if bool(real.all()):
         return None
     count = real.sum(1)
     first = torch.where(count > 0, real.int().argmax(1), 0)
     valid = torch.stack([first, first + count], 1)
-    if not compiling:
-        at = torch.arange(length, device=mask.device)
-        if bool((real != ((at >= valid[:, :1]) & (at < valid[:, 1:]))).any()):
-            raise ValueError(
-                "attention_mask: has gaps between the real tokens of a row; with a CMS want them next to each other"
-            )
+    at = torch.arange(length, device=mask.device)
+    if bool((real != ((at >= valid[:, :1]) & (at < valid[:, 1:]))).any()):
+        raise ValueError(
+            "attention_mask: has gaps between the real tokens of a row; with a CMS want them next to each other"
+        )
     return valid
