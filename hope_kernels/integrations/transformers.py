@@ -102,6 +102,9 @@ def remove_cms(model: Model) -> Model:
     for module in model.modules():
         for handle in module.__dict__.pop(_HANDLES, []):
             handle.remove()
+        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+        if isinstance(checkpoint, _Checkpoint):
+            module._gradient_checkpointing_func = checkpoint.function
     return model
 
 
@@ -203,6 +206,12 @@ def _enter_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     if tokens is not None:
         _check_not_packed(given, tokens)
         valid = _valid(given.get("attention_mask"), tokens.shape[1], given.get("past_key_values"))
+    if module.training:
+        # Here rather than before each layer, whose hooks run inside the checkpoint in some versions of the library.
+        for layer in module.modules():
+            checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
+            if _is_checkpointed(layer) and checkpoint is not None and not isinstance(checkpoint, _Checkpoint):
+                layer._gradient_checkpointing_func = _Checkpoint(checkpoint)
     enter(Call(valid=valid))
 
 
@@ -219,15 +228,15 @@ def _enter_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     call = current_call()
     if call is None:  # a layer called by itself
         return
-    if getattr(module, "gradient_checkpointing", False) and module.training:
-        # The library drops the cache here. It calls the layer again in the backward, where no hook runs.
+    if _is_checkpointed(module):  # the library drops the cache
         call.carried = None
-        checkpoint = module._gradient_checkpointing_func
-        if not isinstance(checkpoint, _Checkpoint):
-            module._gradient_checkpointing_func = _Checkpoint(checkpoint)
         return
     cache = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
     call.carried = None if cache is None else context_of(cache)
+
+
+def _is_checkpointed(layer: nn.Module) -> bool:
+    return layer.training and getattr(layer, "gradient_checkpointing", False)
 
 
 class _Checkpoint:
