@@ -25,7 +25,7 @@ from hope_kernels.memory import validation as check
 from hope_kernels.memory.coefficients import chunk_coefficients
 from hope_kernels.memory.factors import INPUT_OF_LAYER, Block, Factors, Pairs, merge_after, operand_dtype
 from hope_kernels.memory.layout import TableLayout, UniformLayout
-from hope_kernels.memory.networks import SharedNetwork, WeightNetwork, slope, with_weights
+from hope_kernels.memory.networks import SharedNetwork, WeightNetwork, times_slope, with_weights
 from hope_kernels.memory.schedule import RaggedSchedule, Schedule, Segment, UniformSchedule
 from hope_kernels.memory.spec import MemorySpec
 from hope_kernels.memory.state import MemoryState
@@ -116,8 +116,8 @@ def _errors(
 
     def through_activation(error: Tensor, *z: Tensor) -> tuple[Tensor, ...]:
         if spec.form == "mlp":
-            return (error * slope(network, z[0]),)
-        return error * z[1] * slope(network, z[0]), error * network.activate(z[0])
+            return (times_slope(network, z[0], error),)
+        return times_slope(network, z[0], error * z[1]), error * network.activate(z[0])
 
     return (*_recomputed(through_activation, error, *(z.to(delta.dtype) for z in at_keys.pre_activations)), delta)
 

@@ -50,10 +50,10 @@ class SharedNetwork(Protocol):
         ...
 
 
-def slope(network: SharedNetwork, z: Tensor) -> Tensor:
-    """``act'(z)``, elementwise and differentiable: forward-mode, so that any activation made of torch operations has
-    one, and nothing is unpacked inside a checkpointed region."""
-    return torch.func.jvp(network.activate, (z,), (torch.ones_like(z),))[1]
+def times_slope(network: SharedNetwork, z: Tensor, e: Tensor) -> Tensor:
+    """``e act'(z)``, elementwise and differentiable: forward-mode, so that any activation made of torch operations has
+    it, and nothing is unpacked inside a checkpointed region."""
+    return torch.func.jvp(network.activate, (z,), (e,))[1]
 
 
 def multiply(a: Tensor, b: Tensor, operand: torch.dtype) -> Tensor:
