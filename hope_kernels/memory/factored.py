@@ -23,9 +23,9 @@ from torch import Tensor
 from hope_kernels.backends.interface import state_dtype
 from hope_kernels.memory import validation as check
 from hope_kernels.memory.coefficients import chunk_coefficients
-from hope_kernels.memory.factors import INPUT_OF_LAYER, Factors, Pairs, merge_after, operand_dtype
+from hope_kernels.memory.factors import INPUT_OF_LAYER, Block, Factors, Pairs, merge_after, operand_dtype
 from hope_kernels.memory.layout import TableLayout, UniformLayout
-from hope_kernels.memory.networks import SharedNetwork, WeightNetwork, slope, with_weights
+from hope_kernels.memory.networks import SharedNetwork, WeightNetwork, times_slope, with_weights
 from hope_kernels.memory.schedule import RaggedSchedule, Schedule, Segment, UniformSchedule
 from hope_kernels.memory.spec import MemorySpec
 from hope_kernels.memory.state import MemoryState
@@ -69,30 +69,31 @@ def _evaluate(network: SharedNetwork, spec: MemorySpec, written: Any, x: Tensor)
     """``f_W(x)``, ``x [B, T, N, D]``, with the network's weights and what was ``written`` since (None: nothing)."""
     exact = state_dtype(x.dtype)
 
-    def layer(i: int, u: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer's output, rounded as the network's own and not."""
-        base = network.apply(i, u)
+    def layers(indices: tuple[int, ...], u: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Outputs of layers that all read ``u``, rounded as the network's own and not."""
+        bases = [network.apply(i, u) for i in indices]
         if written is None:
-            return base, base.to(exact)
-        z, forgotten = base.to(exact), written.forgotten(u)
-        if forgotten is not None:
-            # Written so that gamma = 1 leaves the bits alone; the bias does not decay.
-            bias = network.bias(i)
-            z = z + forgotten * (z if bias is None else z - bias)
-        z = z - written.delta(i, u)
-        return z.to(base.dtype), z
+            return [(base, base.to(exact)) for base in bases]
+        forgotten, results = written.forgotten(u), []
+        for i, base, delta in zip(indices, bases, written.deltas(indices, u), strict=True):
+            z = base.to(exact)
+            if forgotten is not None:
+                # Written so that gamma = 1 leaves the bits alone; the bias does not decay.
+                bias = network.bias(i)
+                z = z + forgotten * (z if bias is None else z - bias)
+            z = z - delta
+            results.append((z.to(base.dtype), z))
+        return results
 
     hidden, pre_activations = None, ()
     if spec.form == "linear":
-        rounded, z = layer(0, x)
-    elif spec.form == "mlp":
-        pre_activations = (layer(0, x)[0],)
-        hidden = network.activate(pre_activations[0])
-        rounded, z = layer(1, hidden)
+        [(rounded, z)] = layers((0,), x)
     else:
-        pre_activations = (layer(0, x)[0], layer(1, x)[0])
-        hidden = network.activate(pre_activations[0]) * pre_activations[1]
-        rounded, z = layer(2, hidden)
+        pre_activations = tuple(rounded for rounded, _ in layers((0,) if spec.form == "mlp" else (0, 1), x))
+        hidden = network.activate(pre_activations[0])
+        if spec.form == "glu":
+            hidden = hidden * pre_activations[1]
+        [(rounded, z)] = layers((len(pre_activations),), hidden)
     if spec.residual:
         z = x.to(exact) + z
         rounded = z.to(rounded.dtype)
@@ -112,11 +113,13 @@ def _errors(
         if forgotten is not None:
             error = error + forgotten * error
         error = error - written.delta_transposed(last, delta)
-    z = [p.to(delta.dtype) for p in at_keys.pre_activations]
-    if spec.form == "mlp":
-        return (error * slope(network, z[0]), delta)
-    gate, up = z
-    return (error * up * slope(network, gate), error * network.activate(gate), delta)
+
+    def through_activation(error: Tensor, *z: Tensor) -> tuple[Tensor, ...]:
+        if spec.form == "mlp":
+            return (times_slope(network, z[0], error),)
+        return times_slope(network, z[0], error * z[1]), error * network.activate(z[0])
+
+    return (*_recomputed(through_activation, error, *(z.to(delta.dtype) for z in at_keys.pre_activations)), delta)
 
 
 def _write(
@@ -151,16 +154,13 @@ def _recomputed(function: Callable[..., Any], *tensors: Any) -> Any:
 
 
 class _Writing:
-    """What sequences have written as a scan goes on: blocks of pairs, joined where they are multiplied.
-
-    Blocks are what autograd keeps, ``[B, N, C, .]`` for each chunk; joined pairs live for one chunk only.
-    """
+    """What sequences have written as a scan goes on, in a block of pairs ``[B, N, C, .]`` for each chunk."""
 
     def __init__(self, network: SharedNetwork, spec: MemorySpec, history: History, rows: int, k: Tensor) -> None:
         self.shared, self.spec, self.rows, self.operand = network, spec, rows, operand_dtype(k)
         self.merged = history.merged
         self.network = network if self.merged is None else with_weights(network, self.merged, self.operand)
-        self.blocks: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = []
+        self.blocks: list[Block] = []
         self.weights: Tensor | None = None
         self.decay: Tensor | None = None
         # Slots of each sequence's pairs, or their number where all sequences have all of them.
@@ -175,35 +175,34 @@ class _Writing:
         """Pairs stored of each sequence."""
         return 0 if self.weights is None else self.weights.shape[2]
 
-    def pairs_now(self, rows: Tensor | None = None) -> Callable[[], Pairs | None]:
-        """What makes :class:`Pairs` of all that is written by now, for all sequences or some."""
+    def pairs(self) -> Pairs | None:
+        """All that is written by now."""
         if self.weights is None:
-            return lambda: None
-        blocks, weights, decay = list(self.blocks), self.weights, self.decay
+            return None
+        return Pairs(self.spec.form, tuple(self.blocks), self.weights, self.decay, self.operand)
 
-        def chosen(x: Tensor) -> Tensor:
-            return x if rows is None else x.index_select(0, rows)
-
-        def join() -> Pairs:
-            parts = [(tuple(map(chosen, inputs)), tuple(map(chosen, errors))) for inputs, errors in blocks]
-            factor = None if decay is None else chosen(decay)
-            return Pairs(self.spec.form, parts, chosen(weights), factor, self.operand)
-
-        return join
-
-    def read(self, q: Tensor, pairs: Callable[[], Any] | None = None) -> Tensor:
-        """``f_W(q)``, with what is written now or with ``pairs``."""
-        network, pairs = self.network, pairs or self.pairs_now()
-        return _recomputed(lambda x: _evaluate(network, self.spec, pairs(), x).output, q)
+    def read(self, q: Tensor) -> Tensor:
+        """``f_W(q)`` now."""
+        return _evaluate(self.network, self.spec, self.pairs(), q).output
 
     def write(self, segment: Segment, k: Tensor, v: Tensor, gates: Sequence[Tensor | None]) -> Tensor:
         """Write tokens ``[., C, N, D]`` and gates of those that complete a segment; returns ``f_W(k)`` before."""
-        rows = None if segment.rows is None else torch.tensor(segment.rows).to(k.device, non_blocking=True)
-        network = self.network
-        if rows is not None and self.merged is not None:
-            network = with_weights(self.shared, [w.index_select(0, rows) for w in self.merged], self.operand)
-        pairs = self.pairs_now(rows)
-        output, *found = _recomputed(lambda x, y: _write(network, self.spec, pairs(), x, y, self.operand), k, v)
+        pairs, rows = self.pairs(), None
+        if segment.rows is None:
+            output, *found = _write(self.network, self.spec, pairs, k, v, self.operand)
+        else:
+            rows = torch.tensor(segment.rows).to(k.device, non_blocking=True)
+
+            def of_rows(k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+                network = self.network
+                if merged is not None:
+                    network = with_weights(self.shared, [w.index_select(0, rows) for w in merged], self.operand)
+                chosen = None if pairs is None else pairs.of_rows(rows)
+                return _write(network, self.spec, chosen, k, v, self.operand)
+
+            # Copies of what these sequences wrote: not to be kept for every chunk.
+            merged = self.merged
+            output, *found = _recomputed(of_rows, k, v)
         lr, retention = (None if g is None else g.transpose(1, 2) for g in gates)
         scalars = chunk_coefficients("gd", lr, retention, None)
         step, decay = scalars.step, scalars.decay
@@ -292,13 +291,15 @@ class _AllSegments:
         segments = zip(self.schedule.segments, self.pairs, strict=True)
         return self.schedule.assemble([compute(pairs, self.schedule.reads(segment, u)) for segment, pairs in segments])
 
-    def delta(self, i: int, u: Tensor) -> Tensor:
-        errors = self.some.errors[i]
+    def deltas(self, layers: Sequence[int], u: Tensor) -> list[Tensor]:
+        widths = [self.some.blocks[0][1][i].shape[-1] for i in layers]
 
         def compute(pairs: Pairs | None, part: Tensor) -> Tensor:
-            return errors.new_zeros(*part.shape[:3], errors.shape[-1]) if pairs is None else pairs.delta(i, part)
+            if pairs is None:
+                return self.some.weights.new_zeros(*part.shape[:3], sum(widths))
+            return torch.cat(pairs.deltas(layers, part), -1)
 
-        return self._assembled(u, compute)
+        return list(self._assembled(u, compute).split(widths, -1))
 
     def forgotten(self, u: Tensor) -> Tensor | None:
         if self.some.decay is None:
@@ -334,9 +335,9 @@ def run(
     q, k, v = tokens
     writing = _Writing(network, spec, history, schedule.rows, k)
     outputs: list[Tensor] = []
-    starts: list[Callable[[], Pairs | None]] = []
+    starts: list[Pairs | None] = []
     for segment in schedule.segments:
-        starts.append(writing.pairs_now())
+        starts.append(writing.pairs())
         shares = q is k and not one_base_product and segment.writes and schedule.keys_hold_reads(segment)
         if not shares and not one_base_product and q.shape[1]:
             outputs.append(writing.read(schedule.reads(segment, q)))
@@ -356,18 +357,14 @@ def run(
     if q.shape[1] == 0 or not schedule.segments:
         output = q.clone()  # no token: a copy of an empty q keeps its gradient
     elif one_base_product:
-        output = writing.read(q, lambda: _all_segments(schedule, starts))
+        written = None if all(pairs is None for pairs in starts) else _AllSegments(schedule, starts)
+        output = _evaluate(writing.network, spec, written, q).output
         if isinstance(schedule, RaggedSchedule):  # tokens outside every sequence read nothing
             output = schedule.assemble([schedule.reads(segment, output) for segment in schedule.segments])
         writing.merge_beyond(limit)
     else:
         output = schedule.assemble(outputs)
     return output, writing.history()
-
-
-def _all_segments(schedule: Schedule, starts: Sequence[Callable[[], Pairs | None]]) -> _AllSegments | None:
-    pairs = [start() for start in starts]
-    return None if all(p is None for p in pairs) else _AllSegments(schedule, pairs)
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -11,13 +11,14 @@ and values ``a_s e_s``. :class:`Factors` holds the pairs, :class:`Pairs` compute
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hope_kernels.memory.networks import product
+from hope_kernels.memory.pair_products import pair_products
 from hope_kernels.memory.spec import MemorySpec
 
 # Which of the distinct inputs (keys, hidden) feeds each linear layer: both input layers of a glu read the keys.
@@ -106,45 +107,49 @@ def merge_after(spec: MemorySpec, dim: int, hidden: int) -> int:
     return sum(a * b for a, b in shapes) // (inputs + sum(out for _, out in shapes))
 
 
+Block = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]  # inputs and errors of some pairs, as Factors has them
+
+
+@dataclass(frozen=True, eq=False)
 class Pairs:
     """Products with the pairs of several blocks of tokens, at the start of a chunk.
 
-    Args:
+    Attributes:
         form: of the memory.
-        blocks: ``(inputs, errors)`` of each block, in the order they were written.
+        blocks: inputs and errors of each block, in the order they were written.
         weights: ``a [B, N, S]`` over all blocks.
         decay: ``gamma [B, N]`` or None.
         operand: what operands of products are rounded to.
     """
 
-    def __init__(
-        self,
-        form: str,
-        blocks: Sequence[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]],
-        weights: Tensor,
-        decay: Tensor | None,
-        operand: torch.dtype,
-    ) -> None:
-        joined = [tuple(torch.cat(parts, 2) if len(parts) > 1 else parts[0] for parts in zip(*side, strict=True))
-                  for side in zip(*blocks, strict=True)]  # fmt: skip
-        self.inputs, self.errors = joined
-        self.source = INPUT_OF_LAYER[form]
-        self.weights, self.decay, self.operand = weights, decay, operand
-        self._scores: tuple[Tensor, Tensor] | None = None
+    form: str
+    blocks: tuple[Block, ...]
+    weights: Tensor
+    decay: Tensor | None
+    operand: torch.dtype
 
-    def delta(self, i: int, u: Tensor) -> Tensor:
-        """``(a . (u U^T)) E`` of layer i, ``[B, T, N, in]`` to ``[B, T, N, out]`` in the state dtype."""
-        # The two input layers of a glu have the same input and hence the same scores.
-        if self._scores is None or self._scores[0] is not u:
-            scores = product(u.transpose(1, 2), self.inputs[self.source[i]].transpose(-1, -2), self.operand)
-            self._scores = u, scores * self.weights.unsqueeze(2)
-        return product(self._scores[1], self.errors[i], self.operand).transpose(1, 2)
+    def of_rows(self, rows: Tensor) -> Pairs:
+        """Those of some sequences alone."""
+
+        def chosen(x: Tensor) -> Tensor:
+            return x.index_select(0, rows)
+
+        blocks = ((tuple(map(chosen, inputs)), tuple(map(chosen, errors))) for inputs, errors in self.blocks)
+        decay = None if self.decay is None else chosen(self.decay)
+        return replace(self, blocks=tuple(blocks), weights=chosen(self.weights), decay=decay)
+
+    def deltas(self, layers: Sequence[int], u: Tensor) -> tuple[Tensor, ...]:
+        """``(a . (u U^T)) E`` of layers that all read ``u [B, T, N, in]``: ``[B, T, N, out]`` each, state dtype."""
+        source = INPUT_OF_LAYER[self.form][layers[0]]
+        keys = [inputs[source] for inputs, _ in self.blocks]
+        values = [[errors[i] for _, errors in self.blocks] for i in layers]
+        return pair_products(u, keys, values, self.weights, self.operand)
 
     def delta_transposed(self, i: int, e: Tensor) -> Tensor:
         """``(a . (e E^T)) U`` of layer i, ``[B, T, N, out]`` to ``[B, T, N, in]`` in the state dtype."""
-        scores = product(e.transpose(1, 2), self.errors[i].transpose(-1, -2), self.operand)
-        scores = scores * self.weights.unsqueeze(2)
-        return product(scores, self.inputs[self.source[i]], self.operand).transpose(1, 2)
+        source = INPUT_OF_LAYER[self.form][i]
+        keys, values = [errors[i] for _, errors in self.blocks], [inputs[source] for inputs, _ in self.blocks]
+        return pair_products(e, keys, [values], self.weights, self.operand)[0]
 
     def forgotten(self, u: Tensor) -> Tensor | None:
         """``gamma - 1``, broadcastable to ``u [B, T, N, features]``; None without retention."""

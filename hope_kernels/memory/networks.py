@@ -8,14 +8,17 @@ it with a pre-trained module's own layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hope_kernels.backends.interface import state_dtype
 from hope_kernels.memory.reference import activate
 from hope_kernels.memory.spec import MemorySpec
+
+_HAS_OUT_DTYPE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
 
 
 class SharedNetwork(Protocol):
@@ -47,22 +50,47 @@ class SharedNetwork(Protocol):
         ...
 
 
-def slope(network: SharedNetwork, z: Tensor) -> Tensor:
-    """``act'(z)``, elementwise and differentiable: forward-mode, so that any activation made of torch operations has
-    one, and nothing is unpacked inside a checkpointed region."""
-    return torch.func.jvp(network.activate, (z,), (torch.ones_like(z),))[1]
+def times_slope(network: SharedNetwork, z: Tensor, e: Tensor) -> Tensor:
+    """``e act'(z)``, elementwise and differentiable: forward-mode, so that any activation made of torch operations has
+    it, and nothing is unpacked inside a checkpointed region."""
+    return torch.func.jvp(network.activate, (z,), (e,))[1]
+
+
+def multiply(a: Tensor, b: Tensor, operand: torch.dtype) -> Tensor:
+    """``a @ b``, batches of matrices ``[M, ., .]``, with operands rounded to ``operand``; sums and result in its state
+    dtype. Not differentiable in 16 bits on a GPU: that is :func:`product`'s affair."""
+    dtype = state_dtype(operand)
+    if operand != dtype and a.is_cuda and _HAS_OUT_DTYPE:
+        return torch.bmm(a.to(operand), b.to(operand), out_dtype=dtype)
+    # Elsewhere the rounded operands are multiplied in the state dtype: a 16-bit product would round its result as well.
+    return torch.bmm(a.to(operand).to(dtype), b.to(operand).to(dtype))
+
+
+class _Product(torch.autograd.Function):
+    """:func:`multiply` and its first derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, operand: torch.dtype) -> Tensor:
+        ctx.save_for_backward(a, b)
+        ctx.operand = operand
+        return multiply(a, b, operand)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        a, b = ctx.saved_tensors
+        for_a, for_b, _ = ctx.needs_input_grad
+        d_a = multiply(gradient, b.transpose(1, 2), ctx.operand).to(a.dtype) if for_a else None
+        d_b = multiply(a.transpose(1, 2), gradient, ctx.operand).to(b.dtype) if for_b else None
+        return d_a, d_b, None
 
 
 def product(a: Tensor, b: Tensor, operand: torch.dtype) -> Tensor:
-    """``a @ b`` with operands rounded to ``operand``, accumulated and returned in its state dtype.
-
-    The rounded operands are multiplied in the state dtype: a 16-bit product would round its result as well.
-    """
-    dtype = state_dtype(operand)
+    """``a @ b`` of ``[..., ., .]`` with operands rounded to ``operand``, summed and returned in its state dtype."""
+    lead = a.shape[:-2]
     with torch.autocast(a.device.type, enabled=False):
-        if operand == dtype:
-            return a.to(dtype) @ b.to(dtype)
-        return a.to(operand).to(dtype) @ b.to(operand).to(dtype)
+        result = _Product.apply(a.flatten(0, -3), b.flatten(0, -3), operand)
+    return result.view(*lead, *result.shape[-2:])
 
 
 class WeightNetwork:
@@ -135,8 +163,6 @@ def linear(u: Tensor, weight: Tensor, operand: torch.dtype) -> Tensor:
     if weight.dim() == 4:
         return product(u.transpose(1, 2), weight, operand).transpose(1, 2)
     rows, length, heads, features = u.shape
-    if heads == 1:  # one product over all sequences, without a copy
-        return product(u.reshape(rows * length, features), weight[0], operand).view(rows, length, 1, weight.shape[-1])
     # A broadcast product would copy the weights for every sequence; heads in front share them.
     by_head = u.permute(2, 0, 1, 3).reshape(heads, rows * length, features)
     return product(by_head, weight, operand).view(heads, rows, length, weight.shape[-1]).permute(1, 2, 0, 3)
