@@ -121,6 +121,11 @@ def _check_mlp(name: str, module: nn.Module, structure: MLPStructure) -> None:
         ValueError, TypeError: it is not; the message says what to do.
     """
     owner = f"{name} ({type(module).__name__})"
+    if "forward" in vars(module):
+        raise ValueError(
+            f"{owner}: its forward was replaced on the instance (by a hook of Accelerate or a kernel?), which would hide "
+            "the memory; want add_cms first, and that afterwards"
+        )
     missing = [child for child in structure.names() if not hasattr(module, child)]
     if missing:
         raise ValueError(f"{owner}: has no {', '.join(missing)}; want the children that {structure} names")

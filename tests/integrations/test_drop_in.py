@@ -263,6 +263,13 @@ def test_modules_that_cannot_become_memories_are_refused_and_left_alone():
     model.mlps[2].act.weight = None
     model.mlps[2].gate = nn.SiLU()
     refused(model, gated, TypeError, "gate is a SiLU without a weight")
+    model = Stack()
+    model.mlps[0].forward = lambda x: x
+    refused(model, gated, ValueError, "mlps.0 .* its forward was replaced on the instance")
+    model = replace_mlps(Stack(), gated, [2])
+    model.mlps[0].forward = model.mlps[0].forward
+    with pytest.raises(ValueError, match="mlps.0: the memory was wrapped"):
+        remove_cms(model)
     refused(Stack(), gated, TypeError, "rank is", rank="4")
     with pytest.raises(ValueError, match="x has shape"):
         stack()(inputs()[0])

@@ -30,6 +30,15 @@ def test_logits_are_the_models_own_bit_for_bit_and_the_scale_has_a_gradient(name
             assert parameter.grad.isfinite().all() and parameter.grad.abs() > 0, found
 
 
+def test_dropout_draws_what_it_drew():
+    model, ids = make("gpt2", resid_pdrop=0.3).train(), tokens(2, 9)
+    torch.manual_seed(5)
+    before = model(ids).logits
+    add_cms(model, levels=[2, 4])
+    torch.manual_seed(5)
+    assert torch.equal(model(ids).logits, before)
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_memory_switched_on_is_the_oracles_gradients_included(name):
     model, ids = switch_on(add_cms(make(name, torch.float64), levels=[2, 4])), tokens(2, 9)
