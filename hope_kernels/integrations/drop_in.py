@@ -123,8 +123,8 @@ def _check_mlp(name: str, module: nn.Module, structure: MLPStructure) -> None:
     owner = f"{name} ({type(module).__name__})"
     if "forward" in vars(module):
         raise ValueError(
-            f"{owner}: its forward was replaced on the instance (by a hook of Accelerate or a kernel?), which would hide "
-            "the memory; want add_cms first, and that afterwards"
+            f"{owner}: its forward was replaced on the instance (by a hook of Accelerate or a kernel?), which "
+            "would hide the memory; want add_cms first, and that afterwards"
         )
     missing = [child for child in structure.names() if not hasattr(module, child)]
     if missing:
@@ -209,10 +209,10 @@ def uninstall(model: nn.Module) -> None:
     if not found:
         raise ValueError(f"model: {type(model).__name__} has no CMS to remove; want a model after add_cms")
     for name, module in found:
-        if _original_class(module) is None:
+        if _original_class(module) is None or "forward" in vars(module):
             raise ValueError(
-                f"{name}: is a {type(module).__name__}, made of a memory by something else (FSDP?); want the model "
-                "before that"
+                f"{name}: the memory was wrapped by something else since, as a {type(module).__name__} (FSDP, a hook of "
+                "Accelerate?); want that undone first"
             )
     for _, module in found:
         module.__class__ = _original_class(module)

@@ -268,7 +268,7 @@ def test_modules_that_cannot_become_memories_are_refused_and_left_alone():
     refused(model, gated, ValueError, "mlps.0 .* its forward was replaced on the instance")
     model = replace_mlps(Stack(), gated, [2])
     model.mlps[0].forward = model.mlps[0].forward
-    with pytest.raises(ValueError, match="mlps.0: the memory was wrapped"):
+    with pytest.raises(ValueError, match=r"mlps\.0: the memory was wrapped"):
         remove_cms(model)
     refused(Stack(), gated, TypeError, "rank is", rank="4")
     with pytest.raises(ValueError, match="x has shape"):
