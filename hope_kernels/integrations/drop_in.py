@@ -211,8 +211,8 @@ def uninstall(model: nn.Module) -> None:
     for name, module in found:
         if _original_class(module) is None or "forward" in vars(module):
             raise ValueError(
-                f"{name}: the memory was wrapped by something else since, as a {type(module).__name__} (FSDP, a hook of "
-                "Accelerate?); want that undone first"
+                f"{name}: the memory was wrapped by something else since, as a {type(module).__name__} (FSDP? a hook "
+                "of Accelerate?); want that undone first"
             )
     for _, module in found:
         module.__class__ = _original_class(module)
