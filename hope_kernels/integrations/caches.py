@@ -33,9 +33,10 @@ class CarriesMemories:
         self.cms_context.repeat_interleave(repeats)
 
     def crop(self, tokens_to_remove: int) -> None:
-        # First what may be refused: a cache whose halves disagree is of no use.
-        self.cms_context.undo(abs(tokens_to_remove))
+        # First whatever may be refused: a cache whose halves disagree is of no use.
+        self.cms_context.check_undo(abs(tokens_to_remove))
         super().crop(tokens_to_remove)
+        self.cms_context.undo(abs(tokens_to_remove))
 
     def reset(self) -> None:
         super().reset()

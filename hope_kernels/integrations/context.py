@@ -97,14 +97,12 @@ class CMSContext:
         while sum(s.length for s in steps[1:]) >= UNDOABLE_TOKENS:
             steps.pop(0)
 
-    def undo(self, tokens: int) -> None:
-        """Take back the last ``tokens`` tokens (columns of the batch, padding included) of every memory.
+    def check_undo(self, tokens: int) -> None:
+        """That :meth:`undo` can take back so many tokens.
 
         Raises:
-            ValueError: they are more than can be taken back; nothing is changed.
+            ValueError: they are more than that.
         """
-        if tokens == 0:
-            return
         for name in self.states:
             known = sum(step.length for step in self.steps.get(name, []))
             if known < tokens:
@@ -113,6 +111,16 @@ class CMSContext:
                     f"{UNDOABLE_TOKENS} tokens, here {known}, and none from before beams were reordered. Start from "
                     "an empty cache, or from a copy.deepcopy of the cache made before those tokens"
                 )
+
+    def undo(self, tokens: int) -> None:
+        """Take back the last ``tokens`` tokens (columns of the batch, padding included) of every memory.
+
+        Raises:
+            ValueError: they are more than can be taken back; nothing is changed.
+        """
+        self.check_undo(tokens)
+        if tokens == 0:
+            return
         for name in list(self.states):
             state, self.steps[name] = self._taken_back(self.steps[name], tokens)
             if state is None:

@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib")
 
 from hope_kernels.cli.demo_training import load_example
 
-SMALL = "--context 48 --batch 2 --levels 8 16 --gate-steps 3 --test-files 3 --scale 1".split()
+SMALL = [
     "--context",
     "48",
     "--batch",
