@@ -74,13 +74,13 @@ def _evaluate(network: SharedNetwork, spec: MemorySpec, written: Any, x: Tensor)
         bases = [network.apply(i, u) for i in indices]
         if written is None:
             return [(base, base.to(exact)) for base in bases]
-        forgotten, results = written.forgotten(u), []
+        kept, results = written.kept(u), []
         for i, base, delta in zip(indices, bases, written.deltas(indices, u), strict=True):
             z = base.to(exact)
-            if forgotten is not None:
-                # Written so that gamma = 1 leaves the bits alone; the bias does not decay.
+            if kept is not None:
+                # The bias does not decay. This form leaves the bits alone at gamma = 1 and loses none near 0.
                 bias = network.bias(i)
-                z = z + forgotten * (z if bias is None else z - bias)
+                z = kept * z if bias is None else kept * z + (1 - kept) * bias
             z = z - delta
             results.append((z.to(base.dtype), z))
         return results
@@ -109,9 +109,8 @@ def _errors(
     last = 1 if spec.form == "mlp" else 2
     error = network.apply_transposed(last, delta).to(delta.dtype)
     if written is not None:
-        forgotten = written.forgotten(delta)
-        if forgotten is not None:
-            error = error + forgotten * error
+        kept = written.kept(delta)
+        error = error if kept is None else kept * error
         error = error - written.delta_transposed(last, delta)
 
     def through_activation(error: Tensor, *z: Tensor) -> tuple[Tensor, ...]:
@@ -301,13 +300,13 @@ class _AllSegments:
 
         return list(self._assembled(u, compute).split(widths, -1))
 
-    def forgotten(self, u: Tensor) -> Tensor | None:
+    def kept(self, u: Tensor) -> Tensor | None:
         if self.some.decay is None:
             return None
 
         def compute(pairs: Pairs | None, part: Tensor) -> Tensor:
             shape = (*part.shape[:3], 1)
-            return self.some.weights.new_zeros(shape) if pairs is None else pairs.forgotten(part).expand(shape)
+            return self.some.weights.new_ones(shape) if pairs is None else pairs.kept(part).expand(shape)
 
         return self._assembled(u, compute)
 
@@ -504,9 +503,9 @@ def factored_scan(
     and whatever parameters the network's own calls use. The backward recomputes every chunk: kept are the tokens and
     the pairs, linear in the number of tokens, ``T (D + H)``, and never a sequence's weights per chunk.
 
-    With ``W = gamma W(0) - sum a_s u_s^T e_s`` a layer's output is ``z + (gamma - 1)(z - b) - (a . (u U^T)) E`` with
-    ``z = u W(0) + b`` the network's own. Where nothing is written, or all of ``lr`` was 0 and all of retention 1, it is
-    ``z`` bit for bit.
+    With ``W = gamma W(0) - sum a_s u_s^T e_s`` a layer's output is ``gamma z + (1 - gamma) b - (a . (u U^T)) E``
+    with ``z = u W(0) + b`` the network's own. Where nothing is written, or all of ``lr`` was 0 and all of retention 1,
+    it is ``z`` bit for bit.
 
     Args:
         network: the layers all sequences share.

@@ -151,9 +151,9 @@ class Pairs:
         keys, values = [errors[i] for _, errors in self.blocks], [inputs[source] for inputs, _ in self.blocks]
         return pair_products(e, keys, [values], self.weights, self.operand)[0]
 
-    def forgotten(self, u: Tensor) -> Tensor | None:
-        """``gamma - 1``, broadcastable to ``u [B, T, N, features]``; None without retention."""
-        return None if self.decay is None else (self.decay - 1)[:, None, :, None]
+    def kept(self, u: Tensor) -> Tensor | None:
+        """``gamma``, broadcastable to ``u [B, T, N, features]``; None without retention."""
+        return None if self.decay is None else self.decay[:, None, :, None]
 
 
 def operand_dtype(tokens: Tensor) -> torch.dtype:

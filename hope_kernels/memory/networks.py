@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hope_kernels.backends.interface import state_dtype
 from hope_kernels.memory.reference import activate
@@ -66,6 +65,30 @@ def multiply(a: Tensor, b: Tensor, operand: torch.dtype) -> Tensor:
     return torch.bmm(a.to(operand).to(dtype), b.to(operand).to(dtype))
 
 
+class _Refusal(torch.autograd.Function):
+    """Hands on its first ``count`` tensors; a derivative of them with respect to any is an error, not silently zero."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError(
+            "hope_kernels: the factored plan gives first derivatives only; for gradients of gradients use "
+            "backend='reference'"
+        )
+
+
+def first_derivatives(gradients: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """``gradients`` as a function of ``inputs`` that refuses to be differentiated, where a graph of it is made."""
+    if not torch.is_grad_enabled():
+        return tuple(gradients)
+    present = [g for g in gradients if g is not None]
+    handed_on = iter(_Refusal.apply(len(present), *present, *inputs))
+    return tuple(None if g is None else next(handed_on) for g in gradients)
+
+
 class _Product(torch.autograd.Function):
     """:func:`multiply` and its first derivatives."""
 
@@ -76,13 +99,13 @@ class _Product(torch.autograd.Function):
         return multiply(a, b, operand)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         a, b = ctx.saved_tensors
         for_a, for_b, _ = ctx.needs_input_grad
-        d_a = multiply(gradient, b.transpose(1, 2), ctx.operand).to(a.dtype) if for_a else None
-        d_b = multiply(a.transpose(1, 2), gradient, ctx.operand).to(b.dtype) if for_b else None
-        return d_a, d_b, None
+        with torch.no_grad():
+            d_a = multiply(gradient, b.transpose(1, 2), ctx.operand).to(a.dtype) if for_a else None
+            d_b = multiply(a.transpose(1, 2), gradient, ctx.operand).to(b.dtype) if for_b else None
+        return (*first_derivatives((d_a, d_b), (gradient, a, b)), None)
 
 
 def product(a: Tensor, b: Tensor, operand: torch.dtype) -> Tensor:

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from hope_kernels.memory.networks import multiply
+from hope_kernels.memory.networks import first_derivatives, multiply
 
 
 class _PairProducts(torch.autograd.Function):
@@ -35,36 +34,44 @@ class _PairProducts(torch.autograd.Function):
         return tuple(results)  # type: ignore[arg-type]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
-        operand, count = ctx.operand, ctx.count
         u, a, *blocks = ctx.saved_tensors
-        _, _, for_u, for_a, *for_blocks = ctx.needs_input_grad
-        d_u: Tensor | None = None
-        d_a: list[Tensor] = []
-        d_blocks: list[Tensor | None] = []
-        for i, (keys, values, weights) in enumerate(_blocks(count, a, blocks)):
-            wanted = for_blocks[i * (count + 1) : (i + 1) * (count + 1)]
-            plain = multiply(u, keys.transpose(1, 2), operand) if for_a or any(wanted[1:]) else None
-            d_scores: Tensor | None = None
-            for gradient, value in zip(upstream, values, strict=True):
-                d_scores = _accumulate(d_scores, gradient, value.transpose(1, 2), operand)
-            if for_a:
-                d_a.append((d_scores * plain).sum(1))
-            d_plain = d_scores * weights
-            d_blocks.append(multiply(d_plain.transpose(1, 2), u, operand).to(keys.dtype) if wanted[0] else None)
-            scores = plain * weights if any(wanted[1:]) else None
-            for n, gradient in enumerate(upstream):
-                d_blocks.append(multiply(scores.transpose(1, 2), gradient, operand) if wanted[n + 1] else None)
-            if for_u:
-                d_u = _accumulate(d_u, d_plain, keys, operand)
-        return (
-            None,
-            None,
-            None if d_u is None else d_u.to(u.dtype),
-            torch.cat(d_a, 1) if for_a else None,
-            *d_blocks,
-        )
+        with torch.no_grad():
+            gradients = _gradients(ctx.operand, ctx.count, u, a, blocks, upstream, ctx.needs_input_grad[2:])
+        return (None, None, *first_derivatives(gradients, (u, a, *blocks, *upstream)))
+
+
+def _gradients(
+    operand: torch.dtype,
+    count: int,
+    u: Tensor,
+    a: Tensor,
+    blocks: Sequence[Tensor],
+    upstream: Sequence[Tensor],
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """Those of ``u``, ``a`` and the blocks, where wanted, from those of the results."""
+    for_u, for_a, *for_blocks = wanted
+    d_u: Tensor | None = None
+    d_a: list[Tensor] = []
+    d_blocks: list[Tensor | None] = []
+    for i, (keys, values, weights) in enumerate(_blocks(count, a, blocks)):
+        for_keys, *for_values = for_blocks[i * (count + 1) : (i + 1) * (count + 1)]
+        plain = multiply(u, keys.transpose(1, 2), operand) if for_a or any(for_values) else None
+        d_scores: Tensor | None = None
+        for gradient, value in zip(upstream, values, strict=True):
+            d_scores = _accumulate(d_scores, gradient, value.transpose(1, 2), operand)
+        if for_a:
+            d_a.append((d_scores * plain).sum(1))
+        d_plain = d_scores * weights
+        d_blocks.append(multiply(d_plain.transpose(1, 2), u, operand).to(keys.dtype) if for_keys else None)
+        scores = plain * weights if any(for_values) else None
+        for n, (gradient, value) in enumerate(zip(upstream, values, strict=True)):
+            d_value = multiply(scores.transpose(1, 2), gradient, operand).to(value.dtype) if for_values[n] else None
+            d_blocks.append(d_value)
+        if for_u:
+            d_u = _accumulate(d_u, d_plain, keys, operand)
+    return [None if d_u is None else d_u.to(u.dtype), torch.cat(d_a, 1) if for_a else None, *d_blocks]
 
 
 def _blocks(count: int, a: Tensor, blocks: Sequence[Tensor]) -> list[tuple[Tensor, Sequence[Tensor], Tensor]]:
@@ -81,7 +88,7 @@ def _accumulate(total: Tensor | None, a: Tensor, b: Tensor, operand: torch.dtype
     """``total + a @ b``, in place."""
     if total is None:
         return multiply(a, b, operand)
-    if operand == total.dtype:
+    if operand == a.dtype == b.dtype == total.dtype:
         return total.baddbmm_(a, b)
     return total.add_(multiply(a, b, operand))
 

@@ -16,6 +16,7 @@ import sys
 from hope_kernels.backends import FACTORED
 from hope_kernels.backends.interface import ScanRequest
 from hope_kernels.memory.factors import merge_after
+from hope_kernels.memory.spec import MemorySpec
 from hope_kernels.memory.state import MemoryState
 
 ALWAYS = sys.maxsize
@@ -28,8 +29,8 @@ LEAST_ELEMENTS = 2 * 768 * 3072
 
 def refuses(request: ScanRequest, state: MemoryState, bptt_chunks: int | None = None) -> str | None:
     """None when the factored plan can run such calls from such a state, else the reason it cannot."""
-    if request.spec.rule != "gd":
-        return f"the factored plan writes with rule 'gd', got {request.spec.rule!r}"
+    if state.spec.rule != "gd":
+        return f"the factored plan writes with rule 'gd', got {state.spec.rule!r}"
     if request.momentum or state.has_momentum or state.stored_momentum is not None:
         return "the factored plan has no momentum"
     if bptt_chunks is not None:
@@ -39,9 +40,9 @@ def refuses(request: ScanRequest, state: MemoryState, bptt_chunks: int | None = 
     return None
 
 
-def pays(request: ScanRequest) -> bool:
+def pays(spec: MemorySpec, request: ScanRequest) -> bool:
     """Whether memories of this kind start factored where nobody says how."""
-    spec, size = request.spec, request.chunk_size
+    size = request.chunk_size
     elements = sum(a * b for a, b in spec.weight_shapes(request.dim, request.hidden))
     if elements < LEAST_ELEMENTS or request.table or size is None:
         return False
@@ -72,7 +73,7 @@ def factored_until(
         if reason is not None:
             raise RuntimeError(f"backend={backend!r} cannot run this: {reason}")
         return ALWAYS
-    if reason is not None or state.has_row_positions or not pays(request):
+    if reason is not None or state.has_row_positions or not pays(state.spec, request):
         return 0
     # Factored as long as a chunk starts with no more pairs than that.
-    return (merge_after(request.spec, request.dim, request.hidden) // request.chunk_size + 1) * request.chunk_size
+    return (merge_after(state.spec, request.dim, request.hidden) // request.chunk_size + 1) * request.chunk_size
