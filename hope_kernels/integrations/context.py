@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -147,13 +148,19 @@ class Call:
 
     Attributes:
         carried: where states come from and go to; None: each MLP starts a fresh context, and nothing is kept.
-        valid: ``[B, 2]`` int64, first and one past the last real token of each row; None: all are real.
+        find_valid: gives ``valid [B, 2]`` int64, first and one past the last real token of each row, or None where all
+            are real. Asked for once, by the first MLP that needs it: on a GPU the answer is waited for.
         outer: the call around this one.
     """
 
     carried: CMSContext | None = None
-    valid: Tensor | None = None
+    find_valid: Callable[[], Tensor | None] = lambda: None
     outer: Call | None = None
+
+    @cached_property
+    def valid(self) -> Tensor | None:
+        """What ``find_valid`` has found."""
+        return self.find_valid()
 
 
 _CALL: ContextVar[Call | None] = ContextVar("hope_kernels_cms_call", default=None)
@@ -202,5 +209,5 @@ def carrying(context: CMSContext, *, valid: Tensor | None = None) -> Iterator[CM
     """
     if not isinstance(context, CMSContext):
         raise TypeError(f"context: got {type(context).__name__}; want a CMSContext")
-    with during(Call(context, valid)):
+    with during(Call(context, lambda: valid)):
         yield context

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -200,19 +200,15 @@ def _check_weights(model: nn.Module) -> None:
 def _enter_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before the model's forward: which tokens of this call are real."""
     given = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
-    tokens = given.get("input_ids")
-    tokens = given.get("inputs_embeds") if tokens is None else tokens
-    valid = None
-    if tokens is not None:
-        _check_not_packed(given, tokens)
-        valid = _valid(given.get("attention_mask"), tokens.shape[1], given.get("past_key_values"))
     if module.training:
         # Here rather than before each layer, whose hooks run inside the checkpoint in some versions of the library.
         for layer in module.modules():
             checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
             if _is_checkpointed(layer) and checkpoint is not None and not isinstance(checkpoint, _Checkpoint):
                 layer._gradient_checkpointing_func = _Checkpoint(checkpoint)
-    enter(Call(valid=valid))
+    tokens = given.get("input_ids")
+    tokens = given.get("inputs_embeds") if tokens is None else tokens
+    enter(Call() if tokens is None else Call(find_valid=_valid_of(given, tokens.shape[1])))
 
 
 @torch.compiler.disable
@@ -254,41 +250,58 @@ def _as_told(call: Call | None, layer: Any, *args: Any) -> Any:
         return layer(*args)
 
 
-def _check_not_packed(given: dict[str, Any], tokens: Tensor) -> None:
+def _valid_of(given: dict[str, Any], length: int) -> Callable[[], Tensor | None]:
+    """What finds the real tokens of a call with arguments ``given`` and ``length`` tokens, later.
+
+    The cache grows before anyone asks, so how long it is is noted now.
+    """
+    mask, cache = given.get("attention_mask"), given.get("past_key_values")
+    layer = 0
+    if isinstance(mask, dict):  # one for each kind of layer
+        if mask.get("full_attention") is not None and cache is not None:
+            layer = list(cache.is_sliding).index(False)
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    past: int | Tensor = 0
+    if isinstance(mask, Tensor) and mask.dim() == 4 and cache is not None:
+        # A new tensor for static caches.
+        past = cache.get_seq_length(layer) - cache.get_mask_sizes(length, layer)[1]
+    packed = given.get("cu_seq_lens_q") is not None
+    positions = given.get("position_ids") if mask is None and cache is None else None
+
+    def find() -> Tensor | None:
+        _check_not_packed(packed, positions, length)
+        return None if mask is None else _valid(mask, length, past)
+
+    return find
+
+
+def _check_not_packed(packed: bool, positions: Tensor | None, length: int) -> None:
     """That a row holds one sequence; a memory would carry what one of them wrote into the next.
 
     Raises:
         ValueError: it holds several.
     """
-    packed = given.get("cu_seq_lens_q") is not None
-    positions = given.get("position_ids")
-    if not packed and given.get("attention_mask") is None and given.get("past_key_values") is None:
-        alone = isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] > 1
-        packed = alone and bool((positions.diff() != 1).any())
+    if isinstance(positions, Tensor) and positions.dim() == 2 and length > 1:
+        packed = packed or bool((positions.diff() != 1).any())
     if packed:
         raise ValueError(
-            f"position_ids: several sequences are packed into one row of {tokens.shape[1]} tokens; with a CMS want "
-            "one sequence per "
-            "row, padded, with its attention_mask"
+            f"position_ids: several sequences are packed into one row of {length} tokens; with a CMS want one sequence "
+            "per row, padded, with its attention_mask"
         )
 
 
-def _valid(mask: Any, length: int, cache: Any) -> Tensor | None:
+def _valid(mask: Any, length: int, past: int | Tensor) -> Tensor | None:
     """First and one past the last real token of each row, int64 ``[B, 2]``; None where all tokens of the call are real.
 
     Args:
-        mask: 2-D over past and new tokens; 4-D, as ``generate`` makes it for static caches: a token is real if it sees
-            itself; a dictionary of those, by kind of layer; or None.
+        mask: 2-D over past and new tokens; or 4-D, as ``generate`` makes it for static caches: a token is real if it
+            sees itself.
         length: T, tokens of this call.
-        cache: None or the cache before the call.
+        past: where the first of them is among the keys of a 4-D mask.
 
     Raises:
         ValueError: real tokens of a row are not next to each other, or the mask is of another kind.
     """
-    if isinstance(mask, dict):
-        mask = mask.get("full_attention", next(iter(mask.values()), None))
-    if mask is None:
-        return None
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
@@ -299,7 +312,6 @@ def _valid(mask: Any, length: int, cache: Any) -> Tensor | None:
             raise ValueError(f"attention_mask: covers {mask.shape[1]} tokens of {length}; want all of them")
         real = mask[:, mask.shape[1] - length :] != 0
     else:
-        past = 0 if cache is None else cache.get_seq_length() - cache.get_mask_sizes(length, 0)[1]
         keys = torch.arange(length, device=mask.device) + past
         seen = mask[:, 0].gather(-1, keys.view(1, -1, 1).expand(mask.shape[0], -1, 1)).squeeze(-1)
         real = seen if seen.dtype == torch.bool else seen == 0
