@@ -214,3 +214,22 @@ def test_a_mask_with_gaps_and_packed_rows_are_refused():
         model(ids, attention_mask=mask)
     with pytest.raises(ValueError, match="packed into one row"):
         model(ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]), use_cache=False)
+
+
+@torch.no_grad()
+def test_memories_begin_with_the_first_token_after_they_were_put_in_or_switched_on():
+    ids = tokens(1, 10)
+    for late in ("added", "switched on"):
+        model = make(dtype=torch.float64)
+        if late == "switched on":
+            add_cms(model, levels=[2, 4])
+        cache = model(ids[:, :5], use_cache=True).past_key_values
+        first = copy.deepcopy(cache)
+        switch_on(model if late == "switched on" else add_cms(model, levels=[2, 4]))
+        whole = model(ids[:, 5:], past_key_values=cache).logits
+        assert [state.position for state in cache.cms_context.states.values()] == [5, 5]
+        parts = [model(part, past_key_values=first).logits for part in ids[:, 5:].split([2, 1, 2], 1)]
+        torch.testing.assert_close(torch.cat(parts, 1), whole, **EXACT)
+        plain = remove_cms(copy.deepcopy(model))(ids, use_cache=False).logits[:, 5:]
+        torch.testing.assert_close(whole[:, :2], plain[:, :2], **EXACT)
+        assert (whole[:, 2:] - plain[:, 2:]).abs().amax(-1).min() > 1e-4
