@@ -110,14 +110,11 @@ class CMSGates(nn.Module):
         return f"dim={self.target_diagonal.shape[0]}, rank={self.rank}"
 
     def forward(self, x: Tensor, base: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``x`` and the MLP's output for it, ``[B, T, dim]`` -> targets ``v`` like them, ``lr`` and ``retention [B,
-        T, 1]``.
-        """
+        """``x`` and the MLP's output for it, ``[B, T, dim]``: targets ``v`` like them, ``lr``, ``retention [B, T, 1]``."""
         gates = self.gates(x)  # in the state dtype
         energy = x.to(gates.dtype).square().sum(-1, keepdim=True)
         lr = self.scale.to(gates.dtype) * torch.sigmoid(gates[..., 0, :]) / (1 + energy)
-        # A negative scale (ascent) does not make the memory grow: retention stays within [0, 1]. At 0 clamp has a
-        # slope.
+        # A negative scale (ascent) does not make the memory grow: retention stays within [0, 1]. At 1 clamp has a slope.
         retention = torch.exp(-lr * F.softplus(gates[..., 1, :])).clamp(max=1.0)
         with torch.autocast(x.device.type, enabled=False):
             v = base + self.target_diagonal.to(x.dtype) * x
@@ -223,8 +220,8 @@ class MemoryMLP:
     """What a memory mixes into the class of an MLP: the forward pass of a memory.
 
     The output is ``f_{W_c}(x)``, at the weights that the sequence has at the start of its chunk, followed by the
-    module's
-    own dropout. While the scale is 0 it is the original forward: that alone without gradients, and in value with them.
+    module's own dropout. While the scale is 0 it is the original forward: that alone without gradients, and in value
+    with them.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -232,12 +229,12 @@ class MemoryMLP:
         learning = torch.is_grad_enabled() and gates.scale.requires_grad
         if not learning and gates.is_off():
             return super().forward(x)
-        return self._memory_forward(x, learning)
+        return self._memory_forward(x)
 
     # What a memory does depends on the call around it and on states that grow: compiled code breaks off here and
     # goes on behind, rather than be compiled again for each token.
     @torch.compiler.disable
-    def _memory_forward(self, x: Tensor, learning: bool) -> Tensor:
+    def _memory_forward(self, x: Tensor) -> Tensor:
         name, structure, gates = self.cms_name, self.cms_structure, self.cms
         if x.dim() != 3:
             raise ValueError(f"{name}: x has shape {tuple(x.shape)}; want [batch, tokens, features]")
@@ -246,8 +243,7 @@ class MemoryMLP:
             if self.cms_told and torch._C._current_graph_task_id() != -1:
                 raise RuntimeError(
                     f"{name}: called again in a backward pass, by activation checkpointing that does not say which "
-                    "tokens "
-                    "are padding; want the model's own, model.gradient_checkpointing_enable()"
+                    "tokens are padding; want the model's own, model.gradient_checkpointing_enable()"
                 )
             call = Call()
         base = ModuleNetwork(self, structure)(x)
@@ -258,12 +254,12 @@ class MemoryMLP:
             output, _ = self._scan(None, tokens, valid)
         else:
             output = self._scan_carried(call.carried, tokens, valid)
-        if gates.is_off():
-            output = _ValueOf.apply(base, output)
-        elif valid is not None:
+        if valid is not None:
             at = torch.arange(x.shape[1], device=x.device)
             real = (at >= valid[:, :1]) & (at < valid[:, 1:])
             output = torch.where(real.unsqueeze(-1), output, base)
+        if gates.is_off():
+            output = _ValueOf.apply(base, output)
         return output if structure.dropout is None else getattr(self, structure.dropout)(output)
 
     def _scan(

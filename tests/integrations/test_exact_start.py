@@ -53,3 +53,16 @@ def test_a_memory_switched_on_is_the_oracles_gradients_included(name):
     for one, other in zip(grads, wanted, strict=True):
         assert other.abs().max() > 0
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+
+
+def test_padded_rows_start_exactly_with_the_gradients_of_the_model_itself():
+    model, ids = make("llama", torch.float64), tokens(3, 9)
+    ids[1, :4], ids[2, 6:] = 0, 0
+    call = {"attention_mask": (ids != 0).long(), "labels": ids}  # the padding is part of the loss
+    weights = [p for n, p in model.named_parameters() if "mlp" in n]
+    before = model(ids, **call)
+    want = torch.autograd.grad(before.loss, weights)
+    after = add_cms(model, levels=[2, 4])(ids, **call)
+    assert torch.equal(after.logits, before.logits)
+    for one, other in zip(torch.autograd.grad(after.loss, weights), want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
