@@ -32,8 +32,7 @@ def replace_mlps(
     layers: str | list[int] = "all",
     rank: int = DEFAULT_RANK,
 ) -> Model:
-    """Give the MLPs of ``module`` fast memories: changed in place, and exactly what they were until their scale is
-    trained.
+    """Give the MLPs of ``module`` fast memories: in place, and exactly what they were until their scale is trained.
 
     Every matching submodule becomes a memory whose initial weights are its own: it reads and writes weights of the
     sequence at hand, ``f_{W_c}(x)`` with ``q = k = x``, objective ``l2``, rule ``gd`` with retention, one head, no

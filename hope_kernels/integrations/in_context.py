@@ -110,11 +110,11 @@ class CMSGates(nn.Module):
         return f"dim={self.target_diagonal.shape[0]}, rank={self.rank}"
 
     def forward(self, x: Tensor, base: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``x`` and the MLP's output for it, ``[B, T, dim]``: targets ``v`` like them, ``lr``, ``retention [B, T, 1]``."""
+        """``x`` and the MLP's output for it, ``[B, T, dim]``: ``v`` like them, ``lr``, ``retention [B, T, 1]``."""
         gates = self.gates(x)  # in the state dtype
         energy = x.to(gates.dtype).square().sum(-1, keepdim=True)
         lr = self.scale.to(gates.dtype) * torch.sigmoid(gates[..., 0, :]) / (1 + energy)
-        # A negative scale (ascent) does not make the memory grow: retention stays within [0, 1]. At 1 clamp has a slope.
+        # A negative scale (ascent) does not make the memory grow: retention stays within [0, 1].
         retention = torch.exp(-lr * F.softplus(gates[..., 1, :])).clamp(max=1.0)
         with torch.autocast(x.device.type, enabled=False):
             v = base + self.target_diagonal.to(x.dtype) * x
