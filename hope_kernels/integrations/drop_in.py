@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from hope_kernels.integrations.in_context import CHILD, CMSGates, MemoryMLP, MLPStructure, ModuleNetwork, in_features
 from hope_kernels.integrations.levels import Levels, chunk_sizes
-from hope_kernels.layers.checks import check_int
 
 Model = TypeVar("Model", bound=nn.Module)
 Match = Callable[[str, nn.Module], "MLPStructure | None"]
@@ -67,10 +66,11 @@ def replace_mlps(
 
 
 def install(mlps: list[tuple[str, nn.Module, MLPStructure]], sizes: dict[int, int], rank: int, *, told: bool) -> None:
-    """Make the MLPs numbered in ``sizes`` memories, all of them or none. ``told``: a model's hooks say more of each
-    call.
-    """
-    check_int("rank", "rank", rank + 1 if isinstance(rank, int) and not isinstance(rank, bool) else rank)
+    """Make the MLPs numbered in ``sizes`` memories, all or none. ``told``: a model's hooks say more of each call."""
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise TypeError(f"rank: got {rank!r}; want an int, 0 for a diagonal correction alone")
+    if rank < 0:
+        raise ValueError(f"rank: got {rank}; want at least 0")
     for name, module, structure in mlps:
         if isinstance(module, MemoryMLP):
             raise ValueError(f"{name}: already a memory; want a model without, remove_cms(model) gives it back")
