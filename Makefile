@@ -23,8 +23,7 @@ GPU_ARGS ?=
 SANITIZE_CASES ?= 200
 
 .PHONY: help install demo test test-slow test-oldest-triton test-oldest-transformers lint format bench bench-suite \
-	triton-resources \
-	triton-resources-oldest cuda-resources sanitize gpu-suite doctor clean
+	triton-resources triton-resources-oldest cuda-resources sanitize gpu-suite doctor clean
 .DELETE_ON_ERROR:
 
 help: ## list the commands
