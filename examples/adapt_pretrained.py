@@ -1,12 +1,11 @@
 """Give a pre-trained model memories that learn in context, and train nothing but their gates. Two cores, some minutes.
 
 ``python examples/adapt_pretrained.py --out OUT`` first pre-trains a small model of the Llama architecture, bytes as
-tokens, on
-the documentation that comes with CPython: its reference topics (``pydoc_data.topics``) and the docstrings of its
-library. Then ``add_cms`` puts memories into it, and it reads the sources of library modules that it has seen nothing
-of, in bits
-per byte: memory off, memory on with gates that nobody has trained, and after training only the gates, on documentation
-again. ``--model PATH`` takes any local Hugging Face checkpoint that ``add_cms`` supports in the place of the small one.
+tokens, on the documentation that comes with CPython: its reference topics (``pydoc_data.topics``) and the docstrings of
+its library. Then ``add_cms`` puts memories into it, and it reads the sources of library modules that it has seen
+nothing of, in bits per byte: memory off, memory on with gates that nobody has trained, and after training only the
+gates, on documentation again. The small model stays in ``OUT/model``, and ``--model OUT/model --bytes`` goes on from there;
+``--model PATH`` takes any local Hugging Face checkpoint that ``add_cms`` supports in its place.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import sysconfig
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,8 +106,12 @@ def token_nats(model: nn.Module, ids: Tensor) -> Tensor:
 
 def train(
     model: nn.Module, parameters: list[nn.Parameter], source: Iterator[Tensor], steps: int, lr: float, label: str
-) -> list[float]:
-    """AdamW with a short warm-up, then cosine decay; returns the losses in bits per token."""
+) -> list[float | None]:
+    """AdamW with a short warm-up, then cosine decay; returns the losses in bits per token.
+
+    A step whose gradient is not finite is left out, and its loss None: a memory whose writes were too large for one
+    window has diverged there.
+    """
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
     losses = []
     model.train()
@@ -118,9 +122,10 @@ def train(
         loss = token_nats(model, next(source)).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        losses.append(loss.item() / math.log(2))
+        finite = bool(nn.utils.clip_grad_norm_(parameters, 1.0).isfinite())
+        if finite:
+            optimizer.step()
+        losses.append(loss.item() / math.log(2) if finite else None)
     model.eval()
     return losses
 
@@ -162,6 +167,11 @@ def small_llama(context: int) -> nn.Module:
     )
 
 
+def bytes_of(tokenizer: transformers.PreTrainedTokenizerBase, ids: list[int]) -> int:
+    """Of the text that tokens stand for."""
+    return len(tokenizer.decode(ids).encode())
+
+
 def set_scale(model: nn.Module, scale: float) -> None:
     """Of every memory."""
     with torch.no_grad():
@@ -170,7 +180,7 @@ def set_scale(model: nn.Module, scale: float) -> None:
                 parameter.fill_(scale)
 
 
-def report(readings: dict[str, Reading], losses: list[float], args: argparse.Namespace, notes: dict) -> None:
+def report(readings: dict[str, Reading], losses: list[float | None], args: argparse.Namespace, notes: dict) -> None:
     """A table, ``adapt.json`` and ``adapt.png``."""
     first = next(iter(readings.values()))
     table = Table(title="library sources that nothing was trained on")
@@ -205,13 +215,14 @@ def arguments_of(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the table's JSON, the plot, the gates")
     parser.add_argument("--model", type=Path, help="a local checkpoint instead of the small model that is trained here")
+    parser.add_argument("--bytes", action="store_true", help="the checkpoint's tokens are bytes, as of OUT/model")
     parser.add_argument("--levels", type=int, nargs="+", default=[64, 256], help="chunk sizes in tokens, fastest first")
     parser.add_argument("--context", type=int, default=1024, help="tokens of a window")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=400, help="to pre-train the small model")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=250, help="to pre-train the small model")
     parser.add_argument("--gate-steps", type=int, default=80, help="to train the gates")
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--gate-lr", type=float, default=1e-2)
+    parser.add_argument("--gate-lr", type=float, default=3e-3)
     parser.add_argument("--scale", type=float, default=0.1, help="of the gates that nobody has trained")
     parser.add_argument("--test-files", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
@@ -223,24 +234,22 @@ def main(words: Sequence[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     texts = library_texts()
     stream = "\n\n".join(texts.documentation)
+    if args.model is None or args.bytes:
+        encode, size_of = (lambda text: list(text.encode())), len
+    else:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model, local_files_only=True)
+        encode = partial(tokenizer.encode, add_special_tokens=False)
+        size_of = partial(bytes_of, tokenizer)
+    ids = torch.tensor(encode(stream))
+    tests = test_windows(texts.sources, encode, size_of, args)
     if args.model is None:
         model = small_llama(args.context)
-        ids = torch.tensor(list(stream.encode()))
-        tests = test_windows(texts.sources, lambda text: list(text.encode()), len, args)
         source = train_batches(ids, args.context, args.batch, args.seed)
-        losses = train(model, list(model.parameters()), source, args.steps, args.lr, "pre-training")
-        last = losses[-20:]
+        last = train(model, list(model.parameters()), source, args.steps, args.lr, "pre-training")[-20:]
         CONSOLE.print(f"documentation, {len(ids):,} bytes: {sum(last) / len(last):.3f} bits per byte at the end")
+        model.save_pretrained(args.out / "model")
     else:
         model = transformers.AutoModelForCausalLM.from_pretrained(args.model, local_files_only=True).eval()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model, local_files_only=True)
-        ids = torch.tensor(tokenizer(stream, add_special_tokens=False)["input_ids"])
-        tests = test_windows(
-            texts.sources,
-            lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
-            lambda row: len(tokenizer.decode(row).encode()),
-            args,
-        )
     count = sum(p.numel() for p in model.parameters())
     readings = {"off": read(model, tests, args.batch)}
     add_cms(model, args.levels)
@@ -256,7 +265,10 @@ def main(words: Sequence[str] | None = None) -> None:
     readings["trained gates"] = read(model, tests, args.batch)
     scales = {name: parameter.item() for name, parameter in cms_parameters(model) if name.endswith(".scale")}
     new = sum(parameter.numel() for parameter in gates)
-    CONSOLE.print(f"{count:,} parameters as they were, {new:,} of gates; scales {list(scales.values())}")
+    CONSOLE.print(
+        f"{count:,} parameters as they were, {new:,} of gates; scales "
+        + ", ".join(f"{scale:.3f}" for scale in scales.values())
+    )
     notes = {
         "model": str(args.model.name) if args.model else "a Llama of four layers, pre-trained in this run",
         "parameters": count,
@@ -266,6 +278,7 @@ def main(words: Sequence[str] | None = None) -> None:
         "test_files": len(tests.ids),
         "test_bytes": int(tests.sizes.sum()),
         "untrained_scale": args.scale,
+        "gate_steps_left_out": gate_losses.count(None),
         "trained_scales": scales,
     }
     report(readings, gate_losses, args, notes)
