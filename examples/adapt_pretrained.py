@@ -4,7 +4,7 @@
 tokens, on the documentation that comes with CPython: its reference topics (``pydoc_data.topics``) and the docstrings of
 its library. Then ``add_cms`` puts memories into it, and it reads the sources of library modules that it has seen
 nothing of, in bits per byte: memory off, memory on with gates that nobody has trained, and after training only the
-gates, on documentation again. The small model stays in ``OUT/model``, and ``--model OUT/model --bytes`` goes on from there;
+gates, on documentation again. The small model stays in ``OUT/model``: ``--model OUT/model --bytes`` goes on from there;
 ``--model PATH`` takes any local Hugging Face checkpoint that ``add_cms`` supports in its place.
 """
 
