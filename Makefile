@@ -22,8 +22,8 @@ RESOURCES_ARGS ?=
 GPU_ARGS ?=
 SANITIZE_CASES ?= 200
 
-.PHONY: help install demo test test-slow test-oldest-triton lint format bench bench-suite triton-resources \
-	triton-resources-oldest cuda-resources sanitize gpu-suite doctor clean
+.PHONY: help install demo test test-slow test-oldest-triton test-oldest-transformers lint format bench bench-suite \
+	triton-resources triton-resources-oldest cuda-resources sanitize gpu-suite doctor clean
 .DELETE_ON_ERROR:
 
 help: ## list the commands
@@ -67,6 +67,14 @@ test-slow: $(INSTALLED) ## the slow tier alone
 test-oldest-triton: $(OLDEST)/installed.stamp ## the Triton engine's tests with the oldest Triton (TEST_ARGS)
 	$(OLDEST)/bin/python -m pytest tests/backends/test_triton.py $(TEST_ARGS) \
 		tests/backends/test_triton_resources.py::test_the_committed_report_is_of_exactly_what_is_shipped
+
+# Beside the one in .venv, before it on the path.
+OLDEST_TRANSFORMERS := $(VENV)/transformers-5.22.2
+test-oldest-transformers: $(INSTALLED) ## the tests of pre-trained models with the oldest transformers (TEST_ARGS)
+	@test -d $(OLDEST_TRANSFORMERS)/transformers || $(BIN)/python -m pip --disable-pip-version-check --quiet install \
+		--no-deps --target $(OLDEST_TRANSFORMERS) transformers==5.22.2
+	$(ONE_THREAD_EACH) PYTHONPATH=$(abspath $(OLDEST_TRANSFORMERS)) \
+		$(BIN)/python -m pytest $(IN_PARALLEL) tests/integrations $(TEST_ARGS)
 
 # One build with the address and the undefined-behaviour sanitizer, one with the thread sanitizer; the cases run on every
 # instruction set this processor has.

@@ -15,6 +15,7 @@ from hope_kernels.backends import choice
 from hope_kernels.backends.interface import Backend, BackendStatus, ScanRequest
 
 __all__ = [
+    "FACTORED",
     "BackendStatus",
     "available_backends",
     "check_name",
@@ -29,6 +30,9 @@ _REFERENCE = BackendStatus("reference", True, "eager PyTorch, chunk by chunk")
 # What `backend=None` tries in turn, fastest first, where no table says so.
 _PREFERENCE = {"cpu": ("cpu", "reference")}
 _ANY_LENGTH = 2**31 - 1
+# Behind any backend's name: the plan that keeps what is written as pairs (hope_kernels.memory.plan). It is the same for
+# all, made of library products on the backend's device, and not an engine's affair.
+FACTORED = ":factored"
 
 
 @cache
@@ -51,7 +55,7 @@ def available_backends() -> dict[str, BackendStatus]:
 
 
 def check_name(backend: str | None) -> None:
-    """That ``backend`` names a backend, available or not, and an option it has.
+    """That ``backend`` names a backend, available or not, and an option it has or the factored plan.
 
     Raises:
         ValueError: it does not.
@@ -59,7 +63,8 @@ def check_name(backend: str | None) -> None:
     if backend is None:
         return
     known = ("reference", *_COMPILED)
-    base, colon, option = backend.partition(":") if isinstance(backend, str) else (backend, "", "")
+    name = backend.removesuffix(FACTORED) if isinstance(backend, str) else backend
+    base, colon, option = name.partition(":") if isinstance(name, str) else (name, "", "")
     if base not in known:
         raise ValueError(f"backend is {backend!r}; want None or one of {', '.join(map(repr, known))}")
     if colon:
@@ -71,6 +76,7 @@ def check_name(backend: str | None) -> None:
 
 def refusal(name: str, request: ScanRequest) -> str | None:
     """None when that backend can run such calls here, else the reason it cannot."""
+    name = name.removesuffix(FACTORED)
     status = _status(name)
     if not status:
         return status.reason
@@ -120,7 +126,7 @@ def _select_in_trace(backend: str | None, *request: Any) -> str:
 
 def runs_together(name: str) -> bool:
     """Whether a backend can run several scans that do not depend on one another at once."""
-    return name != "reference" and hasattr(implementation(name), "scans_forward")
+    return name != "reference" and not name.endswith(FACTORED) and hasattr(implementation(name), "scans_forward")
 
 
 # The answers depend on nothing a trace could change, and looking them up imports modules, which a trace cannot follow.

@@ -82,7 +82,7 @@ class TableLayout:
         def per_row(value: int | Tensor) -> Tensor:
             return value if isinstance(value, Tensor) else torch.full_like(row, value)
 
-        self.row, self.start, self.length = row, start, length
+        self.row, self.start, self.length, self.rows = row, start, length, row.shape[0]
         self.chunk_size, self.capacity, self.chunks = chunk_size, capacity, chunks
         self.position = per_row(state.position)
         self.pending = per_row(state.pending_count).clamp(0, capacity)

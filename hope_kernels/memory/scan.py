@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hope_kernels import backends
 from hope_kernels.backends.interface import ScanProblem, ScanRequest
-from hope_kernels.memory import joint_ops, ops, reference
+from hope_kernels.memory import factored, joint_ops, ops, plan, reference
 from hope_kernels.memory import validation as check
 from hope_kernels.memory.coefficients import Coefficients, chunk_coefficients
 from hope_kernels.memory.layout import TableLayout, UniformLayout, make_layout
@@ -78,7 +78,9 @@ def memory_scan(
         valid: ``[B, 2]`` int32 or int64, first and one past the last real token of each row; tokens outside are
             neither read (their output is 0) nor written nor counted.
         bptt_chunks: detach the state written into chunk n, 2n, .. of the stream; None for full backpropagation.
-        backend: ``"reference"``, ``"cpu"``, ``"triton"``, ``"cuda"``, obeyed or refused; None for the fastest.
+        backend: ``"reference"``, ``"cpu"``, ``"triton"``, ``"cuda"``, obeyed or refused; None for the fastest. With
+            ``":factored"`` behind it what is written is kept as pairs on shared initial weights, for as long as calls
+            say so; a bare name merges such a state. None does either by a rule (:mod:`hope_kernels.memory.plan`).
 
     Returns:
         ``output [B, T, N, D]`` in the dtype of ``q`` and the new :class:`MemoryState`.
@@ -102,7 +104,7 @@ def memory_scan(
         bptt_chunks=bptt_chunks,
         backend=backend,
     )
-    return scan.finish(*_run(scan.problem, scan.backend))
+    return scan.run()
 
 
 def scan_together(calls: Sequence[dict[str, Any]]) -> list[MemoryOutput]:
@@ -117,17 +119,27 @@ def scan_together(calls: Sequence[dict[str, Any]]) -> list[MemoryOutput]:
     name = scans[0].backend if scans else "reference"
     if len(scans) > 1 and all(scan.backend == name for scan in scans) and backends.runs_together(name):
         results = joint_ops.scans([scan.problem for scan in scans], name)
-    else:
-        results = [_run(scan.problem, scan.backend) for scan in scans]
-    return [scan.finish(*result) for scan, result in zip(scans, results, strict=True)]
+        return [scan.finish(*result) for scan, result in zip(scans, results, strict=True)]
+    return [scan.run() for scan in scans]
 
 
 class _Prepared(NamedTuple):
-    """A checked scan: the problem, the backend to run it on, and what makes a result of what comes out."""
+    """A checked scan by the dense plan: the problem, the backend to run it on, and what makes a result of what comes
+    out."""
 
     problem: ScanProblem
     backend: str
     finish: Callable[[Tensor, Weights, Weights], MemoryOutput]
+
+    def run(self) -> MemoryOutput:
+        return self.finish(*_run(self.problem, self.backend))
+
+
+class _PreparedFactored(NamedTuple):
+    """A checked scan by the factored plan, at least to begin with."""
+
+    run: Callable[[], MemoryOutput]
+    backend: str
 
 
 def _prepare(
@@ -145,9 +157,10 @@ def _prepare(
     valid: Tensor | None = None,
     bptt_chunks: int | None = None,
     backend: str | None = None,
-) -> _Prepared:
+) -> _Prepared | _PreparedFactored:
     check.check_spec(spec)
     check.check_chunk_size(chunk_size)
+    reads_keys = q is k
     q, k, v, lr, retention, momentum = _under_autocast(q, k, v, lr, retention, momentum)
     check.check_tokens({"q": q, "k": k, "v": v})
     check.check_gates(spec, lr, retention, momentum, q)
@@ -176,6 +189,12 @@ def _prepare(
         given=(q, k, v, lr, retention, momentum, *_tensors_of(state)),
     )
     name = backends.select(backend, request)
+    until = plan.factored_until(backend, request, state, bptt_chunks)
+    if until == plan.ALWAYS or (until and state.position < until):
+        tokens, gates = (k if reads_keys else q, k, v), (lr, retention)
+        call = _factored_call(name, tokens, gates, state, chunk_size, layout, until)
+        return _PreparedFactored(call, name.removesuffix(backends.FACTORED) + backends.FACTORED)
+    state = state.merged()
     writes = layout.chunks > 0
     coefficients = _coefficients(layout, state, spec, lr, retention, momentum) if writes else Coefficients()
     problem = ScanProblem(
@@ -195,28 +214,89 @@ def _prepare(
         bptt_chunks=bptt_chunks or 0,
     )
 
-    def unfinished(pending: Tensor | None, new: Tensor | None) -> Tensor | None:
-        return None if new is None else layout.unfinished(pending, new)
-
     def finish(output: Tensor, weights: Weights, speeds: Weights) -> MemoryOutput:
         new_state = replace(
-            state,
-            chunk_size=chunk_size,
-            batch_size=rows,
+            _after(state, layout, chunk_size, k, v, lr, retention, momentum),
             stored_weights=weights if writes else state.stored_weights,
             stored_momentum=speeds if writes and speeds else state.stored_momentum,
-            pending_k=unfinished(state.pending_k, k),
-            pending_v=unfinished(state.pending_v, v),
-            pending_lr=unfinished(state.pending_lr, lr),
-            pending_retention=unfinished(state.pending_retention, retention),
-            pending_momentum=unfinished(state.pending_momentum, momentum),
-            has_retention=retention is not None,
-            has_momentum=momentum is not None,
-            **layout.advance(),
         )
         return MemoryOutput(output, new_state)
 
     return _Prepared(problem, name, finish)
+
+
+def _after(
+    state: MemoryState,
+    layout: UniformLayout | TableLayout,
+    chunk_size: int,
+    k: Tensor,
+    v: Tensor,
+    lr: Tensor,
+    retention: Tensor | None,
+    momentum: Tensor | None,
+) -> MemoryState:
+    """``state`` after a call's tokens, but for what they write: position, pending tokens, gates in use."""
+
+    def unfinished(pending: Tensor | None, new: Tensor | None) -> Tensor | None:
+        return None if new is None else layout.unfinished(pending, new)
+
+    return replace(
+        state,
+        chunk_size=chunk_size,
+        batch_size=layout.rows,
+        pending_k=unfinished(state.pending_k, k),
+        pending_v=unfinished(state.pending_v, v),
+        pending_lr=unfinished(state.pending_lr, lr),
+        pending_retention=unfinished(state.pending_retention, retention),
+        pending_momentum=unfinished(state.pending_momentum, momentum),
+        has_retention=retention is not None,
+        has_momentum=momentum is not None,
+        **layout.advance(),
+    )
+
+
+def _factored_call(
+    name: str,
+    tokens: tuple[Tensor, Tensor, Tensor],
+    gates: factored.Gates,
+    state: MemoryState,
+    chunk_size: int,
+    layout: UniformLayout | TableLayout,
+    until: int,
+) -> Callable[[], MemoryOutput]:
+    """What runs a scan factored, up to the token where its plan turns dense."""
+    q, k, v = tokens
+    lr, retention = gates
+    spec = state.spec
+
+    def whole() -> MemoryOutput:
+        output, factors = factored.scan_problem(tokens, gates, state, layout)
+        new_state = replace(_after(state, layout, chunk_size, k, v, lr, retention, None), factors=factors)
+        # Merged as soon as that is due, not once for every call that goes on from here.
+        due = until != plan.ALWAYS and new_state.position >= until
+        return MemoryOutput(output, new_state.merged() if due else new_state)
+
+    def in_two() -> MemoryOutput:
+        turn, memory, outputs = until - state.position, state, []
+        for part, backend in ((slice(turn), name + backends.FACTORED), (slice(turn, None), name)):
+            keys = k[:, part]
+            output, memory = memory_scan(
+                keys if q is k else q[:, part],
+                keys,
+                v[:, part],
+                lr[:, part],
+                memory,
+                spec=spec,
+                chunk_size=chunk_size,
+                retention=None if retention is None else retention[:, part],
+                backend=backend,
+            )
+            outputs.append(output)
+        return MemoryOutput(torch.cat(outputs, 1), memory)
+
+    if until == plan.ALWAYS or state.position + k.shape[1] <= until:
+        return whole
+    return in_two
 
 
 def memory_read(q: Tensor, memory: Memory, *, spec: MemorySpec, backend: str | None = None) -> Tensor:
@@ -227,13 +307,12 @@ def memory_read(q: Tensor, memory: Memory, *, spec: MemorySpec, backend: str | N
     check.check_spec(spec)
     (q,) = _under_autocast(q)
     check.check_tokens({"q": q})
-    if isinstance(memory, MemoryState):
-        check.check_state(memory, spec, None, q, q.shape[0])
-        weights = memory.stored_weights
-    else:
-        weights = check.check_weights("memory", memory, spec)
-        check.check_memory_fits(weights, None, spec, q, q.shape[0])
-    name = backends.select(backend, _request("read", spec, q, weights, chunk_size=1, given=(q, *weights)))
+    state = _state_of(memory, spec, None, q, q.shape[0])
+    request = _request("read", spec, q, state.stored_weights, chunk_size=1, given=(q, *_tensors_of(state)))
+    name = backends.select(backend, request)
+    if plan.reads_factored(backend, request, state):
+        return factored.read(q, state)
+    weights = state.merged().stored_weights
     problem = _whole_call(q.shape[1], weights, (), spec, q=q)
     return _run(problem, name)[0]
 
@@ -280,9 +359,15 @@ def memory_write(
         given=(k, v, lr, retention, momentum, *_tensors_of(state)),
     )
     name = backends.select(backend, request)
+    until = plan.factored_until(backend, request, state)
     if length == 0:
         return replace(state, batch_size=rows)
     layout = UniformLayout(rows, length, length, 0, 0, 0)
+    if until == plan.ALWAYS or (until and state.position < until):
+        factors = factored.scan_problem((k[:, :0], k, v), (lr, retention), state, layout)[1]
+        written = _written(state, rows, length, retention, momentum, factors=factors)
+        return written if until == plan.ALWAYS or written.position < until else written.merged()
+    state = state.merged()
     problem = _whole_call(
         length,
         state.stored_weights,
@@ -293,15 +378,29 @@ def memory_write(
         **_coefficients(layout, state, spec, lr, retention, momentum)._asdict(),
     )
     _, weights, speeds = _run(problem, name)
+    return _written(
+        state,
+        rows,
+        length,
+        retention,
+        momentum,
+        stored_weights=weights,
+        stored_momentum=speeds or state.stored_momentum,
+    )
+
+
+def _written(
+    state: MemoryState, rows: int, length: int, retention: Tensor | None, momentum: Tensor | None, **changes: Any
+) -> MemoryState:
+    """``state`` after one chunk of ``length`` tokens."""
     return replace(
         state,
         batch_size=rows,
-        stored_weights=weights,
-        stored_momentum=speeds or state.stored_momentum,
         position=state.position + length,
         chunk_index=state.chunk_index + 1,
         has_retention=retention is not None,
         has_momentum=momentum is not None,
+        **changes,
     )
 
 
@@ -327,7 +426,8 @@ def _state_of(
 def _tensors_of(state: MemoryState) -> list[Tensor | None]:
     """Those of a state that a result may depend on."""
     pending = (getattr(state, name) for name in PENDING)
-    return [*state.stored_weights, *(state.stored_momentum or ()), *pending]
+    pairs = () if state.factors is None else (*state.factors.inputs, *state.factors.errors, state.factors.weights)
+    return [*state.stored_weights, *(state.stored_momentum or ()), *pending, *pairs]
 
 
 def _request(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hope_kernels.backends.interface import state_dtype
+from hope_kernels.memory.factors import Factors
 from hope_kernels.memory.spec import MemorySpec
 
 Weights = tuple[Tensor, ...]
@@ -35,6 +36,8 @@ class MemoryState:
         stored_weights: the weights as stored: the initial weights themselves (``[N, in, out]`` or
             ``[B, N, in, out]``, no copy) until the first write, then what was written. See :attr:`weights`.
         stored_momentum: likewise, None without momentum.
+        factors: what was written on top of ``stored_weights``, which then are the initial weights still, as pairs of
+            inputs and errors; None where nothing is kept in that form (docs/factored.md).
         pending_k, pending_v: ``[B, P, N, D]`` tokens of the unfinished chunk, differentiable; None when there are
             none. P is ``pending_count`` when all rows agree, else ``C - 1`` with zeros after each row's count.
         pending_lr, pending_retention, pending_momentum: ``[B, P, N]`` their gates; None like the tokens, or when
@@ -57,6 +60,7 @@ class MemoryState:
     pending_momentum: Tensor | None = None
     has_retention: bool | None = None
     has_momentum: bool | None = None
+    factors: Factors | None = None
 
     @staticmethod
     def initial(
@@ -99,8 +103,11 @@ class MemoryState:
     def weights(self) -> Weights:
         """The current weights, each ``[B, N, in, out]`` in float32 (float64 for float64 tokens).
 
-        Before the first write an expanded view of the initial weights; gradients through it are exact.
+        Before the first write an expanded view of the initial weights; of a factored state a new tensor at each look.
+        Gradients through it are exact.
         """
+        if self.factors is not None:
+            return self.factors.merged(self.stored_weights, self.spec)
         return tuple(self._per_sequence(w) for w in self.stored_weights)
 
     @property
@@ -125,6 +132,10 @@ class MemoryState:
         """Whether rows may stand at different positions (after ``cu_seqlens`` or ``valid``)."""
         return isinstance(self.position, Tensor)
 
+    def merged(self) -> MemoryState:
+        """The same state with dense weights of each sequence's own where it is factored."""
+        return self if self.factors is None else replace(self, stored_weights=self.weights, factors=None)
+
     def detach(self) -> MemoryState:
         """The same state, cut off from the graph that made it."""
         return self._map(lambda _, x: x.detach())
@@ -139,7 +150,7 @@ class MemoryState:
         def move(name: str, x: Tensor) -> Tensor:
             to = None
             if dtype is not None and x.is_floating_point():
-                to = dtype if name in ("pending_k", "pending_v") else state_dtype(dtype)
+                to = dtype if name in ("pending_k", "pending_v", "inputs") else state_dtype(dtype)
             return x.to(device=device, dtype=to, non_blocking=non_blocking)
 
         return self._map(move)
@@ -171,6 +182,8 @@ class MemoryState:
             value = getattr(self, name)
             if isinstance(value, Tensor):
                 changes[name] = function(name, value)
+        if self.factors is not None:
+            changes["factors"] = self.factors.map(function)
         return replace(self, **changes)
 
     def state_dict(self) -> dict[str, Any]:
@@ -180,6 +193,8 @@ class MemoryState:
         for name in ("stored_weights", "stored_momentum"):
             if result[name] is not None:
                 result[name] = list(result[name])
+        if self.factors is not None:
+            result["factors"] = self.factors.state_dict()
         return result
 
     @staticmethod
@@ -202,6 +217,8 @@ class MemoryState:
         for name in ("stored_weights", "stored_momentum"):
             if values[name] is not None:
                 values[name] = tuple(values[name])
+        if values["factors"] is not None:
+            values["factors"] = Factors.from_state_dict(values["factors"])
         return MemoryState(**values)
 
     def __repr__(self) -> str:
@@ -209,5 +226,5 @@ class MemoryState:
         pending = "per row" if self.has_row_positions else self.pending_count
         return (
             f"MemoryState({self.spec.key}, chunk_size={self.chunk_size}, batch_size={self.batch_size}, "
-            f"position={position}, pending={pending})"
+            f"position={position}, pending={pending}{'' if self.factors is None else ', factored'})"
         )

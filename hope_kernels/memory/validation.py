@@ -175,9 +175,12 @@ def check_state(state: MemoryState, spec: MemorySpec, chunk_size: int | None, to
     if state.batch_size is not None and state.batch_size != rows:
         raise ValueError(f"memory: got a state of {state.batch_size} sequences; want {rows}")
     held, want = state.stored_weights[0].dtype, state_dtype(tokens.dtype)
-    written = state.has_row_positions or state.chunk_index > 0
+    written = state.factors is None and (state.has_row_positions or state.chunk_index > 0)
     if held != want and (written or held not in (torch.float32, tokens.dtype)):
         raise ValueError(f"memory: got a state of {held}; want {want} with tokens of {tokens.dtype}")
+    kept = None if state.factors is None else state.factors.inputs[0].dtype
+    if kept not in (None, tokens.dtype):
+        raise ValueError(f"memory: got a factored state of {kept} tokens; want {tokens.dtype}, the dtype of q")
     check_memory_fits(state.stored_weights, state.stored_momentum, spec, tokens, rows)
     if chunk_size is None:
         return

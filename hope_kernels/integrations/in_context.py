@@ -1,0 +1,330 @@
+"""A pre-trained MLP as a memory: its weights are the initial state, and a forward pass writes corrections to them.
+
+``MLPStructure`` says which linear layers an MLP is made of, :class:`CMSGates` holds the few parameters that are new,
+and :class:`MemoryMLP` gives the module itself the forward pass of a memory. The module stays the object it was,
+under
+its names, with its own layers: what wraps, shards, stores or adapts it goes on doing so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hope_kernels.integrations.context import UNDOABLE_TOKENS, Call, CMSContext, Step, current_call
+from hope_kernels.layers.primitives import GateProjection, inverse_softplus
+from hope_kernels.memory import MemorySpec
+from hope_kernels.memory.factored import FactoredState, factored_scan
+from hope_kernels.memory.factors import merge_after
+
+# Forgetting starts small, as in the layers that are trained from scratch.
+START_FORGETTING = 0.02
+CHILD = "cms"
+
+
+@dataclass(frozen=True)
+class MLPStructure:
+    """Which of a module's children make up its MLP, and how.
+
+    Two linear layers are an ``mlp``, ``out(act(in(x)))``; three a ``glu``, ``out(act(gate(x)) * up(x))``, named in this
+    order. Biases stay as they are. A linear layer is any module that maps ``[.., in]`` to ``[.., out]`` linearly up
+    to a
+    bias: ``nn.Linear``, GPT-2's ``Conv1D``, either with a LoRA adapter.
+
+    Args:
+        linears: names of the children, first to last.
+        activation: name of the child (or attribute) with the activation.
+        dropout: name of a child applied to the result, None where there is none.
+    """
+
+    linears: tuple[str, ...]
+    activation: str
+    dropout: str | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.linears) not in (2, 3):
+            raise ValueError(f"MLPStructure: linears is {self.linears!r}; want two names (mlp) or three (glu)")
+
+    @property
+    def form(self) -> str:
+        """``"mlp"`` or ``"glu"``."""
+        return "mlp" if len(self.linears) == 2 else "glu"
+
+    def names(self) -> tuple[str, ...]:
+        """Of all children and attributes it needs."""
+        return (*self.linears, self.activation, *(() if self.dropout is None else (self.dropout,)))
+
+
+class CMSGates(nn.Module):
+    """The parameters that turn one MLP into a memory; with ``x [B, T, dim]`` and the MLP's own output ``f_0(x)``::
+
+        lr        = scale * sigmoid(x w + b) / (1 + |x|^2)
+        retention = exp(-lr * softplus(x w_r + b_r)), 1 where lr <= 0
+        v         = f_0(x) + d * x + (x A) B
+
+    The target is the trained MLP's output and a correction to it, so an untrained gate does not pull the MLP away
+    from what it was trained to say; ``d`` starts at 1 and ``B`` at 0: a memory begins by writing its input's own
+    direction. All steps of a chunk are taken at its start and add up, hence ``b = -log C``: whatever the chunk size,
+    they add up to about ``scale`` at first.
+
+    Args:
+        dim: features D.
+        chunk_size: C, tokens per write.
+        rank: columns of ``A``, 0 for a diagonal correction alone.
+
+    Attributes:
+        scale: ``[1]``, starts at 0: the MLP is then exactly what it was.
+        gates: ``w, w_r [2, dim]`` and their biases, zero weights at first.
+        target_diagonal, target_down, target_up: ``d [dim]``, ``A^T [rank, dim]``, ``B^T [dim, rank]``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        chunk_size: int,
+        rank: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        to: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.scale = nn.Parameter(torch.zeros(1, **to))
+        starts = (-math.log(chunk_size), inverse_softplus(START_FORGETTING))  # sigmoid: 1 / (1 + C)
+        self.gates = GateProjection(dim, 1, starts, **to)
+        self.target_diagonal = nn.Parameter(torch.ones(dim, **to))
+        if rank:
+            self.target_down = nn.Parameter(torch.empty(rank, dim, **to))
+            self.target_up = nn.Parameter(torch.zeros(dim, rank, **to))
+            nn.init.normal_(self.target_down, std=dim**-0.5)
+        self.rank = rank
+        self._read: tuple[Any, bool] | None = None
+
+    def extra_repr(self) -> str:
+        return f"dim={self.target_diagonal.shape[0]}, rank={self.rank}"
+
+    def forward(self, x: Tensor, base: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``x`` and the MLP's output for it, ``[B, T, dim]``: ``v`` like them, ``lr``, ``retention [B, T, 1]``."""
+        gates = self.gates(x)  # in the state dtype
+        energy = x.to(gates.dtype).square().sum(-1, keepdim=True)
+        lr = self.scale.to(gates.dtype) * torch.sigmoid(gates[..., 0, :]) / (1 + energy)
+        # A negative scale (ascent) does not make the memory grow: retention stays within [0, 1].
+        retention = torch.exp(-lr * F.softplus(gates[..., 1, :])).clamp(max=1.0)
+        with torch.autocast(x.device.type, enabled=False):
+            v = base + self.target_diagonal.to(x.dtype) * x
+            if self.rank:
+                v = v + F.linear(F.linear(x, self.target_down.to(x.dtype)), self.target_up.to(x.dtype))
+        return v, lr, retention
+
+    def is_off(self) -> bool:
+        """Whether the scale is exactly 0, known on the host.
+
+        On a GPU the value is read once for each version of the parameter, not at each call. Versions count what
+        changes the parameter itself (optimizers, ``load_state_dict``); a change through ``.data`` is seen when its
+        storage moves.
+        """
+        scale = self.scale
+        if scale.device.type == "meta":
+            return False
+        if scale.device.type == "cpu":
+            return not bool(scale.any())
+        seen = (scale.data_ptr(), None if scale.is_inference() else scale._version)
+        if self._read is None or self._read[0] != seen:
+            self._read = seen, not bool(scale.any())
+        return self._read[1]
+
+
+class ModuleNetwork:
+    """The network that all sequences share, computed by the module's own layers (``structure`` names them).
+
+    A :class:`hope_kernels.memory.networks.SharedNetwork`: linear layers are numbered as in the structure.
+    """
+
+    def __init__(self, module: nn.Module, structure: MLPStructure) -> None:
+        self.linears = tuple(getattr(module, name) for name in structure.linears)
+        self.activate: Callable[[Tensor], Tensor] = getattr(module, structure.activation)
+        self.form = structure.form
+
+    def apply(self, i: int, u: Tensor) -> Tensor:
+        """``u W_i + b_i``."""
+        return self.linears[i](u.contiguous())  # GPT-2's layers take views of nothing else
+
+    def apply_transposed(self, i: int, e: Tensor) -> Tensor:
+        """``e W_i^T``."""
+        linear = self.linears[i]
+        if _is_plain(linear):
+            # Rounded to the weight's dtype, as the layer rounds its input; autocast rounds further.
+            return e.to(linear.weight.dtype) @ _weight(linear).t()
+        return _adjoint(linear, e)
+
+    def bias(self, i: int) -> Tensor | None:
+        """``b_i``; of a layer with adapters, that of the layer they adapt."""
+        return getattr(self.linears[i], "bias", None)
+
+    def weight(self, i: int) -> Tensor:
+        """``W_i [1, in, out]``."""
+        linear = self.linears[i]
+        if _is_plain(linear):
+            return _weight(linear).unsqueeze(0)
+        # Row j of W is what the layer makes of unit vector j; adapters are linear, whatever they are made of.
+        eye = torch.eye(in_features(linear), device=linear.weight.device, dtype=linear.weight.dtype)
+        return (linear(eye) - linear(torch.zeros_like(eye[:1]))).unsqueeze(0)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The MLP as it was trained."""
+        if self.form == "mlp":
+            return self.apply(1, self.activate(self.apply(0, x)))
+        return self.apply(2, self.activate(self.apply(0, x)) * self.apply(1, x))
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether the layer is its weight and its bias and nothing more."""
+    return type(linear) is nn.Linear or type(linear).__name__ == "Conv1D"
+
+
+def _weight(linear: nn.Module) -> Tensor:
+    """``W [in, out]`` of a plain layer: GPT-2's ``Conv1D`` stores it so, ``nn.Linear`` the other way round."""
+    return linear.weight.t() if type(linear) is nn.Linear else linear.weight
+
+
+def _adjoint(linear: nn.Module, e: Tensor) -> Tensor:
+    """``e W^T`` for a module ``u -> u W + b``: its derivative, which is linear in ``e`` and differentiable again."""
+    with torch.enable_grad():
+        u = torch.zeros(
+            *e.shape[:-1], in_features(linear), device=e.device, dtype=linear.weight.dtype, requires_grad=True
+        )
+        y = linear(u)
+        (found,) = torch.autograd.grad(y, u, e.to(y.dtype), create_graph=True)
+    return found if torch.is_grad_enabled() else found.detach()
+
+
+def out_features(linear: nn.Module) -> int:
+    """Features that a linear layer gives."""
+    found = getattr(linear, "out_features", None)
+    return linear.weight.shape[1] if found is None else found
+
+
+def in_features(linear: nn.Module) -> int:
+    """Features that a linear layer takes."""
+    found = getattr(linear, "in_features", None)
+    return linear.weight.shape[0] if found is None else found
+
+
+class MemoryMLP:
+    """What a memory mixes into the class of an MLP: the forward pass of a memory.
+
+    The output is ``f_{W_c}(x)``, at the weights that the sequence has at the start of its chunk, followed by the
+    module's own dropout. While the scale is 0 it is the original forward: that alone without gradients, and in value
+    with them.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        gates: CMSGates = self.cms
+        learning = torch.is_grad_enabled() and gates.scale.requires_grad
+        if not learning and gates.is_off():
+            return super().forward(x)
+        return self._memory_forward(x)
+
+    # What a memory does depends on the call around it and on states that grow: compiled code breaks off here and
+    # goes on behind, rather than be compiled again for each token.
+    @torch.compiler.disable
+    def _memory_forward(self, x: Tensor) -> Tensor:
+        name, structure, gates = self.cms_name, self.cms_structure, self.cms
+        if x.dim() != 3:
+            raise ValueError(f"{name}: x has shape {tuple(x.shape)}; want [batch, tokens, features]")
+        call = current_call()
+        if call is None:
+            if self.cms_told and torch._C._current_graph_task_id() != -1:
+                raise RuntimeError(
+                    f"{name}: called again in a backward pass, by activation checkpointing that does not say which "
+                    "tokens are padding; want the model's own, model.gradient_checkpointing_enable()"
+                )
+            call = Call()
+        base = ModuleNetwork(self, structure)(x)
+        x = x.to(base.dtype)  # under autocast the dtype that the linear layers compute in
+        valid = None if call.valid is None else call.valid.to(x.device)
+        tokens = (x, *gates(x, base))
+        if call.carried is None:
+            output, _ = self._scan(None, tokens, valid)
+        else:
+            output = self._scan_carried(call.carried, tokens, valid)
+        if valid is not None:
+            at = torch.arange(x.shape[1], device=x.device)
+            real = (at >= valid[:, :1]) & (at < valid[:, 1:])
+            output = torch.where(real.unsqueeze(-1), output, base)
+        if gates.is_off():
+            output = _ValueOf.apply(base, output)
+        return output if structure.dropout is None else getattr(self, structure.dropout)(output)
+
+    def _scan(
+        self, state: FactoredState | None, tokens: tuple[Tensor, ...], valid: Tensor | None
+    ) -> tuple[Tensor, FactoredState]:
+        """Outputs for ``tokens``, x, v, lr and retention, ``[B, T, ..]`` each, and the state after them."""
+        x, v, lr, retention = tokens
+        network = ModuleNetwork(self, self.cms_structure)
+        spec = MemorySpec(self.cms_structure.form, residual=False)  # the activation is the module's own
+        hidden = out_features(network.linears[0])
+        k = x.unsqueeze(2)  # one head
+        output, state = factored_scan(
+            network,
+            k,
+            k,
+            v.unsqueeze(2),
+            lr,
+            state,
+            spec=spec,
+            chunk_size=self.cms_chunk_size,
+            retention=retention,
+            valid=valid,
+            limit=merge_after(spec, x.shape[-1], hidden),
+        )
+        return output.squeeze(2), state
+
+    def _scan_carried(self, context: CMSContext, tokens: tuple[Tensor, ...], valid: Tensor | None) -> Tensor:
+        """Outputs for ``tokens``, going on from the state in ``context`` and leaving the new one there."""
+        name, length = self.cms_name, tokens[0].shape[1]
+        context.rows = tokens[0].shape[0]
+        if torch.is_grad_enabled():
+            context.steps.pop(name, None)
+            output, context.states[name] = self._scan(context.states.get(name), tokens, valid)
+            return output
+        # The last tokens are scanned by themselves, so that a cache can take some of them back.
+        outputs = []
+        for start, stop in ((0, length - UNDOABLE_TOKENS), (max(0, length - UNDOABLE_TOKENS), length)):
+            if start >= stop:
+                continue
+            # Copies where they are a part: a view would keep the whole call.
+            part = tuple(x if stop - start == length else x[:, start:stop].clone() for x in tokens)
+            span = None if valid is None else (valid - start).clamp(0, stop - start)
+            before = context.states.get(name)
+            output, context.states[name] = self._scan(before, part, span)
+            outputs.append(output)
+        if length:
+            context.remember(name, Step(before, part, span, self._state_after))
+        return torch.cat(outputs, 1) if len(outputs) != 1 else outputs[0]
+
+    def _state_after(
+        self, state: FactoredState | None, tokens: tuple[Tensor, ...], valid: Tensor | None
+    ) -> FactoredState:
+        return self._scan(state, tokens, valid)[1]
+
+
+class _ValueOf(torch.autograd.Function):
+    """The first tensor's value with the second one's gradient, where the two are equal but for rounding.
+
+    A scan cuts products at chunks, which rounds differently than the module's own whole products do.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradient: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad
