@@ -104,8 +104,8 @@ def experiment(task: Task, plan: Plan, models: Iterable[str], seeds: int, jobs: 
         chosen = {name: reporting.best(runs).lr for name, runs in searched.items()}
         finals = [
             Job(name, task, plan.size, plan.recipe, chosen[name], seed, True)
-            for name in models
             for seed in range(seeds)
+            for name in models
         ]
         runs = run_all(finals)
     entries = {}
