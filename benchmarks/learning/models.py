@@ -84,8 +84,10 @@ def config_of(name: str, vocab_size: int, size: Size) -> HopeConfig:
     found = []
     for dim in range(4 * size.heads, 257, 4 * size.heads):
         one, two = (parameters_of(config(dim, float(expansion))) for expansion in (1, 2))
+        if one > size.parameters:
+            break
         expansion = 1 + (size.parameters - one) / (two - one)
-        if 1 <= expansion <= 8:
+        if expansion <= 8:
             found.append(config(dim, round(expansion * dim) / dim))
     found.sort(key=lambda config: abs(config.levels[-1].expansion - EXPANSION))
     if not found or abs(parameters_of(found[0]) - size.parameters) > TOLERANCE * size.parameters:

@@ -21,7 +21,7 @@ TEST_SEED = 1_000_000  # far from the seeds that training takes
 
 
 @dataclass(frozen=True)
-class Test:
+class Questions:
     """Sequences to be read, and what is averaged over them.
 
     Attributes:
@@ -46,7 +46,7 @@ class Task(Protocol):
         """Ids and labels of ``size`` training sequences."""
         ...
 
-    def tests(self) -> list[Test]:
+    def tests(self) -> list[Questions]:
         """What a trained model is asked."""
         ...
 
@@ -109,12 +109,12 @@ class Recall:
         count = self.pairs[torch.randint(len(self.pairs), (), generator=generator)]
         return self.sequences(count, self.length, size, generator)
 
-    def tests(self) -> list[Test]:
+    def tests(self) -> list[Questions]:
         generator = torch.Generator().manual_seed(TEST_SEED)
         found = []
         for count, length in self.asked:
             ids, labels = self.sequences(count, length, self.test_size, generator)
-            found.append(Test(ids, labels, {f"{count} pairs": labels != NO_LABEL}))
+            found.append(Questions(ids, labels, {f"{count} pairs": labels != NO_LABEL}))
         return found
 
 
@@ -168,12 +168,12 @@ class Needle:
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         return self.sequences(self.length, size, generator)
 
-    def tests(self) -> list[Test]:
+    def tests(self) -> list[Questions]:
         generator = torch.Generator().manual_seed(TEST_SEED)
         found = []
         for times in self.times:
             ids, labels = self.sequences(times * self.length, self.test_size, generator)
-            found.append(Test(ids, labels, {f"{times}x": labels != NO_LABEL}))
+            found.append(Questions(ids, labels, {f"{times}x": labels != NO_LABEL}))
         return found
 
 
@@ -201,7 +201,7 @@ class Text:
         window = windows[torch.randint(len(windows), (size,), generator=generator)]
         return window[:, :-1], window[:, 1:]
 
-    def tests(self) -> list[Test]:
+    def tests(self) -> list[Questions]:
         windows = self._texts[1].unfold(0, self.longest + 1, self.longest)[: self.test_size]
         ids, labels = windows[:, :-1], windows[:, 1:]
         position = torch.arange(self.longest).expand_as(ids)
@@ -211,7 +211,7 @@ class Text:
         conditions = {f"0-{self.length}": position < self.length}
         for low, high in pairwise(edges):
             conditions[f"{low}-{high}"] = (position >= low) & (position < high)
-        return [Test(ids, labels, conditions)]
+        return [Questions(ids, labels, conditions)]
 
 
 TASKS = {"mqar": Recall, "needle": Needle, "text": Text}

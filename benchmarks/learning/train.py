@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.learning.models import Size, config_of
-from benchmarks.learning.tasks import NO_LABEL, Task, Test
+from benchmarks.learning.tasks import NO_LABEL, Questions, Task
 from hope_kernels.models import HopeForCausalLM
 
 LOSS_POINTS = 50  # of a training curve
@@ -134,7 +134,7 @@ def score(model: nn.Module, task: Task) -> dict[str, float]:
     return found
 
 
-def score_test(model: nn.Module, test: Test, metric: str, rows: int = 32) -> dict[str, float]:
+def score_test(model: nn.Module, test: Questions, metric: str, rows: int = 32) -> dict[str, float]:
     """One test's conditions, read ``rows`` sequences at a time.
 
     Raises:
