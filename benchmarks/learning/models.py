@@ -41,7 +41,7 @@ class Size:
     levels: tuple[int, ...] = (8, 32)
 
 
-LEARNING_RATES = (1e-3, 3e-3, 1e-2)  # of the optimiser; every model chooses
+LEARNING_RATES = (3e-3, 1e-2)  # of the optimiser; every model chooses
 
 
 def inner_step(mixer: Mixer, size: Size) -> float | None:

@@ -47,8 +47,8 @@ class Plan:
 
 
 PLANS = {
-    "mqar": Plan(Size(), Recipe(steps=600, batch=21), search_steps=300),
-    "needle": Plan(Size(), Recipe(steps=600, batch=16), search_steps=300),
+    "mqar": Plan(Size(), Recipe(steps=500, batch=21), search_steps=200),
+    "needle": Plan(Size(), Recipe(steps=500, batch=16), search_steps=200),
     "text": Plan(
         Size(chunk_size=16, projection_chunk_size=64, levels=(16, 64)), Recipe(steps=400, batch=4), search_steps=200
     ),
