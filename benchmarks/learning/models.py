@@ -31,6 +31,7 @@ class Size:
         depth, heads: blocks, heads of every layer.
         chunk_size, projection_chunk_size: of the Titans layers.
         levels: chunk sizes of the CMS; a plain MLP follows as the slowest level.
+        own_bounds: take the layers' own bounds of the mixer's inner step, see :func:`inner_step`.
     """
 
     parameters: int = 88_000
@@ -39,18 +40,21 @@ class Size:
     chunk_size: int = 8
     projection_chunk_size: int = 16
     levels: tuple[int, ...] = (8, 32)
+    own_bounds: bool = False
 
 
 LEARNING_RATES = (3e-3, 1e-2)  # of the optimiser; every model chooses
 
 
 def inner_step(mixer: Mixer, size: Size) -> float | None:
-    """The bound of the mixer's inner step; None for one that has none.
+    """The bound of the mixer's inner step; None for the layer's own, and for a mixer that has none.
 
     The layers' own bounds are for long sequences. At a dozen writes a memory must learn a pair from one showing, for
     which they are too small. With ``gd`` the steps of a chunk add up: 1.6 in all is below the 2 from which on they
     overshoot; ``dgd`` bounds their sum itself.
     """
+    if size.own_bounds:
+        return None
     return {"titans": 1.0, "neural_memory": 1.6 / size.chunk_size}.get(mixer)
 
 

@@ -11,6 +11,7 @@ into ``benchmarks/results`` and its table into the README beside this file.
 from __future__ import annotations
 
 import dataclasses
+import json
 import multiprocessing
 import os
 import sys
@@ -133,16 +134,29 @@ def experiment(task: Task, plan: Plan, models: Iterable[str], seeds: int, jobs: 
     }
 
 
+def redraw(task: str) -> None:
+    """Picture and table anew, from the committed report.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    report = json.loads((RESULTS / f"learning-{task}.json").read_text())
+    reporting.plot(report, RESULTS / f"learning-{task}.png")
+    reporting.publish(report, README)
+
+
 def main(
     task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")],
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each model.")] = 3,
     models: Annotated[list[str] | None, typer.Option(help="Some of the models; without, all.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Of each run, in place of the task's own.")] = None,
     search_steps: Annotated[int | None, typer.Option(min=1, help="Of each try of the search.")] = None,
+    own_bounds: Annotated[bool, typer.Option(help="The layers' own bounds of the inner step.")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Processes, one thread each.")] = min(2, os.cpu_count() or 1),
-    json: Annotated[Path | None, typer.Option(help="Where the report goes.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Where the report goes.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Where the picture goes.")] = None,
     publish: Annotated[bool, typer.Option(help="Report, picture and the README's table.")] = False,
+    from_results: Annotated[bool, typer.Option(help="Only picture and table, from the committed report.")] = False,
 ) -> None:
     """Train every model on a task and say how well it does."""
     if task not in TASKS:
@@ -150,9 +164,13 @@ def main(
     for name in models or ():
         if name not in MODELS:
             raise fail(f"models has {name!r}; want some of {', '.join(map(repr, MODELS))}")
-    if publish and models:
-        raise fail("publish goes with all models; want no --models")
+    if from_results:
+        redraw(task)
+        return
+    if publish and (models or own_bounds):
+        raise fail("publish is for the usual run; want neither --models nor --own-bounds")
     plan = PLANS[task]
+    plan = replace(plan, size=replace(plan.size, own_bounds=own_bounds))
     if steps is not None:
         plan = replace(plan, recipe=replace(plan.recipe, steps=steps))
     if search_steps is not None:
@@ -161,16 +179,15 @@ def main(
     os.environ["OMP_NUM_THREADS"] = "1"
     report = experiment(TASKS[task](), plan, models or MODELS, seeds, jobs)
     console.print(reporting.table(report), soft_wrap=True, markup=False)
-    if publish:
-        json = json or RESULTS / f"learning-{task}.json"
-        plot = plot or RESULTS / f"learning-{task}.png"
-        reporting.publish(report, README)
-    if json is not None:
-        write_json(report, json)
+    for path in [json_path, RESULTS / f"learning-{task}.json" if publish else None]:
+        if path is not None:
+            write_json(report, path)
     if plot is not None:
         plot.parent.mkdir(parents=True, exist_ok=True)
         reporting.plot(report, plot)
         console.print(f"[dim]wrote {plot}[/]")
+    if publish:
+        redraw(task)
 
 
 if __name__ == "__main__":
