@@ -127,12 +127,12 @@ class Needle:
     are up to eight times as long as what is trained on, with as many needles.
     """
 
-    length: int = 64
-    needles: int = 6
+    length: int = 32
+    needles: int = 4
     keys: int = 16
     values: int = 16
     straw: int = 32
-    test_size: int = 64
+    test_size: int = 100
     times: tuple[int, ...] = (1, 2, 4, 8)
     name: str = "needle"
     metric: str = "accuracy"
