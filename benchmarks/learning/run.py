@@ -1,7 +1,7 @@
 """Do the models learn? One task, every model, several seeds; at equal parameters, tokens, optimiser and schedule.
 
-    python benchmarks/learning/run.py --task mqar --json mqar.json --plot mqar.png
-    python benchmarks/learning/run.py --task needle --models Hope --models Transformer --seeds 1
+    python benchmarks/learning/run.py --task recall --json recall.json --plot recall.png
+    python benchmarks/learning/run.py --task recall --models Hope --models Transformer --seeds 1
     python benchmarks/learning/run.py --task text --publish
 
 Every model chooses its learning rate from one list, on a seed that no result comes from. ``--publish`` puts the report
@@ -48,8 +48,7 @@ class Plan:
 
 
 PLANS = {
-    "mqar": Plan(Size(), Recipe(steps=500, batch=21), search_steps=200),
-    "needle": Plan(Size(), Recipe(steps=500, batch=16), search_steps=200),
+    "recall": Plan(Size(levels=(8, 16)), Recipe(steps=600, batch=16), search_steps=180),
     "text": Plan(
         Size(chunk_size=16, projection_chunk_size=64, levels=(16, 64)), Recipe(steps=400, batch=4), search_steps=200
     ),

@@ -71,14 +71,12 @@ class Recall:
     pairs than were trained on among them.
     """
 
-    length: int = 48
+    length: int = 32
     pairs: tuple[int, ...] = (4, 8)
-    asked: tuple[tuple[int, int], ...] = ((4, 48), (8, 48), (12, 48), (16, 64))
+    asked: tuple[tuple[int, int], ...] = ((4, 32), (8, 32), (12, 48), (16, 64))
     keys: int = 16
     values: int = 16
     test_size: int = 128
-    name: str = "mqar"
-    metric: str = "accuracy"
 
     @property
     def vocab_size(self) -> int:
@@ -114,7 +112,7 @@ class Recall:
         found = []
         for count, length in self.asked:
             ids, labels = self.sequences(count, length, self.test_size, generator)
-            found.append(Questions(ids, labels, {f"{count} pairs": labels != NO_LABEL}))
+            found.append(Questions(ids, labels, {f"mqar {count}": labels != NO_LABEL}))
         return found
 
 
@@ -123,8 +121,8 @@ class Needle:
     """A few needles, ``key value``, anywhere in a haystack; at the end every key is asked.
 
     The haystack is drawn from tokens of its own. Questions, ``key value``, follow one another at the end in random
-    order; the labels are their values. First come the keys, then the values, then the tokens of the haystack. Tests
-    are up to eight times as long as what is trained on, with as many needles.
+    order; the labels are their values. Keys and values are those of :class:`Recall`; behind them come the tokens of the
+    haystack. Tests are up to eight times as long as what is trained on, with as many needles.
     """
 
     length: int = 32
@@ -134,12 +132,10 @@ class Needle:
     straw: int = 32
     test_size: int = 100
     times: tuple[int, ...] = (1, 2, 4, 8)
-    name: str = "needle"
-    metric: str = "accuracy"
 
     @property
     def vocab_size(self) -> int:
-        return self.keys + self.values + self.straw
+        return 1 + self.keys + self.values + self.straw
 
     def sequences(self, length: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Ids and labels ``[size, length]``.
@@ -151,10 +147,10 @@ class Needle:
         hay = length - 2 * count
         if hay < 2 * count:
             raise ValueError(f"length is {length}; want at least {4 * count} for {count} needles")
-        ids = torch.randint(self.keys + self.values, self.vocab_size, (size, length), generator=generator)
+        ids = torch.randint(self.vocab_size - self.straw, self.vocab_size, (size, length), generator=generator)
         labels = torch.full_like(ids, NO_LABEL)
         key, value = _pairs(count, self.keys, self.values, size, generator)
-        value = value + self.keys
+        key, value = key + 1, value + 1 + self.keys
         # Sorted places in a haystack without needles, each moved on by the needles before it: none overlaps.
         free = hay - 2 * count + 1
         place = torch.randint(free, (size, count), generator=generator).sort(1).values + 2 * torch.arange(count)
@@ -173,8 +169,33 @@ class Needle:
         found = []
         for times in self.times:
             ids, labels = self.sequences(times * self.length, self.test_size, generator)
-            found.append(Questions(ids, labels, {f"{times}x": labels != NO_LABEL}))
+            found.append(Questions(ids, labels, {f"needle {times}x": labels != NO_LABEL}))
         return found
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Recall and needles, one training for both: a coin says which of the two a batch is of."""
+
+    recall: Recall = Recall()
+    needle: Needle = Needle()
+    name: str = "recall"
+    metric: str = "accuracy"
+
+    @property
+    def vocab_size(self) -> int:
+        return max(self.recall.vocab_size, self.needle.vocab_size)
+
+    @property
+    def length(self) -> int:
+        return self.needle.length
+
+    def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        part = (self.recall, self.needle)[torch.randint(2, (), generator=generator)]
+        return part.batch(size, generator)
+
+    def tests(self) -> list[Questions]:
+        return self.recall.tests() + self.needle.tests()
 
 
 @dataclass(frozen=True)
@@ -214,4 +235,4 @@ class Text:
         return [Questions(ids, labels, conditions)]
 
 
-TASKS = {"mqar": Recall, "needle": Needle, "text": Text}
+TASKS: dict[str, type[Task]] = {"recall": Pairs, "text": Text}

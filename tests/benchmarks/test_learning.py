@@ -8,7 +8,6 @@ import math
 import re
 import statistics
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.learning import report as reporting  # noqa: E402
 from benchmarks.learning.models import MODELS, TOLERANCE, Size, config_of, inner_step, parameters_of  # noqa: E402
-from benchmarks.learning.tasks import NO_LABEL, TASKS, Needle, Questions, Recall, Text  # noqa: E402
+from benchmarks.learning.tasks import NO_LABEL, TASKS, Needle, Pairs, Questions, Recall, Text  # noqa: E402
 from benchmarks.learning.train import Recipe, Run, means, score_test, train  # noqa: E402
 from hope_kernels.models import HopeOutput  # noqa: E402
 
@@ -30,7 +29,7 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("task", [Recall(), Needle(), Text()], ids=lambda task: task.name)
+@pytest.mark.parametrize("task", [Recall(), Needle(), Pairs(), Text()], ids=repr)
 def test_batches_depend_on_the_seed_alone_and_stay_in_the_vocabulary(task) -> None:
     ids, labels = task.batch(4, seeded(1))
     again, other = task.batch(4, seeded(1)), task.batch(4, seeded(2))
@@ -46,7 +45,7 @@ def test_batches_depend_on_the_seed_alone_and_stay_in_the_vocabulary(task) -> No
         assert all((test.labels[counted] != NO_LABEL).all() and counted.any() for counted in test.conditions.values())
 
 
-@pytest.mark.parametrize(("count", "length"), [(4, 48), (12, 48), (16, 64)])
+@pytest.mark.parametrize(("count", "length"), [(4, 32), (8, 32), (16, 64)])
 def test_in_recall_each_key_is_shown_with_one_value_and_asked_once_for_it(count, length) -> None:
     task = Recall()
     ids, labels = task.sequences(count, length, 8, seeded(3))
@@ -80,17 +79,25 @@ def test_a_needle_is_hidden_once_anywhere_and_asked_once_at_the_end(times) -> No
     ids, labels = task.sequences(length, 64, seeded(5))
     places = []
     for row, asked in zip(ids.tolist(), labels.tolist(), strict=True):
-        hidden = [t for t in range(hay) if row[t] < task.keys]
+        hidden = [t for t in range(hay) if row[t] <= task.keys]
         shown = {row[t]: row[t + 1] for t in hidden}
         assert len(hidden) == len(shown) == count
-        assert all(task.keys <= value < task.keys + task.values for value in shown.values())
-        assert sum(token < task.keys + task.values for token in row[:hay]) == 2 * count  # all else is straw
+        assert all(task.keys < value <= task.keys + task.values for value in shown.values())
+        assert sum(token <= task.keys + task.values for token in row[:hay]) == 2 * count  # all else is straw
         questions = range(hay, length, 2)
         assert {row[t]: row[t + 1] for t in questions} == shown
         assert {t: label for t, label in enumerate(asked) if label != NO_LABEL} == {t: row[t + 1] for t in questions}
         places += hidden
     thirds = [sum(low <= p / hay < low + 1 / 3 for p in places) / len(places) for low in (0, 1 / 3, 2 / 3)]
     assert all(0.25 < share < 0.4 for share in thirds)
+
+
+def test_a_batch_of_pairs_is_of_one_of_the_two_tasks() -> None:
+    task, generator = Pairs(), seeded(6)
+    batches = [task.batch(2, generator)[0] for _ in range(60)]
+    straw = [bool((ids > task.recall.vocab_size - 1).any()) for ids in batches]
+    blank = [bool((ids == 0).any()) for ids in batches]
+    assert not any(a and b for a, b in zip(straw, blank, strict=True)) and 15 < sum(straw) < 45
 
 
 def test_sequences_that_do_not_fit_are_refused() -> None:
@@ -157,12 +164,12 @@ def test_models_have_the_same_number_of_parameters_and_the_parts_that_their_name
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_few_steps_lower_the_loss_of_every_model_and_repeat_exactly(name) -> None:
-    task = replace(Recall(), test_size=4)
+    task = Pairs(Recall(test_size=4), Needle(test_size=4, times=(1, 2)))
     run = train(name, task, Size(), Recipe(steps=12, batch=8), 3e-3, seed=0)
     assert run.broke_off is None and len(run.losses) == 12
     assert run.losses[0] == pytest.approx(math.log(task.vocab_size), abs=0.2)
     assert run.losses[-1] < run.losses[0] - 0.1
-    assert set(run.scores) == {"4 pairs", "8 pairs", "12 pairs", "16 pairs"}
+    assert list(run.scores) == ["mqar 4", "mqar 8", "mqar 12", "mqar 16", "needle 1x", "needle 2x"]
     again = train(name, task, Size(), Recipe(steps=12, batch=8), 3e-3, seed=0, test=False)
     assert again.losses == run.losses and again.scores == {}
 
