@@ -33,10 +33,14 @@ def best(runs: Sequence[Run]) -> Run:
 
 
 def summary(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
-    """By condition, ``mean``, ``deviation`` (of a sample, 0 for one run), ``lowest`` and ``highest`` over runs."""
+    """By condition, ``mean``, ``deviation`` (of a sample, 0 for one run), ``lowest`` and ``highest`` over runs.
+
+    Runs that broke off are left out; nothing is left where all did.
+    """
+    whole = [run for run in runs if run.broke_off is None]
     found = {}
-    for condition in runs[0].scores:
-        values = [run.scores[condition] for run in runs]
+    for condition in whole[0].scores if whole else ():
+        values = [run.scores[condition] for run in whole]
         found[condition] = {
             "mean": statistics.fmean(values),
             "deviation": statistics.stdev(values) if len(values) > 1 else 0.0,
@@ -46,17 +50,24 @@ def summary(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
     return found
 
 
+def _conditions(report: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(c for entry in report["models"].values() for c in entry["summary"]))
+
+
 def table(report: dict[str, Any]) -> str:
-    """The report as Markdown: a row per model, mean and standard deviation over seeds; the best mean is bold."""
+    """The report as Markdown: a row per model, mean and standard deviation over whole runs; the best mean is bold."""
     percent = report["task"]["metric"] == "accuracy"
     models = report["models"]
-    conditions = list(next(iter(models.values()))["summary"])
+    conditions = _conditions(report)
     head = ["model", "parameters", "width", *conditions, "learning rate", "CPU s"]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    means = {c: [entry["summary"][c]["mean"] for entry in models.values()] for c in conditions}
+    means = {c: [entry["summary"][c]["mean"] for entry in models.values() if entry["summary"]] for c in conditions}
     for name, entry in models.items():
         cells = []
         for condition in conditions:
+            if not entry["summary"]:
+                cells.append("none")
+                continue
             mean, deviation = (entry["summary"][condition][key] for key in ("mean", "deviation"))
             text = f"{100 * mean:.1f} ± {100 * deviation:.1f}" if percent else f"{mean:.3f} ± {deviation:.3f}"
             wins = mean == (max if percent else min)(means[condition])
@@ -64,7 +75,7 @@ def table(report: dict[str, Any]) -> str:
         seconds = statistics.median(run["seconds"] for run in entry["runs"])
         parameters, width = f"{entry['parameters']:,}", str(entry["config"]["dim"])
         broken = sum(run["broke_off"] is not None for run in entry["runs"])
-        lr = f"{entry['lr']:g}" + (f"; {broken} broke off" if broken else "")
+        lr = f"{entry['lr']:g}" + (f"; {broken} of {len(entry['runs'])} broke off" if broken else "")
         lines.append(f"| {' | '.join([name, parameters, width, *cells, lr, f'{seconds:.0f}'])} |")
     return "\n".join(lines)
 
@@ -86,9 +97,11 @@ def plot(report: dict[str, Any], path: Path) -> None:
     """Scores by condition, bars from the lowest to the highest seed, and the training losses' means over seeds."""
     percent = report["task"]["metric"] == "accuracy"
     models = report["models"]
-    conditions = list(next(iter(models.values()))["summary"])
+    conditions = _conditions(report)
     with figure(path, columns=2, size=(11, 4)) as (scores, losses):
         for offset, (name, entry) in enumerate(models.items()):
+            if not entry["summary"]:
+                continue
             scale = 100 if percent else 1
             middle, low, high = (
                 [scale * entry["summary"][c][key] for c in conditions] for key in ("mean", "lowest", "highest")

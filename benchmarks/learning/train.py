@@ -49,7 +49,7 @@ class Run:
     """What came of one training.
 
     Attributes:
-        scores: by condition, accuracy (0 to 1) or bits per byte.
+        scores: by condition, accuracy (0 to 1) or bits per byte; none where training broke off.
         final_loss: nats, mean over the last tenth of the steps; infinite where training broke off.
         losses: nats, means over equal parts of the training.
         gradient_norm: median over the steps, before clipping.
@@ -109,7 +109,7 @@ def train(name: str, task: Task, size: Size, recipe: Recipe, lr: float, seed: in
         seed=seed,
         lr=lr,
         steps=recipe.steps,
-        scores=score(model, task) if test else {},
+        scores=score(model, task) if test and broke_off is None else {},
         final_loss=math.inf if broke_off is not None else statistics.fmean(losses[-max(1, recipe.steps // 10) :]),
         losses=means(losses, LOSS_POINTS),
         gradient_norm=statistics.median(norms) if norms else math.inf,
