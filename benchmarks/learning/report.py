@@ -29,7 +29,7 @@ def best(runs: Sequence[Run]) -> Run:
     whole = [run for run in runs if run.broke_off is None]
     if not whole:
         raise ArithmeticError(f"all learning rates of {runs[0].model} broke off; try lower ones")
-    return min(whole, key=lambda run: run.final_loss)
+    return min(whole, key=lambda run: run.final_loss or 0.0)
 
 
 def summary(runs: Sequence[Run]) -> dict[str, dict[str, float]]:

@@ -95,7 +95,8 @@ def experiment(task: Task, plan: Plan, models: Iterable[str], seeds: int, jobs: 
             found: list[Run | None] = [None] * len(work)
             for future in as_completed(futures):
                 run = found[futures[future]] = future.result()
-                bar.update(shown, advance=1, detail=f"{run.model}: {run.final_loss:.3f} nats")
+                told = "broke off" if run.final_loss is None else f"{run.final_loss:.3f} nats"
+                bar.update(shown, advance=1, detail=f"{run.model}: {told}")
             return found  # type: ignore[return-value]
 
         searched: dict[str, list[Run]] = {name: [] for name in models}
@@ -108,15 +109,20 @@ def experiment(task: Task, plan: Plan, models: Iterable[str], seeds: int, jobs: 
             for name in models
         ]
         runs = run_all(finals)
+    return report_of(task, plan, seeds, searched, runs)
+
+
+def report_of(task: Task, plan: Plan, seeds: int, searched: dict[str, list[Run]], runs: list[Run]) -> dict[str, Any]:
+    """The report of what :func:`experiment` found, by model and seed."""
     entries = {}
-    for name in models:
+    for name, tries in searched.items():
         config = config_of(name, task.vocab_size, plan.size)
         of_model = [run for run in runs if run.model == name]
         entries[name] = {
             "config": config.to_dict(),
             "parameters": parameters_of(config),
-            "lr": chosen[name],
-            "search": [dataclasses.asdict(run) for run in searched[name]],
+            "lr": reporting.best(tries).lr,
+            "search": [dataclasses.asdict(run) for run in tries],
             "runs": [dataclasses.asdict(run) for run in of_model],
             "summary": reporting.summary(of_model),
         }

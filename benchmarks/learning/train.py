@@ -50,9 +50,9 @@ class Run:
 
     Attributes:
         scores: by condition, accuracy (0 to 1) or bits per byte; none where training broke off.
-        final_loss: nats, mean over the last tenth of the steps; infinite where training broke off.
+        final_loss: nats, mean over the last tenth of the steps; None where training broke off.
         losses: nats, means over equal parts of the training.
-        gradient_norm: median over the steps, before clipping.
+        gradient_norm: median over the steps, before clipping; None without a step.
         broke_off: the step whose loss or gradient was not finite, or None.
         seconds: of processor time, training alone.
     """
@@ -62,9 +62,9 @@ class Run:
     lr: float
     steps: int
     scores: dict[str, float]
-    final_loss: float
+    final_loss: float | None
     losses: list[float]
-    gradient_norm: float
+    gradient_norm: float | None
     broke_off: int | None
     seconds: float
 
@@ -110,9 +110,9 @@ def train(name: str, task: Task, size: Size, recipe: Recipe, lr: float, seed: in
         lr=lr,
         steps=recipe.steps,
         scores=score(model, task) if test and broke_off is None else {},
-        final_loss=math.inf if broke_off is not None else statistics.fmean(losses[-max(1, recipe.steps // 10) :]),
+        final_loss=None if broke_off is not None else statistics.fmean(losses[-max(1, recipe.steps // 10) :]),
         losses=means(losses, LOSS_POINTS),
-        gradient_norm=statistics.median(norms) if norms else math.inf,
+        gradient_norm=statistics.median(norms) if norms else None,
         broke_off=broke_off,
         seconds=round(seconds, 1),
     )
