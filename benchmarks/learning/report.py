@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     percent = report["task"]["metric"] == "accuracy"
     models = report["models"]
     conditions = _conditions(report)
+    kinds = [name.split()[0] if " " in name else "" for name in conditions]
     with figure(path, columns=2, size=(11, 4)) as (scores, losses):
         for offset, (name, entry) in enumerate(models.items()):
             if not entry["summary"]:
@@ -112,14 +114,25 @@ def plot(report: dict[str, Any], path: Path) -> None:
             ]
             places = [i + 0.05 * (offset - (len(models) - 1) / 2) for i in range(len(conditions))]
             colour = COLOURS.get(name, INK)
-            scores.errorbar(
-                places, middle, spread, label=name, color=colour, marker="o", markersize=4, capsize=2, linewidth=1.4
-            )
+            # A line joins the conditions of one kind: "mqar 4", "mqar 8"; not these and "needle 1x".
+            for _, members in groupby(range(len(conditions)), key=lambda i: kinds[i]):
+                part = list(members)
+                scores.errorbar(
+                    [places[i] for i in part],
+                    [middle[i] for i in part],
+                    [[side[i] for i in part] for side in spread],
+                    label=name if part[0] == 0 else None,
+                    color=colour,
+                    marker="o",
+                    markersize=4,
+                    capsize=2,
+                    linewidth=1.4,
+                )
             curves = [run["losses"] for run in entry["runs"] if run["broke_off"] is None]
             curve = [statistics.fmean(values) for values in zip(*curves, strict=True)]
             steps = report["recipe"]["steps"]
             losses.plot([steps * (i + 0.5) / len(curve) for i in range(len(curve))], curve, color=colour, linewidth=1.4)
-        scores.set_xticks(range(len(conditions)), conditions)
+        scores.set_xticks(range(len(conditions)), conditions, rotation=20)
         scores.set_ylabel("right answers (%)" if percent else "bits per byte")
         if percent:
             scores.set_ylim(0, 102)

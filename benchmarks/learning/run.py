@@ -50,7 +50,9 @@ class Plan:
 PLANS = {
     "recall": Plan(Size(levels=(8, 16)), Recipe(steps=600, batch=16), search_steps=180),
     "text": Plan(
-        Size(chunk_size=16, projection_chunk_size=64, levels=(16, 64)), Recipe(steps=400, batch=4), search_steps=200
+        Size(chunk_size=16, projection_chunk_size=64, levels=(16, 64), own_bounds=True),
+        Recipe(steps=400, batch=4),
+        search_steps=200,
     ),
 }
 
@@ -175,7 +177,8 @@ def main(
     if publish and (models or own_bounds):
         raise fail("publish is for the usual run; want neither --models nor --own-bounds")
     plan = PLANS[task]
-    plan = replace(plan, size=replace(plan.size, own_bounds=own_bounds))
+    if own_bounds:
+        plan = replace(plan, size=replace(plan.size, own_bounds=True))
     if steps is not None:
         plan = replace(plan, recipe=replace(plan.recipe, steps=steps))
     if search_steps is not None:
