@@ -219,5 +219,5 @@ def test_committed_results_are_whole_and_the_readme_shows_them(task) -> None:
             assert found["mean"] == pytest.approx(statistics.fmean(scores))
     readme = (ROOT / "benchmarks" / "learning" / "README.md").read_text()
     shown = re.search(rf"<!-- {task}: begin -->\n(.*?)\n<!-- {task}: end -->", readme, re.DOTALL)
-    assert shown is not None and shown[1] == reporting.table(report)
+    assert shown is not None and shown[1].strip() == reporting.table(report)
     assert (RESULTS / f"learning-{task}.png").stat().st_size > 10_000
