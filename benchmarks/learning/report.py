@@ -36,12 +36,15 @@ def best(runs: Sequence[Run]) -> Run:
 def summary(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
     """By condition, ``mean``, ``deviation`` (of a sample, 0 for one run), ``lowest`` and ``highest`` over runs.
 
-    Runs that broke off are left out; nothing is left where all did.
+    Runs that broke off are left out; nothing is left where all did. A condition is where the scores of all others are
+    finite.
     """
     whole = [run for run in runs if run.broke_off is None]
     found = {}
     for condition in whole[0].scores if whole else ():
-        values = [run.scores[condition] for run in whole]
+        values = [score for run in whole if (score := run.scores[condition]) is not None]
+        if len(values) < len(whole):
+            continue
         found[condition] = {
             "mean": statistics.fmean(values),
             "deviation": statistics.stdev(values) if len(values) > 1 else 0.0,
@@ -62,12 +65,12 @@ def table(report: dict[str, Any]) -> str:
     conditions = _conditions(report)
     head = ["model", "parameters", "width", *conditions, "learning rate", "CPU s"]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    means = {c: [entry["summary"][c]["mean"] for entry in models.values() if entry["summary"]] for c in conditions}
+    means = {c: [entry["summary"][c]["mean"] for entry in models.values() if c in entry["summary"]] for c in conditions}
     for name, entry in models.items():
         cells = []
         for condition in conditions:
-            if not entry["summary"]:
-                cells.append("none")
+            if condition not in entry["summary"]:
+                cells.append("not finite")
                 continue
             mean, deviation = (entry["summary"][condition][key] for key in ("mean", "deviation"))
             text = f"{100 * mean:.1f} ± {100 * deviation:.1f}" if percent else f"{mean:.3f} ± {deviation:.3f}"
@@ -102,8 +105,8 @@ def plot(report: dict[str, Any], path: Path) -> None:
     kinds = [name.split()[0] if " " in name else "" for name in conditions]
     with figure(path, columns=2, size=(11, 4)) as (scores, losses):
         for offset, (name, entry) in enumerate(models.items()):
-            if not entry["summary"]:
-                continue
+            if len(entry["summary"]) < len(conditions):
+                continue  # the table says why
             scale = 100 if percent else 1
             middle, low, high = (
                 [scale * entry["summary"][c][key] for c in conditions] for key in ("mean", "lowest", "highest")

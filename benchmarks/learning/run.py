@@ -50,7 +50,7 @@ class Plan:
 PLANS = {
     "recall": Plan(Size(levels=(8, 16)), Recipe(steps=600, batch=16), search_steps=180),
     "text": Plan(
-        Size(chunk_size=16, projection_chunk_size=64, levels=(16, 64), own_bounds=True),
+        Size(chunk_size=16, projection_chunk_size=64, levels=(16, 64)),
         Recipe(steps=400, batch=4),
         search_steps=200,
     ),

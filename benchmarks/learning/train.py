@@ -49,7 +49,8 @@ class Run:
     """What came of one training.
 
     Attributes:
-        scores: by condition, accuracy (0 to 1) or bits per byte; none where training broke off.
+        scores: by condition, accuracy (0 to 1) or bits per byte; None where that is not finite, and no conditions
+            where training broke off.
         final_loss: nats, mean over the last tenth of the steps; None where training broke off.
         losses: nats, means over equal parts of the training.
         gradient_norm: median over the steps, before clipping; None without a step.
@@ -61,7 +62,7 @@ class Run:
     seed: int
     lr: float
     steps: int
-    scores: dict[str, float]
+    scores: dict[str, float | None]
     final_loss: float | None
     losses: list[float]
     gradient_norm: float | None
@@ -126,15 +127,15 @@ def means(values: list[float], parts: int) -> list[float]:
 
 
 @torch.no_grad()
-def score(model: nn.Module, task: Task) -> dict[str, float]:
-    """By condition of the task's tests, the share of right answers or the bits per byte."""
-    found: dict[str, float] = {}
+def score(model: nn.Module, task: Task) -> dict[str, float | None]:
+    """By condition of the task's tests, the share of right answers or the bits per byte, None where not finite."""
+    found: dict[str, float | None] = {}
     for test in task.tests():
         found.update(score_test(model, test, task.metric))
     return found
 
 
-def score_test(model: nn.Module, test: Questions, metric: str, rows: int = 32) -> dict[str, float]:
+def score_test(model: nn.Module, test: Questions, metric: str, rows: int = 32) -> dict[str, float | None]:
     """One test's conditions, read ``rows`` sequences at a time.
 
     Raises:
@@ -147,7 +148,8 @@ def score_test(model: nn.Module, test: Questions, metric: str, rows: int = 32) -
         logits = model(ids).logits
         values.append(_right(logits, labels) if metric == "accuracy" else _bits(logits, labels))
     value = torch.cat(values)
-    return {name: value[counted].double().mean().item() for name, counted in test.conditions.items()}
+    averages = {name: value[counted].double().mean().item() for name, counted in test.conditions.items()}
+    return {name: average if math.isfinite(average) else None for name, average in averages.items()}
 
 
 def _right(logits: Tensor, labels: Tensor) -> Tensor:

@@ -142,6 +142,7 @@ def test_scores_are_shares_of_right_answers_and_bits() -> None:
     test, oracle = Questions(ids, labels, conditions), Oracle(5, 0.5)
     assert score_test(oracle, test, "accuracy") == {"all": pytest.approx(2 / 3), "wrong": 0}
     assert score_test(oracle, test, "bits") == {"all": pytest.approx((1 + 1 + 3) / 3), "wrong": pytest.approx(3)}
+    assert score_test(Oracle(5, 1.0), test, "bits") == {"all": None, "wrong": None}  # infinitely many bits
     with pytest.raises(ValueError, match="metric is 'f1'; want"):
         score_test(oracle, test, "f1")
 
@@ -199,6 +200,8 @@ def test_means_spreads_and_the_choice_are_computed_right() -> None:
     assert reporting.summary(runs[:1])["b"]["deviation"] == 0
     assert reporting.summary([*runs, made_up(3, 0.0, broke_off=3)])["a"] == found
     assert reporting.summary([made_up(3, 0.0, broke_off=3)]) == {}
+    runs[1].scores["b"] = None
+    assert reporting.summary(runs) == {"a": found}
     tries = [made_up(0, 0, 0.5), made_up(1, 0, 0.1, broke_off=3), made_up(2, 0, 0.4), made_up(3, 0, 0.4)]
     assert reporting.best(tries).seed == 2
     with pytest.raises(ArithmeticError, match="all learning rates of Hope broke off"):
