@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hope_kernels import CMS, CMSLevel
 
+REPEATED = 48  # characters from which on a paragraph that two topics share is a repetition, not a phrase
 LEVELS = (CMSLevel(chunk_size=16), CMSLevel(chunk_size=64), CMSLevel(chunk_size=None))
 
 
@@ -107,14 +108,18 @@ def documentation() -> tuple[Tensor, Tensor]:
     """CPython's documentation text as bytes, int64 ``[train]`` and ``[held out]``: about one topic in ten is held out.
 
     A topic is held out by a checksum of its name, so the split is the same everywhere for the same Python version.
+    Topics repeat long parts of one another: paragraphs that a held-out one has too are left out of the training text.
     """
     from pydoc_data.topics import topics
 
-    parts: tuple[list[str], list[str]] = ([], [])
-    for name in sorted(topics):
-        parts[zlib.crc32(name.encode()) % 10 == 0].append(topics[name])
-    train, held_out = (torch.tensor(list("\n".join(texts).encode()), dtype=torch.int64) for texts in parts)
-    return train, held_out
+    held_out = {name: topics[name] for name in sorted(topics) if zlib.crc32(name.encode()) % 10 == 0}
+    known = {part for text in held_out.values() for part in text.split("\n\n") if len(part) >= REPEATED}
+    train = [
+        "\n\n".join(part for part in topics[name].split("\n\n") if part not in known)
+        for name in sorted(topics)
+        if name not in held_out
+    ]
+    return tuple(torch.tensor(list("\n".join(t).encode()), dtype=torch.int64) for t in (train, held_out.values()))
 
 
 def batches(text: Tensor, *, batch: int, context: int, seed: int) -> Iterator[Tensor]:

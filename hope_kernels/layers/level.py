@@ -49,8 +49,8 @@ class CMSLevel:
     Args:
         chunk_size: tokens per write. None: a level that is never written, one full-width plain MLP.
         form, activation, rule: as in :class:`hope_kernels.MemorySpec`; objective ``"l2"``, with residual.
-        expansion: hidden features ``H = expansion * D`` of ``mlp`` and ``glu``, with ``D = dim / heads`` (a plain
-            level: ``D = dim``).
+        expansion: hidden features ``H = expansion * D`` of ``mlp`` and ``glu``, with ``D = dim / heads``. A plain
+            level has ``D = dim`` and takes fractions, such as 8/3, rounded to whole features.
         lr_max: upper bound of a token's inner learning rate. None takes ``min(0.1, 0.25 / chunk_size)``: all steps
             of a chunk are taken at its start and add up, so a chunk of C tokens with one and the same unit key moves
             the memory by up to ``C lr_max``. At 1 that is one full step towards the target, beyond 2 gradient
@@ -69,7 +69,7 @@ class CMSLevel:
     chunk_size: int | None
     form: Form = "mlp"
     activation: Activation = "gelu_tanh"
-    expansion: int = 4
+    expansion: int | float = 4
     rule: Rule = "gd"
     lr_max: float | None = None
     retention: bool = True
@@ -77,8 +77,12 @@ class CMSLevel:
     bptt_chunks: int | None = None
 
     def __post_init__(self) -> None:
-        for name, optional in (("chunk_size", True), ("expansion", False), ("bptt_chunks", True)):
+        for name, optional in (("chunk_size", True), ("bptt_chunks", True)):
             check_int("CMSLevel", name, getattr(self, name), optional=optional)
+        if self.chunk_size is None and isinstance(self.expansion, float):
+            check_bound("CMSLevel", "expansion", self.expansion)
+        else:
+            check_int("CMSLevel", "expansion", self.expansion)
         for name in ("retention", "momentum"):
             check_bool("CMSLevel", name, getattr(self, name))
         check_bound("CMSLevel", "lr_max", self.lr_max)
@@ -112,7 +116,7 @@ class CMSLevel:
 
     def describe(self) -> str:
         """``mlp x4, C=16, gd, lr<=0.015625, retention``."""
-        size = self.form if self.form == "linear" else f"{self.form} x{self.expansion}"
+        size = self.form if self.form == "linear" else f"{self.form} x{self.expansion:.4g}"
         if self.chunk_size is None:
             return f"{size}, never written"
         parts = [size, f"C={self.chunk_size}", self.rule, f"lr<={self.step_bound:g}"]
@@ -361,7 +365,7 @@ class PlainLevel(nn.Module):
         self.level, self.bare = level, bare
         # The residual is around the norm, as in a pre-normed Transformer block: inside it, the input's scale is lost.
         self.spec = MemorySpec(level.form, level.activation, residual=False)
-        shapes = self.spec.weight_shapes(dim, level.expansion * dim)
+        shapes = self.spec.weight_shapes(dim, max(1, round(level.expansion * dim)))
         self.weights = nn.ParameterList(
             nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) for shape in shapes
         )

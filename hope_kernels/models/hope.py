@@ -108,9 +108,12 @@ class HopeModel(nn.Module):
         factory = {"device": device, "dtype": dtype}
         self.config, self.activation_checkpointing = config, False
         self.embedding = nn.Embedding(config.vocab_size, config.dim, **factory)
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.embedding.weight, std=config.dim**-0.5)
         self.blocks = nn.ModuleList(HopeBlock(config, backend, **factory) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps, **factory)
+        # The stream keeps much of the token's embedding, so a tied head would say that every token repeats itself, the
+        # surer the wider the model. So small, features leave all logits near 0; how large they become is learned.
+        nn.init.constant_(self.norm.weight, config.dim**-0.5)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Features ``[B, T, dim]`` of ids ``[B, T]`` (any integer dtype), as fresh sequences.
@@ -194,7 +197,9 @@ class HopeModel(nn.Module):
                 raise ValueError(
                     f"HopeModel: input_ids has ids from {low} to {high}; want 0 to {self.config.vocab_size - 1}"
                 )
-        return self.embedding(ids)
+        # Unit entries, about what the blocks add: of smaller ones little is left behind the first block, and later ones
+        # learn late or never which token is where.
+        return self.embedding(ids) * self.config.dim**0.5
 
     def _run(self, function: Callable[..., Any], *args: Any) -> Any:
         if self.activation_checkpointing and self.training and torch.is_grad_enabled():
@@ -227,7 +232,7 @@ class HopeForCausalLM(nn.Module):
         self.head = None
         if not config.tie_embeddings:
             self.head = nn.Linear(config.dim, config.vocab_size, bias=False, device=device, dtype=dtype)
-            nn.init.normal_(self.head.weight, std=0.02)
+            nn.init.normal_(self.head.weight, std=config.dim**-0.5)
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, state: HopeState | None = None) -> HopeOutput:
         """Logits of the token behind each of ``input_ids [B, T]``.

@@ -41,10 +41,16 @@ def test_the_held_out_topics_are_apart_from_the_rest():
 
     example = load_example("byte_transformer")
     train, held_out = (bytes(text.tolist()) for text in example.documentation())
-    inside = {name: (text.encode() in train, text.encode() in held_out) for name, text in topics.items()}
-    # A very short topic may be quoted in a longer one; every other is in exactly one of the two texts.
-    assert all(sum(places) == 1 for name, places in inside.items() if len(topics[name]) > 200)
-    assert 0.03 < len(held_out) / (len(train) + len(held_out)) < 0.3
+    complete = {name for name, text in topics.items() if text.encode() in held_out}
+    assert complete and 0.03 < len(held_out) / (len(train) + len(held_out)) < 0.3
+    # Topics repeat one another in whole sections: of what is held out next to nothing may be in the training text.
+    passages = {train[start : start + 48] for start in range(len(train))}
+    starts = range(len(held_out) - 48)
+    assert sum(held_out[start : start + 48] in passages for start in starts) < 0.03 * len(starts)
+    # Nothing else is missing there.
+    known = {part for name in complete for part in topics[name].split("\n\n")}
+    rest = [part for name, text in topics.items() if name not in complete for part in text.split("\n\n")]
+    assert all(part.encode() in train for part in rest if part not in known)
 
 
 def test_a_model_that_knows_nothing_needs_eight_bits_per_byte():

@@ -261,3 +261,14 @@ def test_strides_of_the_input_and_of_the_gradient_do_not_matter(stride) -> None:
         grads.append(torch.autograd.grad(cms(leaf), leaf, upstream)[0])
     assert not x.is_contiguous()
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-11, atol=1e-12)
+
+
+def test_a_plain_level_takes_a_fraction_of_the_width() -> None:
+    torch.manual_seed(0)
+    cms = CMS(8, [CMSLevel(None, form="glu", activation="silu", expansion=8 / 3)], heads=2, dtype=torch.float64)
+    gate, up, out = cms.levels[0].weights
+    assert gate.shape == up.shape == (8, 21) and out.shape == (21, 8)  # 21.33 rounded
+    x = tokens(2, 3, dim=8)
+    inner = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+    torch.testing.assert_close(cms(x), x + (nn.functional.silu(inner @ gate) * (inner @ up)) @ out)
+    assert "glu x2.667, never written" in repr(cms)

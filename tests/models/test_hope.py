@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -138,6 +140,22 @@ def test_tied_and_untied_heads() -> None:
     features = torch.randn(2, 3, 8, dtype=torch.float64)
     torch.testing.assert_close(tied.logits(features), features @ tied.model.embedding.weight.T)
     torch.testing.assert_close(untied.logits(features), features @ untied.head.weight.T)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dim", [32, 256])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_fresh_model_says_nothing_yet_and_keeps_what_its_tokens_are(mixer, dim, tied) -> None:
+    torch.manual_seed(0)
+    config = config_of(mixer, vocab_size=256, dim=dim, heads=4, tie_embeddings=tied)
+    model = HopeForCausalLM(config)
+    ids = torch.randint(256, (2, 33))
+    with torch.no_grad():
+        loss, embedded, features = model(ids[:, :-1], ids[:, 1:]).loss, model.model.embed(ids), model.model(ids)
+    assert abs(loss.item() - math.log(256)) < 0.1
+    assert 0.9 < embedded.square().mean().sqrt() < 1.1
+    # Behind two blocks a token's features still lie along its embedding: with small embeddings this is about 0.
+    assert F.cosine_similarity(embedded, features, -1).mean() > 0.5
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
