@@ -22,7 +22,17 @@ from hope_kernels.layers.primitives import GateProjection, inverse_softplus
 from hope_kernels.memory import MemorySpec
 from hope_kernels.memory.factored import FactoredState, factored_scan
 from hope_kernels.memory.factors import merge_after
+from hope_kernels.memory.spec import Activation
 
+# The activations of MemorySpec, by what computes them in PyTorch and in transformers.
+_ACTIVATIONS: dict[tuple[str, str], Activation] = {
+    ("torch.nn.modules.activation", "SiLU"): "silu",
+    ("transformers.activations", "SiLUActivation"): "silu",
+    ("transformers.activations", "GELUActivation"): "gelu",
+    ("transformers.activations", "GELUTanh"): "gelu_tanh",
+    ("transformers.activations", "NewGELUActivation"): "gelu_tanh",
+    ("transformers.activations", "ReLUSquaredActivation"): "relu2",
+}
 # Forgetting starts small, as in the layers that are trained from scratch.
 START_FORGETTING = 0.02
 CHILD = "cms"
@@ -175,6 +185,17 @@ class ModuleNetwork:
         # Row j of W is what the layer makes of unit vector j; adapters are linear, whatever they are made of.
         eye = torch.eye(in_features(linear), device=linear.weight.device, dtype=linear.weight.dtype)
         return (linear(eye) - linear(torch.zeros_like(eye[:1]))).unsqueeze(0)
+
+    def known_activation(self) -> Activation | None:
+        """Which of ``MemorySpec``'s the activation is; None where it is another, or something hooks into it."""
+        act = self.activate
+        if act is F.silu:
+            return "silu"
+        if not isinstance(act, nn.Module) or "forward" in vars(act) or act._forward_hooks or act._forward_pre_hooks:
+            return None
+        if type(act) is nn.GELU:
+            return "gelu" if act.approximate == "none" else "gelu_tanh"
+        return _ACTIVATIONS.get((type(act).__module__, type(act).__name__))
 
     def __call__(self, x: Tensor) -> Tensor:
         """The MLP as it was trained."""
