@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hope_kernels.integrations.context import UNDOABLE_TOKENS, Call, CMSContext, Step, current_call
 from hope_kernels.layers.primitives import GateProjection, inverse_softplus
@@ -36,6 +37,24 @@ _ACTIVATIONS: dict[tuple[str, str], Activation] = {
 # Forgetting starts small, as in the layers that are trained from scratch.
 START_FORGETTING = 0.02
 CHILD = "cms"
+# Where a value costs no wait to read.
+_HOST_DEVICES = frozenset({"cpu"})
+
+
+class _Steps:
+    """What optimizers of this process have done: fused ones change parameters without counting a version."""
+
+    last = object()  # another one after each step; nothing reads its value, so nothing compiled depends on it
+    captured = False  # a step is in a CUDA graph, whose replays tell nobody
+
+
+def _note_step(*_: Any) -> None:
+    _Steps.last = object()
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        _Steps.captured = True
+
+
+register_optimizer_step_post_hook(_note_step)
 
 
 @dataclass(frozen=True)
@@ -135,19 +154,25 @@ class CMSGates(nn.Module):
     def is_off(self) -> bool:
         """Whether the scale is exactly 0, known on the host.
 
-        On a GPU the value is read once for each version of the parameter, not at each call. Versions count what
-        changes the parameter itself (optimizers, ``load_state_dict``); a change through ``.data`` is seen when its
-        storage moves.
+        On a GPU the value is read once for each version of the parameter and each step of any optimizer in the
+        process, not at each call. Versions count what changes the parameter itself (``load_state_dict``, an
+        in-place operation); a change through ``.data`` is seen when its storage moves. It is read at each call where
+        neither tells: sharded by FSDP, in inference tensors, and once an optimizer's step was captured in a CUDA
+        graph.
         """
         scale = self.scale
         if scale.device.type == "meta":
             return False
-        if scale.device.type == "cpu":
+        untold = scale.is_inference() or _Steps.captured or getattr(self, "_is_fsdp_managed_module", False)
+        if untold or scale.device.type in _HOST_DEVICES:
             return not bool(scale.any())
-        seen = (scale.data_ptr(), None if scale.is_inference() else scale._version)
+        seen = (scale.data_ptr(), scale._version, _Steps.last)
         if self._read is None or self._read[0] != seen:
             self._read = seen, not bool(scale.any())
         return self._read[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_read": None}  # a copy's parameters have versions of their own
 
 
 class ModuleNetwork:
@@ -250,12 +275,12 @@ class MemoryMLP:
         learning = torch.is_grad_enabled() and gates.scale.requires_grad
         if not learning and gates.is_off():
             return super().forward(x)
-        return self._memory_forward(x)
+        return self._memory_forward(x, learning)
 
     # What a memory does depends on the call around it and on states that grow: compiled code breaks off here and
     # goes on behind, rather than be compiled again for each token.
     @torch.compiler.disable
-    def _memory_forward(self, x: Tensor) -> Tensor:
+    def _memory_forward(self, x: Tensor, learning: bool) -> Tensor:
         name, structure, gates = self.cms_name, self.cms_structure, self.cms
         if x.dim() != 3:
             raise ValueError(f"{name}: x has shape {tuple(x.shape)}; want [batch, tokens, features]")
@@ -279,8 +304,8 @@ class MemoryMLP:
             at = torch.arange(x.shape[1], device=x.device)
             real = (at >= valid[:, :1]) & (at < valid[:, 1:])
             output = torch.where(real.unsqueeze(-1), output, base)
-        if gates.is_off():
-            output = _ValueOf.apply(base, output)
+        if learning:  # otherwise the scale is not 0
+            output = _ValueWhereOff.apply(gates.scale, base, output)
         return output if structure.dropout is None else getattr(self, structure.dropout)(output)
 
     def _scan(
@@ -336,16 +361,17 @@ class MemoryMLP:
         return self._scan(state, tokens, valid)[1]
 
 
-class _ValueOf(torch.autograd.Function):
-    """The first tensor's value with the second one's gradient, where the two are equal but for rounding.
+class _ValueWhereOff(torch.autograd.Function):
+    """``output``, but with the value of ``base`` where the scale is 0 and the two are equal but for rounding.
 
-    A scan cuts products at chunks, which rounds differently than the module's own whole products do.
+    A scan cuts products at chunks, which rounds differently than the module's own whole products do. A GPU decides it
+    by itself: whoever trains does not wait for the scale.
     """
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, gradient: Tensor) -> Tensor:
-        return value.clone()
+    def forward(ctx: Any, scale: Tensor, base: Tensor, output: Tensor) -> Tensor:
+        return torch.where(scale == 0, base, output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        return None, grad
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor]:
+        return None, None, grad

@@ -157,6 +157,47 @@ def test_a_gpus_scale_is_read_once_for_each_version():
     assert gates.is_off() and gates.is_off() and len(reads) == 1
     scale._version = 1
     assert gates.is_off() and len(reads) == 2
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    optimizer.step()
+    assert gates.is_off() and gates.is_off() and len(reads) == 3
+    gates._is_fsdp_managed_module = True  # what FSDP gathers anew has the version it had
+    assert gates.is_off() and gates.is_off() and len(reads) == 5
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_fused_optimizer_switches_memories_on(kind, monkeypatch):
+    """On the path of devices that are not asked at each call: fused steps count no version of the parameter."""
+    monkeypatch.setattr(in_context, "_HOST_DEVICES", frozenset())
+    model, x = stack(scale=None), inputs()
+    gates = [parameter for _, parameter in cms_parameters(model)]
+    optimizer = kind(gates, lr=0.05, fused=True)
+    with torch.no_grad():
+        before = model(x)
+    version = gates[0]._version
+    for _ in range(2):
+        loss = model(x).square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert gates[0]._version == version, "this optimizer counts versions: the test shows nothing"
+    with torch.no_grad():
+        found = model(x)
+        again = copy.deepcopy(model)
+        assert (found - before).abs().max() > 1e-6
+        assert torch.equal(found, again(x))
+        for _, module in memories(model):
+            module.cms.scale.zero_()
+        assert torch.equal(model(x), before)
+
+
+def test_training_does_not_ask_for_the_scale(monkeypatch):
+    def never(_):
+        raise AssertionError("the scale was read")
+
+    model, x = stack(scale=None), inputs()
+    monkeypatch.setattr(in_context.CMSGates, "is_off", never)
+    model(x).square().sum().backward()
+    assert all(module.cms.scale.grad.abs() > 0 for _, module in memories(model))
 
 
 @torch.no_grad()
