@@ -284,10 +284,14 @@ def _check_not_packed(packed: bool, positions: Tensor | None, length: int) -> No
     if isinstance(positions, Tensor) and positions.dim() == 2 and length > 1:
         packed = packed or bool((positions.diff() != 1).any())
     if packed:
-        raise ValueError(
-            f"position_ids: several sequences are packed into one row of {length} tokens; with a CMS want one sequence "
-            "per row, padded, with its attention_mask"
-        )
+        raise _packed("position_ids", length)
+
+
+def _packed(argument: str, length: int) -> ValueError:
+    return ValueError(
+        f"{argument}: several sequences are packed into one row of {length} tokens; with a CMS want one sequence "
+        "per row, padded, with its attention_mask"
+    )
 
 
 def _valid(mask: Any, length: int, past: int | Tensor) -> Tensor | None:
@@ -300,7 +304,8 @@ def _valid(mask: Any, length: int, past: int | Tensor) -> Tensor | None:
         past: where the first of them is among the keys of a 4-D mask.
 
     Raises:
-        ValueError: real tokens of a row are not next to each other, or the mask is of another kind.
+        ValueError: real tokens of a row are not next to each other, one does not see the one before it (several
+            sequences packed into the row), or the mask is of another kind.
     """
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
@@ -313,8 +318,14 @@ def _valid(mask: Any, length: int, past: int | Tensor) -> Tensor | None:
         real = mask[:, mask.shape[1] - length :] != 0
     else:
         keys = torch.arange(length, device=mask.device) + past
-        seen = mask[:, 0].gather(-1, keys.view(1, -1, 1).expand(mask.shape[0], -1, 1)).squeeze(-1)
-        real = seen if seen.dtype == torch.bool else seen == 0
+
+        def seen(queries: slice, keys: Tensor) -> Tensor:
+            found = mask[:, 0, queries].gather(-1, keys.view(1, -1, 1).expand(mask.shape[0], -1, 1)).squeeze(-1)
+            return found if found.dtype == torch.bool else found == 0
+
+        real = seen(slice(None), keys)
+        if bool((real[:, 1:] & real[:, :-1] & ~seen(slice(1, None), keys[:-1])).any()):
+            raise _packed("attention_mask", length)
     if bool(real.all()):
         return None
     count = real.sum(1)

@@ -214,6 +214,12 @@ def test_a_mask_with_gaps_and_packed_rows_are_refused():
         model(ids, attention_mask=mask)
     with pytest.raises(ValueError, match="packed into one row"):
         model(ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]), use_cache=False)
+    causal = torch.ones(6, 6, dtype=torch.bool).tril()
+    blocks = torch.block_diag(torch.ones(2, 2), torch.ones(4, 4)).bool() & causal
+    for kind in (lambda m: m[None, None], lambda m: torch.where(m, 0.0, -1e30).double()[None, None]):
+        with pytest.raises(ValueError, match="attention_mask: several sequences are packed into one row of 6"):
+            model(ids, attention_mask=kind(blocks))
+        torch.testing.assert_close(model(ids, attention_mask=kind(causal)).logits, model(ids).logits, **EXACT)
 
 
 @torch.no_grad()
