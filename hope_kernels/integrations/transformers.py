@@ -262,9 +262,12 @@ def _valid_of(given: dict[str, Any], length: int) -> Callable[[], Tensor | None]
             layer = list(cache.is_sliding).index(False)
         mask = mask.get("full_attention", next(iter(mask.values()), None))
     past: int | Tensor = 0
-    if isinstance(mask, Tensor) and mask.dim() == 4 and cache is not None:
-        # A new tensor for static caches.
-        past = cache.get_seq_length(layer) - cache.get_mask_sizes(length, layer)[1]
+    if isinstance(mask, Tensor) and cache is not None:
+        past = cache.get_seq_length(layer)
+        if mask.dim() == 4:
+            past = past - cache.get_mask_sizes(length, layer)[1]
+        elif isinstance(past, Tensor):  # a static cache's own, which it will change
+            past = past.clone()
     packed = given.get("cu_seq_lens_q") is not None
     positions = given.get("position_ids") if mask is None and cache is None else None
 
@@ -298,10 +301,10 @@ def _valid(mask: Any, length: int, past: int | Tensor) -> Tensor | None:
     """First and one past the last real token of each row, int64 ``[B, 2]``; None where all tokens of the call are real.
 
     Args:
-        mask: 2-D over past and new tokens; or 4-D, as ``generate`` makes it for static caches: a token is real if it
-            sees itself.
+        mask: 2-D over past and new tokens, maybe as long as a static cache will ever be; or 4-D, as ``generate``
+            makes it for static caches: a token is real if it sees itself.
         length: T, tokens of this call.
-        past: where the first of them is among the keys of a 4-D mask.
+        past: where the first of them is among the columns of a 2-D mask or the keys of a 4-D one.
 
     Raises:
         ValueError: real tokens of a row are not next to each other, one does not see the one before it (several
@@ -313,9 +316,13 @@ def _valid(mask: Any, length: int, past: int | Tensor) -> Tensor | None:
             f"attention_mask: got {shape}; with a CMS want [batch, past and new tokens], or the 4-D one of generate"
         )
     if mask.dim() == 2:
-        if mask.shape[1] < length:
-            raise ValueError(f"attention_mask: covers {mask.shape[1]} tokens of {length}; want all of them")
-        real = mask[:, mask.shape[1] - length :] != 0
+        past = int(past)
+        if mask.shape[1] < past + length:
+            raise ValueError(
+                f"attention_mask: covers {mask.shape[1]} tokens of {past + length}, {past} in the cache and {length} "
+                "new; want all of them"
+            )
+        real = mask[:, past : past + length] != 0
     else:
         keys = torch.arange(length, device=mask.device) + past
 

@@ -193,6 +193,31 @@ def test_a_static_cache_generates_what_a_dynamic_one_does(name):
     assert torch.equal(model.generate(ids, cache_implementation="static", disable_compile=True, **settings), dynamic)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@torch.no_grad()
+def test_a_mask_as_long_as_a_static_cache_says_what_a_short_one_says(name):
+    model, ids = adapted(name), tokens(2, 9)
+    ids[1, :3] = 0
+    want = model(ids, attention_mask=(ids != 0).long(), use_cache=False).logits
+    whole = torch.nn.functional.pad((ids != 0).long(), (0, 7))
+    cache, found = transformers.StaticCache(config=model.config, max_cache_len=16), []
+    for start, stop in ((0, 5), (5, 6), (6, 9)):
+        mask = whole.clone()
+        mask[:, stop:] = 0
+        found.append(model(ids[:, start:stop], attention_mask=mask, past_key_values=cache).logits)
+    assert [state.position for state in cache.cms_context.states.values()] == [(9, 6)] * 2
+    torch.testing.assert_close(torch.cat(found, 1)[0], want[0], **EXACT)
+    torch.testing.assert_close(torch.cat(found, 1)[1, 3:], want[1, 3:], **EXACT)
+
+
+@torch.no_grad()
+def test_a_mask_of_the_new_tokens_alone_is_refused():
+    model, ids = adapted(), tokens(1, 9)
+    cache = model(ids[:, :5], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="attention_mask: covers 4 tokens of 9, 5 in the cache and 4 new"):
+        model(ids[:, 5:], attention_mask=torch.ones(1, 4), past_key_values=cache)
+
+
 @torch.no_grad()
 def test_two_caches_and_two_models_do_not_see_each_other():
     one, two = adapted(), adapted("gpt2")
