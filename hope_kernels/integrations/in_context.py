@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hope_kernels.integrations.context import UNDOABLE_TOKENS, Call, CMSContext, Step, current_call
-from hope_kernels.layers.primitives import GateProjection, inverse_softplus
+from hope_kernels.layers.primitives import inverse_softplus, project_gates
 from hope_kernels.memory import MemorySpec
 from hope_kernels.memory.factored import FactoredState, factored_scan
 from hope_kernels.memory.factors import merge_after
@@ -90,6 +90,26 @@ class MLPStructure:
         return (*self.linears, self.activation, *(() if self.dropout is None else (self.dropout,)))
 
 
+class GateParameters(nn.Module):
+    """Weight ``[gates, dim]``, zeros at first, and bias ``[gates]`` of a projection to gates, one head.
+
+    No ``nn.Linear``: what adapts or quantises all linear layers of a model (PEFT's ``"all-linear"``) leaves them alone.
+
+    Args:
+        dim: features of the input.
+        starts: the bias of each gate.
+    """
+
+    def __init__(self, dim: int, starts: tuple[float, ...], **to: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(len(starts), dim, **to))
+        self.bias = nn.Parameter(torch.tensor(starts, **to))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[.., dim]`` to ``[.., gates, 1]`` in the state dtype."""
+        return project_gates(x, self.weight, self.bias, len(self.bias), 1)
+
+
 class CMSGates(nn.Module):
     """The parameters that turn one MLP into a memory; with ``x [B, T, dim]`` and the MLP's own output ``f_0(x)``::
 
@@ -126,7 +146,7 @@ class CMSGates(nn.Module):
         to: dict[str, Any] = {"device": device, "dtype": dtype}
         self.scale = nn.Parameter(torch.zeros(1, **to))
         starts = (-math.log(chunk_size), inverse_softplus(START_FORGETTING))  # sigmoid: 1 / (1 + C)
-        self.gates = GateProjection(dim, 1, starts, **to)
+        self.gates = GateParameters(dim, starts, **to)
         self.target_diagonal = nn.Parameter(torch.ones(dim, **to))
         if rank:
             self.target_down = nn.Parameter(torch.empty(rank, dim, **to))

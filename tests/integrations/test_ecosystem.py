@@ -30,9 +30,8 @@ def only_gates(model):
 def lora(model, **settings):
     peft = pytest.importorskip("peft", reason="peft is not installed (hope_kernels[integrations])")
     names = ["c_fc", "c_proj"] if "GPT2" in type(model).__name__ else ["gate_proj", "up_proj", "down_proj", "q_proj"]
-    config = peft.LoraConfig(
-        r=2, target_modules=names, init_lora_weights=False, fan_in_fan_out="c_fc" in names, **settings
-    )
+    settings = {"target_modules": names, "fan_in_fan_out": "c_fc" in names} | settings
+    config = peft.LoraConfig(r=2, init_lora_weights=False, **settings)
     torch.manual_seed(3)
     return peft.get_peft_model(model, config)
 
@@ -63,6 +62,15 @@ def test_lora_adapts_the_layers_that_a_memory_reads_and_writes(name, first):
     for one, other in zip(torch.autograd.grad(merged_loss.loss, merged_gates), torch.autograd.grad(
         model(ids, labels=ids).loss, gates), strict=True):  # fmt: skip
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-10)
+
+
+def test_lora_on_all_linear_layers_leaves_the_gates_alone():
+    model, ids = switch_on(add_cms(make(dtype=torch.float64), levels=[2, 4])), tokens(2, 9)
+    model = lora(model, target_modules="all-linear")
+    adapted = [name for name, _ in model.named_parameters() if "lora" in name]
+    assert any(".mlp." in name for name in adapted) and not any("cms" in name for name in adapted)
+    loss = model(ids, labels=ids).loss
+    torch.testing.assert_close(model.merge_and_unload()(ids, labels=ids).loss, loss, **EXACT)
 
 
 def test_peft_saves_gates_that_are_named_to_it():
