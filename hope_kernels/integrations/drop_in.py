@@ -125,6 +125,11 @@ def _check_mlp(name: str, module: nn.Module, structure: MLPStructure) -> None:
             f"{owner}: its forward was replaced on the instance (by a hook of Accelerate or a kernel?), which "
             "would hide the memory; want add_cms first, and that afterwards"
         )
+    if any(hasattr(child, "_hf_hook") for child in module.modules()):
+        raise ValueError(
+            f"{owner}: has hooks of Accelerate (device_map, offloading), which may move weights away from "
+            "memories; want add_cms first, and the model dispatched afterwards, without offloading"
+        )
     missing = [child for child in structure.names() if not hasattr(module, child)]
     if missing:
         raise ValueError(f"{owner}: has no {', '.join(missing)}; want the children that {structure} names")

@@ -304,6 +304,7 @@ class MemoryMLP:
         name, structure, gates = self.cms_name, self.cms_structure, self.cms
         if x.dim() != 3:
             raise ValueError(f"{name}: x has shape {tuple(x.shape)}; want [batch, tokens, features]")
+        self._check_layers(x)
         call = current_call()
         if call is None:
             if self.cms_told and torch._C._current_graph_task_id() != -1:
@@ -327,6 +328,26 @@ class MemoryMLP:
         if learning:  # otherwise the scale is not 0
             output = _ValueWhereOff.apply(gates.scale, base, output)
         return output if structure.dropout is None else getattr(self, structure.dropout)(output)
+
+    def _check_layers(self, x: Tensor) -> None:
+        """That the layers' weights are there, and the linear ones the same function at every call.
+
+        Raises:
+            ValueError: weights are kept elsewhere between the layers' own calls; or an adapter draws a dropout: a
+                memory would write the differences of its masks.
+        """
+        if x.device.type != "meta" and any(p.device.type == "meta" for p in self.parameters()):
+            raise ValueError(
+                f"{self.cms_name}: its weights are on the meta device, where Accelerate keeps those it has offloaded; "
+                "a memory reads them between the layers' calls: want models with a CMS dispatched without offloading"
+            )
+        for child in self.cms_structure.linears:
+            for name, part in getattr(self, child).named_modules():
+                if part.training and isinstance(part, nn.Dropout) and part.p > 0:
+                    raise ValueError(
+                        f"{self.cms_name}: {child}.{name} is a dropout of {part.p} within a layer that a memory reads "
+                        "and writes; want 0 there (lora_dropout=0 for these layers), or model.eval()"
+                    )
 
     def _scan(
         self, state: FactoredState | None, tokens: tuple[Tensor, ...], valid: Tensor | None

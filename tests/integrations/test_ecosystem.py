@@ -64,6 +64,18 @@ def test_lora_adapts_the_layers_that_a_memory_reads_and_writes(name, first):
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-10)
 
 
+def test_adapters_that_drop_out_are_refused_where_memories_write():
+    model, ids = lora(add_cms(make(), levels=[2, 4]), lora_dropout=0.5).train(), tokens(2, 9)
+    with torch.no_grad():
+        model(ids)  # the model's own forward, with its dropout: no memory runs
+    model.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"mlp: gate_proj.lora_dropout.default is a dropout of 0.5 .*lora_dropout=0"):
+        model(ids)
+    with torch.no_grad(), pytest.raises(ValueError, match="is a dropout"):
+        switch_on(model)(ids)
+    model.eval()(ids, labels=ids).loss.backward()
+
+
 def test_lora_on_all_linear_layers_leaves_the_gates_alone():
     model, ids = switch_on(add_cms(make(dtype=torch.float64), levels=[2, 4])), tokens(2, 9)
     model = lora(model, target_modules="all-linear")
@@ -136,6 +148,23 @@ def test_accelerate_trains_the_gates_and_the_loss_falls():
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.05, losses
     assert all(m.cms.scale.item() != 0 for _, m in memories(model))
+
+
+@torch.no_grad()
+def test_offloaded_weights_are_refused():
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed (hope_kernels[integrations])")
+    ids = tokens(2, 9)
+    before = accelerate.cpu_offload(make(), execution_device="cpu")
+    with pytest.raises(ValueError, match=r"layers.0.mlp .* has hooks of Accelerate .* want add_cms first"):
+        add_cms(before, levels=[2, 4])
+    for scale in (0.0, 0.1):
+        after = accelerate.cpu_offload(switch_on(add_cms(make(), levels=[2, 4]), scale), execution_device="cpu")
+        with pytest.raises(ValueError, match=r"layers.0.mlp: its weights are on the meta device.*without offloading"):
+            after(ids)
+    # Dispatched without offloading the weights stay where they are.
+    model = switch_on(add_cms(make(), levels=[2, 4]))
+    want = model(ids).logits
+    assert torch.equal(accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)(ids).logits, want)
 
 
 def test_trainer_trains_and_stores_and_the_store_gives_the_model_back(tmp_path):
