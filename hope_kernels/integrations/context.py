@@ -150,17 +150,25 @@ class Call:
         carried: where states come from and go to; None: each MLP starts a fresh context, and nothing is kept.
         find_valid: gives ``valid [B, 2]`` int64, first and one past the last real token of each row, or None where all
             are real. Asked for once, by the first MLP that needs it: on a GPU the answer is waited for.
+        find_seen: gives how many tokens before the call are real, of each row, or None where that is not known; asked
+            for like ``find_valid``.
         outer: the call around this one.
     """
 
     carried: CMSContext | None = None
     find_valid: Callable[[], Tensor | None] = lambda: None
+    find_seen: Callable[[], list[int] | None] = lambda: None
     outer: Call | None = None
 
     @cached_property
     def valid(self) -> Tensor | None:
         """What ``find_valid`` has found."""
         return self.find_valid()
+
+    @cached_property
+    def seen(self) -> list[int] | None:
+        """What ``find_seen`` has found."""
+        return self.find_seen()
 
 
 _CALL: ContextVar[Call | None] = ContextVar("hope_kernels_cms_call", default=None)

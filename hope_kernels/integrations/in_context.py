@@ -320,6 +320,7 @@ class MemoryMLP:
         if call.carried is None:
             output, _ = self._scan(None, tokens, valid)
         else:
+            _check_seen(name, call, x.shape[0])
             output = self._scan_carried(call.carried, tokens, valid)
         if valid is not None:
             at = torch.arange(x.shape[1], device=x.device)
@@ -400,6 +401,25 @@ class MemoryMLP:
         self, state: FactoredState | None, tokens: tuple[Tensor, ...], valid: Tensor | None
     ) -> FactoredState:
         return self._scan(state, tokens, valid)[1]
+
+
+def _check_seen(name: str, call: Call, rows: int) -> None:
+    """That no memory has written a token that the call says is none.
+
+    Raises:
+        ValueError: it has: a memory cannot leave it out any more.
+    """
+    state = call.carried.states.get(name)
+    if state is None or call.seen is None:
+        return
+    positions = state.position if isinstance(state.position, tuple) else (state.position,) * rows
+    for row, (written, seen) in enumerate(zip(positions, call.seen, strict=False)):
+        if written > seen:
+            raise ValueError(
+                f"attention_mask: has {seen} real tokens before this call in row {row}, of which memories were given "
+                f"{written}, padding after an end of text for example; want the mask they were given with, or the text "
+                "of that row again with an empty cache"
+            )
 
 
 class _ValueWhereOff(torch.autograd.Function):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -208,7 +208,7 @@ def _enter_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
                 layer._gradient_checkpointing_func = _Checkpoint(checkpoint)
     tokens = given.get("input_ids")
     tokens = given.get("inputs_embeds") if tokens is None else tokens
-    enter(Call() if tokens is None else Call(find_valid=_valid_of(given, tokens.shape[1])))
+    enter(Call() if tokens is None else _call(given, tokens.shape[1]))
 
 
 @torch.compiler.disable
@@ -250,8 +250,8 @@ def _as_told(call: Call | None, layer: Any, *args: Any) -> Any:
         return layer(*args)
 
 
-def _valid_of(given: dict[str, Any], length: int) -> Callable[[], Tensor | None]:
-    """What finds the real tokens of a call with arguments ``given`` and ``length`` tokens, later.
+def _call(given: dict[str, Any], length: int) -> Call:
+    """A call with arguments ``given`` and ``length`` tokens, which finds later which of them are real.
 
     The cache grows before anyone asks, so how long it is is noted now.
     """
@@ -271,11 +271,16 @@ def _valid_of(given: dict[str, Any], length: int) -> Callable[[], Tensor | None]
     packed = given.get("cu_seq_lens_q") is not None
     positions = given.get("position_ids") if mask is None and cache is None else None
 
-    def find() -> Tensor | None:
+    def find_valid() -> Tensor | None:
         _check_not_packed(packed, positions, length)
         return None if mask is None else _valid(mask, length, past)
 
-    return find
+    def find_seen() -> list[int] | None:
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            return None
+        return (mask[:, : int(past)] != 0).sum(1).tolist()
+
+    return Call(find_valid=find_valid, find_seen=find_seen)
 
 
 def _check_not_packed(packed: bool, positions: Tensor | None, length: int) -> None:

@@ -248,6 +248,25 @@ def test_a_mask_with_gaps_and_packed_rows_are_refused():
 
 
 @torch.no_grad()
+def test_a_mask_that_hides_what_memories_were_given_is_refused():
+    """As in a second turn after one row's answer ended early: its padding was given as text."""
+    model, ids, more = adapted(), tokens(2, 6), tokens(2, 3, seed=7)
+    answer = model.generate(ids, max_new_tokens=5, do_sample=False)
+    end = next(int(t) for t in answer[0, 6:9] if t not in answer[1])
+    first = model.generate(
+        ids, max_new_tokens=5, do_sample=False, eos_token_id=end, pad_token_id=0, return_dict_in_generate=True
+    )
+    text, cache = torch.cat([first.sequences, more], 1), first.past_key_values
+    assert (text == 0).any()
+    seen = cache.get_seq_length()
+    with pytest.raises(ValueError, match=r"attention_mask: has \d+ real tokens before this call in row 0"):
+        model(text[:, seen:], attention_mask=(text != 0).long(), past_key_values=copy.deepcopy(cache))
+    # The mask it was given with: as one call over the whole text, padding included.
+    found = model(text[:, seen:], attention_mask=torch.ones_like(text), past_key_values=cache).logits
+    torch.testing.assert_close(found, model(text, use_cache=False).logits[:, seen:], **EXACT)
+
+
+@torch.no_grad()
 def test_memories_begin_with_the_first_token_after_they_were_put_in_or_switched_on():
     ids = tokens(1, 10)
     for late in ("added", "switched on"):
