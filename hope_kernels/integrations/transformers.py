@@ -28,7 +28,7 @@ from hope_kernels.integrations.drop_in import (
     save_cms,
     uninstall,
 )
-from hope_kernels.integrations.in_context import MLPStructure
+from hope_kernels.integrations.in_context import MemoryMLP, MLPStructure
 from hope_kernels.integrations.levels import Levels, chunk_sizes
 
 __all__ = ["add_cms", "cms_parameters", "load_cms", "remove_cms", "replace_mlps", "save_cms"]
@@ -222,12 +222,18 @@ def _enter_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     from transformers import Cache
 
     call = current_call()
+    cache = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
     if call is None:  # a layer called by itself
+        memory = getattr(module, "mlp", None)
+        if cache is not None and isinstance(memory, MemoryMLP) and not memory.cms.is_off():
+            raise RuntimeError(
+                f"{memory.cms_name}: its decoder layer is called with a cache outside its model's forward, which says "
+                "which tokens are padding; want the model called, or the layer without a cache"
+            )
         return
     if _is_checkpointed(module):  # the library drops the cache
         call.carried = None
         return
-    cache = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
     call.carried = None if cache is None else context_of(cache)
 
 
