@@ -294,8 +294,16 @@ class MemoryMLP:
         gates: CMSGates = self.cms
         learning = torch.is_grad_enabled() and gates.scale.requires_grad
         if not learning and gates.is_off():
+            self._skip()
             return super().forward(x)
         return self._memory_forward(x, learning)
+
+    @torch.compiler.disable
+    def _skip(self) -> None:
+        """Note a call that is not written: its tokens cannot be taken back from the memory, nor those before them."""
+        call = current_call()
+        if call is not None and call.carried is not None:
+            call.carried.steps.pop(self.cms_name, None)
 
     # What a memory does depends on the call around it and on states that grow: compiled code breaks off here and
     # goes on behind, rather than be compiled again for each token.

@@ -182,6 +182,24 @@ def test_more_than_what_can_be_taken_back_is_refused_and_nothing_changed():
     torch.testing.assert_close(model(more, past_key_values=cache).logits, want, **EXACT)
 
 
+@torch.no_grad()
+def test_tokens_that_passed_while_the_scale_was_zero_are_not_taken_back_from_the_state():
+    model, ids = adapted(), tokens(1, 12)
+    cache = model(ids[:, :5], use_cache=True).past_key_values
+    switched = {module: module.cms.scale.clone() for _, module in memories(model)}
+    for module in switched:
+        module.cms.scale.zero_()
+    model(ids[:, 5:9], past_key_values=cache)
+    for module, scale in switched.items():
+        module.cms.scale.copy_(scale)
+    with pytest.raises(ValueError, match="crop: got 3 tokens"):
+        cache.crop(-3)
+    assert cache.get_seq_length() == 9
+    model(ids[:, 9:], past_key_values=cache)
+    cache.crop(-2)
+    assert [state.position for state in cache.cms_context.states.values()] == [6, 6]
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "gpt2"])
 @torch.no_grad()
 def test_a_static_cache_generates_what_a_dynamic_one_does(name):
