@@ -9,6 +9,7 @@ its names, with its own layers: what wraps, shards, stores or adapts it goes on 
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -402,7 +403,7 @@ class MemoryMLP:
             output, context.states[name] = self._scan(before, part, span)
             outputs.append(output)
         if length:
-            context.remember(name, Step(before, part, span, self._state_after))
+            context.remember(name, Step(part, span, weakref.WeakMethod(self._state_after), before))
         return torch.cat(outputs, 1) if len(outputs) != 1 else outputs[0]
 
     def _state_after(

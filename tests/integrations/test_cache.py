@@ -160,6 +160,58 @@ def test_tokens_taken_back_were_never_written(name):
         torch.testing.assert_close(model(more, past_key_values=cache).logits, want, **EXACT)
 
 
+def bytes_of(states):
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for state in states for t in state._tensors()}
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize("size", [1, 16, 512])
+@torch.no_grad()
+def test_what_can_be_taken_back_is_little_beside_the_state_itself(size):
+    model, ids = adapted(levels=(size,)), tokens(1, 230)
+    cache, largest = model(ids[:, :100], use_cache=True).past_key_values, 0
+    for i in range(100, 230):
+        model(ids[:, i : i + 1], past_key_values=cache)
+        context = cache.cms_context
+        for name, steps in context.steps.items():
+            held = [step.state for step in steps if step.holds]
+            assert len(held) <= 3 and 64 <= sum(step.length for step in steps) < 200
+            largest = max(largest, bytes_of([context.states[name]]))
+            assert bytes_of([context.states[name], *held]) <= 4 * largest
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_tokens_are_taken_back_over_many_calls(padded):
+    model, ids, more = adapted(levels=(3, 6)), tokens(2, 190), tokens(2, 4, seed=8)
+    if padded:
+        ids[1, :150] = 0
+    mask = (ids != 0).long()
+    for taken in (1, 5, 63, 64):
+        cache = transformers.DynamicCache(config=model.config)
+        cache.activate_past_recording()
+        for part, stop in zip(ids.split([70] + [1] * 115 + [5], 1), (70, *range(71, 186), 190), strict=True):
+            model(part, attention_mask=mask[:, :stop], past_key_values=cache)
+        for back in (taken - taken // 2, taken // 2):  # twice in a row
+            cache.crop(-back)
+        text = torch.cat([ids[:, : 190 - taken], more], 1)
+        call = {"attention_mask": (text != 0).long()}
+        want = model(text, use_cache=False, **call).logits[:, 190 - taken :]
+        torch.testing.assert_close(model(more, past_key_values=cache, **call).logits, want, **EXACT)
+
+
+@torch.no_grad()
+def test_a_cache_keeps_no_model_alive():
+    model = adapted()
+    cache = model(tokens(1, 9), use_cache=True).past_key_values
+    weights = weakref.ref(model.model.layers[0].mlp.gate_proj.weight)
+    del model
+    gc.collect()
+    assert weights() is None
+    with pytest.raises(ValueError, match=r"crop: the model whose memory .* is gone"):
+        cache.crop(-2)
+
+
 @torch.no_grad()
 def test_assisted_generation_writes_what_plain_generation_writes():
     model, ids = adapted(levels=(2, 4)), tokens(1, 5)
