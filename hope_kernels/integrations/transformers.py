@@ -119,13 +119,19 @@ def load_cms(model: Model, path: str | os.PathLike[str]) -> Model:
         ``model``.
 
     Raises:
-        ValueError, FileNotFoundError: the file does not fit the model, or is none.
+        ValueError, FileNotFoundError: the file does not fit the model, or is none. The model is then unchanged.
     """
     settings, tensors = read_cms(path)
-    if not any(True for _ in memories(model)):
+    added = not any(True for _ in memories(model))
+    if added:
         levels = {int(number): size for number, size in settings["levels"].items()}
         add_cms(model, levels, rank=settings["rank"])
-    fill_cms(model, settings, tensors)
+    try:
+        fill_cms(model, settings, tensors)
+    except ValueError:
+        if added:
+            remove_cms(model)
+        raise
     return model
 
 

@@ -89,8 +89,10 @@ def test_peft_saves_gates_that_are_named_to_it():
     """``modules_to_save`` wraps the child, which must go on working and be trained."""
     model = lora(add_cms(make(dtype=torch.float64), levels=[2, 4]), modules_to_save=["cms"])
     ids = tokens(2, 9)
-    assert all(p.requires_grad for n, p in cms_parameters(model) if "modules_to_save" in n)
+    gates = dict(cms_parameters(model))
+    assert len(gates) == 12 and all("modules_to_save.default" in n and p.requires_grad for n, p in gates.items())
     model(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in gates.values())
     scales = [p for n, p in cms_parameters(model) if n.endswith("modules_to_save.default.scale")]
     assert len(scales) == 2 and all(p.grad.abs() > 0 for p in scales)
 
@@ -211,6 +213,10 @@ def test_checkpoints_keep_their_keys_and_gates_are_stored_by_themselves(tmp_path
         assert torch.equal(whole(ids).logits, model(ids).logits)
     with pytest.raises(ValueError, match=r"has a CMS with levels \{0: 2, 1: 8\}"):
         load_cms(add_cms(make("gpt2"), {0: 2, 1: 8}), file)
+    other = make("gpt2", n_embd=32)
+    with pytest.raises(ValueError, match="layer 0 wants parameters"):
+        load_cms(other, file)
+    assert not list(memories(other)) and not any("cms" in name for name in other.state_dict())
 
 
 def test_a_model_is_copied_and_pickled_with_its_memories():
