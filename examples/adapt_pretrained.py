@@ -220,7 +220,7 @@ def arguments_of(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=1024, help="tokens of a window")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--steps", type=int, default=250, help="to pre-train the small model")
-    parser.add_argument("--gate-steps", type=int, default=80, help="to train the gates")
+    parser.add_argument("--gate-steps", type=int, default=60, help="to train the gates")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--gate-lr", type=float, default=3e-3)
     parser.add_argument("--scale", type=float, default=0.1, help="of the gates that nobody has trained")
