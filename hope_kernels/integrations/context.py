@@ -7,42 +7,59 @@ and nested models do not see each other's.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# A cache takes back what it was given last when guesses turn out wrong: so many tokens, if it was given as many.
+# A cache takes back what it was given last when guesses turn out wrong: so many tokens at least, of those given.
 UNDOABLE_TOKENS = 64
 
 
-@dataclass
+@dataclass(frozen=True)
 class Step:
-    """A call that can be taken back: the state before it and what it was given (``tokens [B, T, ..]`` each)."""
+    """A call that can be taken back: what it was given (``tokens [B, T, ..]`` each) and, maybe, the state before it.
 
-    state: Any
+    States grow with the text, so few steps hold one: others are run again from the last step before them that does.
+
+    Attributes:
+        again: runs the call again; a weak reference, so that a cache keeps no model alive.
+        holds: whether ``state``, None at the beginning of a context, is the one before the call.
+    """
+
     tokens: tuple[Tensor | None, ...]
     valid: Tensor | None
-    again: Callable[..., Any]
+    again: weakref.WeakMethod[Callable[..., Any]]
+    state: Any = None
+    holds: bool = True
 
     @property
     def length(self) -> int:
         return self.tokens[0].shape[1]
 
+    def without_state(self) -> Step:
+        return replace(self, state=None, holds=False)
+
     def shortened(self, tokens: int) -> Step:
         """The call without its last ``tokens`` tokens."""
         length = self.length - tokens
         valid = None if self.valid is None else self.valid.clamp(max=length)
-        return Step(self.state, tuple(None if x is None else x[:, :length] for x in self.tokens), valid, self.again)
+        return replace(self, tokens=tuple(None if x is None else x[:, :length] for x in self.tokens), valid=valid)
 
-    def after(self) -> Any:
-        """The state after the call."""
-        return self.again(self.state, self.tokens, self.valid)
+    def joined(self, other: Step) -> Step:
+        """This call and the next as one; both without padding."""
+        pairs = zip(self.tokens, other.tokens, strict=True)
+        return replace(self, tokens=tuple(None if x is None else torch.cat([x, y], 1) for x, y in pairs))
+
+    def after(self, state: Any) -> Any:
+        """The state after the call, from the one before."""
+        return self.again()(state, self.tokens, self.valid)
 
 
 @dataclass
@@ -92,25 +109,40 @@ class CMSContext:
         self.index_select(torch.arange(self.rows).repeat_interleave(repeats))
 
     def remember(self, name: str, step: Step) -> None:
-        """Note a call that may be taken back; those before the last ``UNDOABLE_TOKENS`` tokens are forgotten."""
+        """Note a call that may be taken back, with the state before it.
+
+        States are kept that are at least ``UNDOABLE_TOKENS`` tokens apart, and no more of them than it takes to take
+        back so many: three at most, however long the text and its calls.
+        """
         steps = self.steps.setdefault(name, [])
+        held = [i for i, kept in enumerate(steps) if kept.holds]
+        if held and sum(kept.length for kept in steps[held[-1] :]) < UNDOABLE_TOKENS:
+            step = step.without_state()
+        else:
+            held.append(len(steps))
         steps.append(step)
-        while sum(s.length for s in steps[1:]) >= UNDOABLE_TOKENS:
-            steps.pop(0)
+        enough = [i for i in held if sum(kept.length for kept in steps[i:]) >= UNDOABLE_TOKENS]
+        if enough:
+            del steps[: enough[-1]]
 
     def check_undo(self, tokens: int) -> None:
         """That :meth:`undo` can take back so many tokens.
 
         Raises:
-            ValueError: they are more than that.
+            ValueError: they are more than that, or the model is gone.
         """
         for name in self.states:
             known = sum(step.length for step in self.steps.get(name, []))
+            if tokens and known and self.steps[name][0].again() is None:
+                raise ValueError(
+                    f"crop: the model whose memory {name} is in the cache is gone; want it kept until then"
+                )
             if known < tokens:
                 raise ValueError(
-                    f"crop: got {tokens} tokens to take back; memories that were written keep only their last "
-                    f"{UNDOABLE_TOKENS} tokens, here {known}, and none from before beams were reordered. Start from "
-                    "an empty cache, or from a copy.deepcopy of the cache made before those tokens"
+                    f"crop: got {tokens} tokens to take back, and {name} knows its last {known}: memories keep about "
+                    f"{UNDOABLE_TOKENS} tokens; none of calls with gradients, none from before beams were reordered, "
+                    "the cache was stored or the scale was 0. Start from an empty cache, or from a copy.deepcopy of "
+                    "the cache made before those tokens"
                 )
 
     def undo(self, tokens: int) -> None:
@@ -133,13 +165,22 @@ class CMSContext:
     def _taken_back(steps: list[Step], tokens: int) -> tuple[Any, list[Step]]:
         """The state without the last ``tokens`` tokens of ``steps``, and the steps that led there."""
         steps = list(steps)
-        while steps[-1].length <= tokens:
-            step = steps.pop()
-            tokens -= step.length
-            if tokens == 0:
-                return step.state, steps
-        step = steps.pop().shortened(tokens)
-        return step.after(), [*steps, step]
+        while steps and steps[-1].length <= tokens:
+            last = steps.pop()
+            tokens -= last.length
+            if tokens == 0 and last.holds:
+                return last.state, steps
+        if tokens:
+            steps[-1] = steps[-1].shortened(tokens)
+        first = max(i for i, step in enumerate(steps) if step.holds)
+        state = steps[first].state
+        run = steps[first]
+        for step in steps[first + 1 :]:
+            if run.valid is None and step.valid is None:
+                run = run.joined(step)
+            else:
+                state, run = run.after(state), step
+        return run.after(state), steps
 
 
 @dataclass
@@ -150,17 +191,25 @@ class Call:
         carried: where states come from and go to; None: each MLP starts a fresh context, and nothing is kept.
         find_valid: gives ``valid [B, 2]`` int64, first and one past the last real token of each row, or None where all
             are real. Asked for once, by the first MLP that needs it: on a GPU the answer is waited for.
+        find_seen: gives how many tokens before the call are real, of each row, or None where that is not known; asked
+            for like ``find_valid``.
         outer: the call around this one.
     """
 
     carried: CMSContext | None = None
     find_valid: Callable[[], Tensor | None] = lambda: None
+    find_seen: Callable[[], list[int] | None] = lambda: None
     outer: Call | None = None
 
     @cached_property
     def valid(self) -> Tensor | None:
         """What ``find_valid`` has found."""
         return self.find_valid()
+
+    @cached_property
+    def seen(self) -> list[int] | None:
+        """What ``find_seen`` has found."""
+        return self.find_seen()
 
 
 _CALL: ContextVar[Call | None] = ContextVar("hope_kernels_cms_call", default=None)

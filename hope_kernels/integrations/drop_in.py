@@ -125,6 +125,11 @@ def _check_mlp(name: str, module: nn.Module, structure: MLPStructure) -> None:
             f"{owner}: its forward was replaced on the instance (by a hook of Accelerate or a kernel?), which "
             "would hide the memory; want add_cms first, and that afterwards"
         )
+    if any(hasattr(child, "_hf_hook") for child in module.modules()):
+        raise ValueError(
+            f"{owner}: has hooks of Accelerate (device_map, offloading), which may move weights away from "
+            "memories; want add_cms first, and the model dispatched afterwards, without offloading"
+        )
     missing = [child for child in structure.names() if not hasattr(module, child)]
     if missing:
         raise ValueError(f"{owner}: has no {', '.join(missing)}; want the children that {structure} names")
@@ -165,12 +170,15 @@ def _computes(module: nn.Module, structure: MLPStructure, weight: Tensor) -> boo
     modes = [(child, child.training) for child in module.modules()]
     module.eval()
     try:
-        return torch.equal(module.forward(x), ModuleNetwork(module, structure)(x))
-    except RuntimeError:  # shapes that do not fit: not this structure
+        own, computed = module.forward(x), ModuleNetwork(module, structure)(x)
+    except (RuntimeError, TypeError):  # shapes or arguments that do not fit: not this structure
         return False
     finally:
         for child, training in modes:
             child.training = training
+    if not (isinstance(own, Tensor) and own.shape == computed.shape and own.dtype == computed.dtype):
+        return False
+    return torch.allclose(own, computed, rtol=0, atol=0, equal_nan=True)  # NaN weights are not the structure's fault
 
 
 def memories(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -182,6 +190,8 @@ def memories(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def cms_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """The parameters that memories have added, with the names that ``model.named_parameters()`` gives them.
+
+    Of gates that PEFT's ``modules_to_save`` wraps, the copies that it trains, not the originals that it puts aside.
 
     To train them alone::
 
@@ -195,7 +205,9 @@ def cms_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     prefixes = tuple(f"{name}.{CHILD}." if name else f"{CHILD}." for name, _ in memories(model))
     if not prefixes:
         raise ValueError(f"model: {type(model).__name__} has no CMS; want add_cms(model, levels) first")
-    return [(name, parameter) for name, parameter in model.named_parameters() if name.startswith(prefixes)]
+    aside = tuple(f"{prefix}original_module." for prefix in prefixes)
+    named = model.named_parameters()
+    return [(name, p) for name, p in named if name.startswith(prefixes) and not name.startswith(aside)]
 
 
 def uninstall(model: nn.Module) -> None:
@@ -281,6 +293,7 @@ def fill_cms(model: nn.Module, settings: dict[str, Any], tensors: dict[str, Tens
     have = {number: module.cms_chunk_size for number, module in found.items()}
     if have != levels:
         raise ValueError(f"model: has a CMS with levels {have}; the file is of one with {levels}")
+    fitting = []
     for number, module in found.items():
         gates = _gates_of(module)
         prefix = f"{number}."
@@ -289,6 +302,8 @@ def fill_cms(model: nn.Module, settings: dict[str, Any], tensors: dict[str, Tens
         got = {name: tuple(tensor.shape) for name, tensor in own.items()}
         if want != got:
             raise ValueError(f"model: layer {number} wants parameters {want}; the file has {got}")
+        fitting.append((gates, own))
+    for gates, own in fitting:  # all or none
         gates.load_state_dict(own)
 
 

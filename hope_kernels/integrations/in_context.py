@@ -9,6 +9,7 @@ its names, with its own layers: what wraps, shards, stores or adapts it goes on 
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,16 +17,45 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hope_kernels.integrations.context import UNDOABLE_TOKENS, Call, CMSContext, Step, current_call
-from hope_kernels.layers.primitives import GateProjection, inverse_softplus
+from hope_kernels.layers.primitives import inverse_softplus, project_gates
 from hope_kernels.memory import MemorySpec
 from hope_kernels.memory.factored import FactoredState, factored_scan
 from hope_kernels.memory.factors import merge_after
+from hope_kernels.memory.spec import Activation
 
+# The activations of MemorySpec, by what computes them in PyTorch and in transformers.
+_ACTIVATIONS: dict[tuple[str, str], Activation] = {
+    ("torch.nn.modules.activation", "SiLU"): "silu",
+    ("transformers.activations", "SiLUActivation"): "silu",
+    ("transformers.activations", "GELUActivation"): "gelu",
+    ("transformers.activations", "GELUTanh"): "gelu_tanh",
+    ("transformers.activations", "NewGELUActivation"): "gelu_tanh",
+    ("transformers.activations", "ReLUSquaredActivation"): "relu2",
+}
 # Forgetting starts small, as in the layers that are trained from scratch.
 START_FORGETTING = 0.02
 CHILD = "cms"
+# Where a value costs no wait to read.
+_HOST_DEVICES = frozenset({"cpu"})
+
+
+class _Steps:
+    """What optimizers of this process have done: fused ones change parameters without counting a version."""
+
+    last = object()  # another one after each step; nothing reads its value, so nothing compiled depends on it
+    captured = False  # a step is in a CUDA graph, whose replays tell nobody
+
+
+def _note_step(*_: Any) -> None:
+    _Steps.last = object()
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        _Steps.captured = True
+
+
+register_optimizer_step_post_hook(_note_step)
 
 
 @dataclass(frozen=True)
@@ -59,6 +89,26 @@ class MLPStructure:
     def names(self) -> tuple[str, ...]:
         """Of all children and attributes it needs."""
         return (*self.linears, self.activation, *(() if self.dropout is None else (self.dropout,)))
+
+
+class GateParameters(nn.Module):
+    """Weight ``[gates, dim]``, zeros at first, and bias ``[gates]`` of a projection to gates, one head.
+
+    No ``nn.Linear``: what adapts or quantises all linear layers of a model (PEFT's ``"all-linear"``) leaves them alone.
+
+    Args:
+        dim: features of the input.
+        starts: the bias of each gate.
+    """
+
+    def __init__(self, dim: int, starts: tuple[float, ...], **to: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(len(starts), dim, **to))
+        self.bias = nn.Parameter(torch.tensor(starts, **to))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[.., dim]`` to ``[.., gates, 1]`` in the state dtype."""
+        return project_gates(x, self.weight, self.bias, len(self.bias), 1)
 
 
 class CMSGates(nn.Module):
@@ -97,7 +147,7 @@ class CMSGates(nn.Module):
         to: dict[str, Any] = {"device": device, "dtype": dtype}
         self.scale = nn.Parameter(torch.zeros(1, **to))
         starts = (-math.log(chunk_size), inverse_softplus(START_FORGETTING))  # sigmoid: 1 / (1 + C)
-        self.gates = GateProjection(dim, 1, starts, **to)
+        self.gates = GateParameters(dim, starts, **to)
         self.target_diagonal = nn.Parameter(torch.ones(dim, **to))
         if rank:
             self.target_down = nn.Parameter(torch.empty(rank, dim, **to))
@@ -125,19 +175,25 @@ class CMSGates(nn.Module):
     def is_off(self) -> bool:
         """Whether the scale is exactly 0, known on the host.
 
-        On a GPU the value is read once for each version of the parameter, not at each call. Versions count what
-        changes the parameter itself (optimizers, ``load_state_dict``); a change through ``.data`` is seen when its
-        storage moves.
+        On a GPU the value is read once for each version of the parameter and each step of any optimizer in the
+        process, not at each call. Versions count what changes the parameter itself (``load_state_dict``, an
+        in-place operation); a change through ``.data`` is seen when its storage moves. It is read at each call where
+        neither tells: sharded by FSDP, in inference tensors, and once an optimizer's step was captured in a CUDA
+        graph.
         """
         scale = self.scale
         if scale.device.type == "meta":
             return False
-        if scale.device.type == "cpu":
+        untold = scale.is_inference() or _Steps.captured or getattr(self, "_is_fsdp_managed_module", False)
+        if untold or scale.device.type in _HOST_DEVICES:
             return not bool(scale.any())
-        seen = (scale.data_ptr(), None if scale.is_inference() else scale._version)
+        seen = (scale.data_ptr(), scale._version, _Steps.last)
         if self._read is None or self._read[0] != seen:
             self._read = seen, not bool(scale.any())
         return self._read[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_read": None}  # a copy's parameters have versions of their own
 
 
 class ModuleNetwork:
@@ -175,6 +231,17 @@ class ModuleNetwork:
         # Row j of W is what the layer makes of unit vector j; adapters are linear, whatever they are made of.
         eye = torch.eye(in_features(linear), device=linear.weight.device, dtype=linear.weight.dtype)
         return (linear(eye) - linear(torch.zeros_like(eye[:1]))).unsqueeze(0)
+
+    def known_activation(self) -> Activation | None:
+        """Which of ``MemorySpec``'s the activation is; None where it is another, or something hooks into it."""
+        act = self.activate
+        if act is F.silu:
+            return "silu"
+        if not isinstance(act, nn.Module) or "forward" in vars(act) or act._forward_hooks or act._forward_pre_hooks:
+            return None
+        if type(act) is nn.GELU:
+            return "gelu" if act.approximate == "none" else "gelu_tanh"
+        return _ACTIVATIONS.get((type(act).__module__, type(act).__name__))
 
     def __call__(self, x: Tensor) -> Tensor:
         """The MLP as it was trained."""
@@ -228,16 +295,25 @@ class MemoryMLP:
         gates: CMSGates = self.cms
         learning = torch.is_grad_enabled() and gates.scale.requires_grad
         if not learning and gates.is_off():
+            self._skip()
             return super().forward(x)
-        return self._memory_forward(x)
+        return self._memory_forward(x, learning)
+
+    @torch.compiler.disable
+    def _skip(self) -> None:
+        """Note a call that is not written: its tokens cannot be taken back from the memory, nor those before them."""
+        call = current_call()
+        if call is not None and call.carried is not None:
+            call.carried.steps.pop(self.cms_name, None)
 
     # What a memory does depends on the call around it and on states that grow: compiled code breaks off here and
     # goes on behind, rather than be compiled again for each token.
     @torch.compiler.disable
-    def _memory_forward(self, x: Tensor) -> Tensor:
+    def _memory_forward(self, x: Tensor, learning: bool) -> Tensor:
         name, structure, gates = self.cms_name, self.cms_structure, self.cms
         if x.dim() != 3:
             raise ValueError(f"{name}: x has shape {tuple(x.shape)}; want [batch, tokens, features]")
+        self._check_layers(x)
         call = current_call()
         if call is None:
             if self.cms_told and torch._C._current_graph_task_id() != -1:
@@ -253,14 +329,35 @@ class MemoryMLP:
         if call.carried is None:
             output, _ = self._scan(None, tokens, valid)
         else:
+            _check_seen(name, call, x.shape[0])
             output = self._scan_carried(call.carried, tokens, valid)
         if valid is not None:
             at = torch.arange(x.shape[1], device=x.device)
             real = (at >= valid[:, :1]) & (at < valid[:, 1:])
             output = torch.where(real.unsqueeze(-1), output, base)
-        if gates.is_off():
-            output = _ValueOf.apply(base, output)
+        if learning:  # otherwise the scale is not 0
+            output = _ValueWhereOff.apply(gates.scale, base, output)
         return output if structure.dropout is None else getattr(self, structure.dropout)(output)
+
+    def _check_layers(self, x: Tensor) -> None:
+        """That the layers' weights are there, and the linear ones the same function at every call.
+
+        Raises:
+            ValueError: weights are kept elsewhere between the layers' own calls; or an adapter draws a dropout: a
+                memory would write the differences of its masks.
+        """
+        if x.device.type != "meta" and any(p.device.type == "meta" for p in self.parameters()):
+            raise ValueError(
+                f"{self.cms_name}: its weights are on the meta device, where Accelerate keeps those it has offloaded; "
+                "a memory reads them between the layers' calls: want models with a CMS dispatched without offloading"
+            )
+        for child in self.cms_structure.linears:
+            for name, part in getattr(self, child).named_modules():
+                if part.training and isinstance(part, nn.Dropout) and part.p > 0:
+                    raise ValueError(
+                        f"{self.cms_name}: {child}.{name} is a dropout of {part.p} within a layer that a memory reads "
+                        "and writes; want 0 there (lora_dropout=0 for these layers), or model.eval()"
+                    )
 
     def _scan(
         self, state: FactoredState | None, tokens: tuple[Tensor, ...], valid: Tensor | None
@@ -306,7 +403,7 @@ class MemoryMLP:
             output, context.states[name] = self._scan(before, part, span)
             outputs.append(output)
         if length:
-            context.remember(name, Step(before, part, span, self._state_after))
+            context.remember(name, Step(part, span, weakref.WeakMethod(self._state_after), before))
         return torch.cat(outputs, 1) if len(outputs) != 1 else outputs[0]
 
     def _state_after(
@@ -315,16 +412,36 @@ class MemoryMLP:
         return self._scan(state, tokens, valid)[1]
 
 
-class _ValueOf(torch.autograd.Function):
-    """The first tensor's value with the second one's gradient, where the two are equal but for rounding.
+def _check_seen(name: str, call: Call, rows: int) -> None:
+    """That no memory has written a token that the call says is none.
 
-    A scan cuts products at chunks, which rounds differently than the module's own whole products do.
+    Raises:
+        ValueError: it has: a memory cannot leave it out any more.
+    """
+    state = call.carried.states.get(name)
+    if state is None or call.seen is None:
+        return
+    positions = state.position if isinstance(state.position, tuple) else (state.position,) * rows
+    for row, (written, seen) in enumerate(zip(positions, call.seen, strict=False)):
+        if written > seen:
+            raise ValueError(
+                f"attention_mask: has {seen} real tokens before this call in row {row}, of which memories were given "
+                f"{written}, padding after an end of text for example; want the mask they were given with, or the text "
+                "of that row again with an empty cache"
+            )
+
+
+class _ValueWhereOff(torch.autograd.Function):
+    """``output``, but with the value of ``base`` where the scale is 0 and the two are equal but for rounding.
+
+    A scan cuts products at chunks, which rounds differently than the module's own whole products do. A GPU decides it
+    by itself: whoever trains does not wait for the scale.
     """
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, gradient: Tensor) -> Tensor:
-        return value.clone()
+    def forward(ctx: Any, scale: Tensor, base: Tensor, output: Tensor) -> Tensor:
+        return torch.where(scale == 0, base, output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        return None, grad
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor]:
+        return None, None, grad

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -29,14 +30,11 @@ def chunk_sizes(levels: Levels, layers: str | Sequence[int], count: int) -> dict
         if not levels:
             raise ValueError("levels: got an empty mapping; want {layer: chunk size}")
         numbers = _numbers("levels", list(levels), count)
-        for size in levels.values():
-            _check_size(size)
-        return dict(sorted(zip(numbers, levels.values(), strict=True)))
-    sizes = [levels] if isinstance(levels, int) and not isinstance(levels, bool) else levels
-    if isinstance(sizes, str | bytes) or not isinstance(sizes, Sequence):
+        return dict(sorted(zip(numbers, map(_size, levels.values()), strict=True)))
+    given = [levels] if _integer(levels) is not None else levels
+    if isinstance(given, str | bytes) or not isinstance(given, Sequence):
         raise TypeError(f"levels: got {levels!r}; want chunk sizes [512, 2048] or a mapping {{layer: chunk size}}")
-    for size in sizes:
-        _check_size(size)
+    sizes = [_size(size) for size in given]
     for faster, slower in pairwise(sizes):
         if slower <= faster or slower % faster:
             raise ValueError(
@@ -57,18 +55,31 @@ def chunk_sizes(levels: Levels, layers: str | Sequence[int], count: int) -> dict
     return {number: sizes[i * len(sizes) // len(numbers)] for i, number in enumerate(numbers)}
 
 
-def _check_size(size: Any) -> None:
-    if isinstance(size, bool) or not isinstance(size, int):
-        raise TypeError(f"levels: got chunk size {size!r}; want an int")
+def _integer(value: Any) -> int | None:
+    """An int, or what stands for one as NumPy's integers do; None for anything else, truth values among it."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def _size(given: Any) -> int:
+    size = _integer(given)
+    if size is None:
+        raise TypeError(f"levels: got chunk size {given!r}; want an int")
     if size < 1:
         raise ValueError(f"levels: got chunk size {size}; want at least 1")
+    return size
 
 
-def _numbers(owner: str, numbers: list[Any], count: int) -> list[int]:
+def _numbers(owner: str, given: list[Any], count: int) -> list[int]:
     """Numbers within the model, none of them twice."""
-    for number in numbers:
-        if isinstance(number, bool) or not isinstance(number, int):
-            raise TypeError(f"{owner}: got layer {number!r}; want an int")
+    numbers = [_integer(number) for number in given]
+    for number, original in zip(numbers, given, strict=True):
+        if number is None:
+            raise TypeError(f"{owner}: got layer {original!r}; want an int")
         if not -count <= number < count:
             raise ValueError(f"{owner}: got layer {number}; the model has {count}, 0 to {count - 1}")
     found = [number % count for number in numbers]

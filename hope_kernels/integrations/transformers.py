@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -28,7 +28,7 @@ from hope_kernels.integrations.drop_in import (
     save_cms,
     uninstall,
 )
-from hope_kernels.integrations.in_context import MLPStructure
+from hope_kernels.integrations.in_context import MemoryMLP, MLPStructure
 from hope_kernels.integrations.levels import Levels, chunk_sizes
 
 __all__ = ["add_cms", "cms_parameters", "load_cms", "remove_cms", "replace_mlps", "save_cms"]
@@ -119,13 +119,19 @@ def load_cms(model: Model, path: str | os.PathLike[str]) -> Model:
         ``model``.
 
     Raises:
-        ValueError, FileNotFoundError: the file does not fit the model, or is none.
+        ValueError, FileNotFoundError: the file does not fit the model, or is none. The model is then unchanged.
     """
     settings, tensors = read_cms(path)
-    if not any(True for _ in memories(model)):
+    added = not any(True for _ in memories(model))
+    if added:
         levels = {int(number): size for number, size in settings["levels"].items()}
         add_cms(model, levels, rank=settings["rank"])
-    fill_cms(model, settings, tensors)
+    try:
+        fill_cms(model, settings, tensors)
+    except ValueError:
+        if added:
+            remove_cms(model)
+        raise
     return model
 
 
@@ -208,7 +214,7 @@ def _enter_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
                 layer._gradient_checkpointing_func = _Checkpoint(checkpoint)
     tokens = given.get("input_ids")
     tokens = given.get("inputs_embeds") if tokens is None else tokens
-    enter(Call() if tokens is None else Call(find_valid=_valid_of(given, tokens.shape[1])))
+    enter(Call() if tokens is None else _call(given, tokens.shape[1]))
 
 
 @torch.compiler.disable
@@ -222,12 +228,18 @@ def _enter_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     from transformers import Cache
 
     call = current_call()
+    cache = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
     if call is None:  # a layer called by itself
+        memory = getattr(module, "mlp", None)
+        if cache is not None and isinstance(memory, MemoryMLP) and not memory.cms.is_off():
+            raise RuntimeError(
+                f"{memory.cms_name}: its decoder layer is called with a cache outside its model's forward, which says "
+                "which tokens are padding; want the model called, or the layer without a cache"
+            )
         return
     if _is_checkpointed(module):  # the library drops the cache
         call.carried = None
         return
-    cache = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
     call.carried = None if cache is None else context_of(cache)
 
 
@@ -250,8 +262,8 @@ def _as_told(call: Call | None, layer: Any, *args: Any) -> Any:
         return layer(*args)
 
 
-def _valid_of(given: dict[str, Any], length: int) -> Callable[[], Tensor | None]:
-    """What finds the real tokens of a call with arguments ``given`` and ``length`` tokens, later.
+def _call(given: dict[str, Any], length: int) -> Call:
+    """A call with arguments ``given`` and ``length`` tokens, which finds later which of them are real.
 
     The cache grows before anyone asks, so how long it is is noted now.
     """
@@ -262,17 +274,25 @@ def _valid_of(given: dict[str, Any], length: int) -> Callable[[], Tensor | None]
             layer = list(cache.is_sliding).index(False)
         mask = mask.get("full_attention", next(iter(mask.values()), None))
     past: int | Tensor = 0
-    if isinstance(mask, Tensor) and mask.dim() == 4 and cache is not None:
-        # A new tensor for static caches.
-        past = cache.get_seq_length(layer) - cache.get_mask_sizes(length, layer)[1]
+    if isinstance(mask, Tensor) and cache is not None:
+        past = cache.get_seq_length(layer)
+        if mask.dim() == 4:
+            past = past - cache.get_mask_sizes(length, layer)[1]
+        elif isinstance(past, Tensor):  # a static cache's own, which it will change
+            past = past.clone()
     packed = given.get("cu_seq_lens_q") is not None
     positions = given.get("position_ids") if mask is None and cache is None else None
 
-    def find() -> Tensor | None:
+    def find_valid() -> Tensor | None:
         _check_not_packed(packed, positions, length)
         return None if mask is None else _valid(mask, length, past)
 
-    return find
+    def find_seen() -> list[int] | None:
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            return None
+        return (mask[:, : int(past)] != 0).sum(1).tolist()
+
+    return Call(find_valid=find_valid, find_seen=find_seen)
 
 
 def _check_not_packed(packed: bool, positions: Tensor | None, length: int) -> None:
@@ -284,23 +304,28 @@ def _check_not_packed(packed: bool, positions: Tensor | None, length: int) -> No
     if isinstance(positions, Tensor) and positions.dim() == 2 and length > 1:
         packed = packed or bool((positions.diff() != 1).any())
     if packed:
-        raise ValueError(
-            f"position_ids: several sequences are packed into one row of {length} tokens; with a CMS want one sequence "
-            "per row, padded, with its attention_mask"
-        )
+        raise _packed("position_ids", length)
+
+
+def _packed(argument: str, length: int) -> ValueError:
+    return ValueError(
+        f"{argument}: several sequences are packed into one row of {length} tokens; with a CMS want one sequence "
+        "per row, padded, with its attention_mask"
+    )
 
 
 def _valid(mask: Any, length: int, past: int | Tensor) -> Tensor | None:
     """First and one past the last real token of each row, int64 ``[B, 2]``; None where all tokens of the call are real.
 
     Args:
-        mask: 2-D over past and new tokens; or 4-D, as ``generate`` makes it for static caches: a token is real if it
-            sees itself.
+        mask: 2-D over past and new tokens, maybe as long as a static cache will ever be; or 4-D, as ``generate``
+            makes it for static caches: a token is real if it sees itself.
         length: T, tokens of this call.
-        past: where the first of them is among the keys of a 4-D mask.
+        past: where the first of them is among the columns of a 2-D mask or the keys of a 4-D one.
 
     Raises:
-        ValueError: real tokens of a row are not next to each other, or the mask is of another kind.
+        ValueError: real tokens of a row are not next to each other, one does not see the one before it (several
+            sequences packed into the row), or the mask is of another kind.
     """
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
@@ -308,13 +333,23 @@ def _valid(mask: Any, length: int, past: int | Tensor) -> Tensor | None:
             f"attention_mask: got {shape}; with a CMS want [batch, past and new tokens], or the 4-D one of generate"
         )
     if mask.dim() == 2:
-        if mask.shape[1] < length:
-            raise ValueError(f"attention_mask: covers {mask.shape[1]} tokens of {length}; want all of them")
-        real = mask[:, mask.shape[1] - length :] != 0
+        past = int(past)
+        if mask.shape[1] < past + length:
+            raise ValueError(
+                f"attention_mask: covers {mask.shape[1]} tokens of {past + length}, {past} in the cache and {length} "
+                "new; want all of them"
+            )
+        real = mask[:, past : past + length] != 0
     else:
         keys = torch.arange(length, device=mask.device) + past
-        seen = mask[:, 0].gather(-1, keys.view(1, -1, 1).expand(mask.shape[0], -1, 1)).squeeze(-1)
-        real = seen if seen.dtype == torch.bool else seen == 0
+
+        def seen(queries: slice, keys: Tensor) -> Tensor:
+            found = mask[:, 0, queries].gather(-1, keys.view(1, -1, 1).expand(mask.shape[0], -1, 1)).squeeze(-1)
+            return found if found.dtype == torch.bool else found == 0
+
+        real = seen(slice(None), keys)
+        if bool((real[:, 1:] & real[:, :-1] & ~seen(slice(1, None), keys[:-1])).any()):
+            raise _packed("attention_mask", length)
     if bool(real.all()):
         return None
     count = real.sum(1)

@@ -38,6 +38,19 @@ def clip_norm(x: Tensor, bound: float) -> Tensor:
     return x * (bound * torch.rsqrt(x.square().sum(-1, keepdim=True).clamp(min=bound**2)))
 
 
+def project_gates(x: Tensor, weight: Tensor, bias: Tensor, gates: int, heads: int) -> Tensor:
+    """``x W^T + b`` for all gates of a layer: ``[.., dim]`` to ``[.., gates, heads]`` in the state dtype of ``x``.
+
+    Args:
+        weight, bias: ``[gates * heads, dim]`` and ``[gates * heads]``, any floating dtype.
+    """
+    dtype = state_dtype(x.dtype)
+    # Autocast would round the gates to bfloat16: retention is close to 1, where that leaves two digits.
+    with torch.autocast(x.device.type, enabled=False):
+        projected = F.linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
+    return projected.unflatten(-1, (gates, heads))
+
+
 class GateProjection(nn.Linear):
     """One linear map ``[.., dim] -> [.., gates, heads]`` for all gates of a layer, in the state dtype.
 
@@ -69,11 +82,7 @@ class GateProjection(nn.Linear):
                 bias.fill_(start)
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = state_dtype(x.dtype)
-        # Autocast would round the gates to bfloat16: retention is close to 1, where that leaves two digits.
-        with torch.autocast(x.device.type, enabled=False):
-            gates = F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
-        return gates.unflatten(-1, (len(self.starts), self.heads))
+        return project_gates(x, self.weight, self.bias, len(self.starts), self.heads)
 
 
 class HeadReadout(nn.Module):

@@ -7,6 +7,7 @@ it with a pre-trained module's own layers.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor
 
 from hope_kernels.backends.interface import state_dtype
-from hope_kernels.memory.reference import activate
-from hope_kernels.memory.spec import MemorySpec
+from hope_kernels.memory.reference import activate, activation_derivative
+from hope_kernels.memory.spec import Activation, MemorySpec
 
 _HAS_OUT_DTYPE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
 
@@ -48,11 +49,26 @@ class SharedNetwork(Protocol):
         """The activation: elementwise, twice differentiable, for the dtype of ``apply`` and the state dtype."""
         ...
 
+    def known_activation(self) -> Activation | None:
+        """Which of ``MemorySpec``'s activations :meth:`activate` is; None where it is another."""
+        ...
+
+
+# The level of forward-mode differentiation is global to the process: two threads at once would mix their tangents.
+_ONE_AT_A_TIME = threading.RLock()
+
 
 def times_slope(network: SharedNetwork, z: Tensor, e: Tensor) -> Tensor:
-    """``e act'(z)``, elementwise and differentiable: forward-mode, so that any activation made of torch operations has
-    it, and nothing is unpacked inside a checkpointed region."""
-    return torch.func.jvp(network.activate, (z,), (e,))[1]
+    """``e act'(z)``, elementwise and differentiable, from any number of threads.
+
+    In closed form where the activation is known. Any other one made of torch operations is differentiated
+    forward-mode, by which nothing is unpacked inside a checkpointed region; one thread at a time.
+    """
+    known = network.known_activation()
+    if known is not None:
+        return e * activation_derivative(z, known)
+    with _ONE_AT_A_TIME:
+        return torch.func.jvp(network.activate, (z,), (e,))[1]
 
 
 def multiply(a: Tensor, b: Tensor, operand: torch.dtype) -> Tensor:
@@ -144,6 +160,9 @@ class WeightNetwork:
     def activate(self, z: Tensor) -> Tensor:
         return activate(z, self.spec.activation)
 
+    def known_activation(self) -> Activation:
+        return self.spec.activation
+
 
 class MergedNetwork:
     """Weights of each sequence's own in the place of a shared network's, whose biases and activation go on.
@@ -172,6 +191,9 @@ class MergedNetwork:
 
     def activate(self, z: Tensor) -> Tensor:
         return self.network.activate(z)
+
+    def known_activation(self) -> Activation | None:
+        return self.network.known_activation()
 
 
 def with_weights(network: SharedNetwork, weights: Sequence[Tensor], operand: torch.dtype) -> SharedNetwork:

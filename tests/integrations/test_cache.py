@@ -160,6 +160,58 @@ def test_tokens_taken_back_were_never_written(name):
         torch.testing.assert_close(model(more, past_key_values=cache).logits, want, **EXACT)
 
 
+def bytes_of(states):
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for state in states for t in state._tensors()}
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize("size", [1, 16, 512])
+@torch.no_grad()
+def test_what_can_be_taken_back_is_little_beside_the_state_itself(size):
+    model, ids = adapted(levels=(size,)), tokens(1, 230)
+    cache, largest = model(ids[:, :100], use_cache=True).past_key_values, 0
+    for i in range(100, 230):
+        model(ids[:, i : i + 1], past_key_values=cache)
+        context = cache.cms_context
+        for name, steps in context.steps.items():
+            held = [step.state for step in steps if step.holds]
+            assert len(held) <= 3 and 64 <= sum(step.length for step in steps) < 200
+            largest = max(largest, bytes_of([context.states[name]]))
+            assert bytes_of([context.states[name], *held]) <= 4 * largest
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_tokens_are_taken_back_over_many_calls(padded):
+    model, ids, more = adapted(levels=(3, 6)), tokens(2, 190), tokens(2, 4, seed=8)
+    if padded:
+        ids[1, :150] = 0
+    mask = (ids != 0).long()
+    for taken in (1, 5, 63, 64):
+        cache = transformers.DynamicCache(config=model.config)
+        cache.activate_past_recording()
+        for part, stop in zip(ids.split([70] + [1] * 115 + [5], 1), (70, *range(71, 186), 190), strict=True):
+            model(part, attention_mask=mask[:, :stop], past_key_values=cache)
+        for back in (taken - taken // 2, taken // 2):  # twice in a row
+            cache.crop(-back)
+        text = torch.cat([ids[:, : 190 - taken], more], 1)
+        call = {"attention_mask": (text != 0).long()}
+        want = model(text, use_cache=False, **call).logits[:, 190 - taken :]
+        torch.testing.assert_close(model(more, past_key_values=cache, **call).logits, want, **EXACT)
+
+
+@torch.no_grad()
+def test_a_cache_keeps_no_model_alive():
+    model = adapted()
+    cache = model(tokens(1, 9), use_cache=True).past_key_values
+    weights = weakref.ref(model.model.layers[0].mlp.gate_proj.weight)
+    del model
+    gc.collect()
+    assert weights() is None
+    with pytest.raises(ValueError, match=r"crop: the model whose memory .* is gone"):
+        cache.crop(-2)
+
+
 @torch.no_grad()
 def test_assisted_generation_writes_what_plain_generation_writes():
     model, ids = adapted(levels=(2, 4)), tokens(1, 5)
@@ -182,6 +234,24 @@ def test_more_than_what_can_be_taken_back_is_refused_and_nothing_changed():
     torch.testing.assert_close(model(more, past_key_values=cache).logits, want, **EXACT)
 
 
+@torch.no_grad()
+def test_tokens_that_passed_while_the_scale_was_zero_are_not_taken_back_from_the_state():
+    model, ids = adapted(), tokens(1, 12)
+    cache = model(ids[:, :5], use_cache=True).past_key_values
+    switched = {module: module.cms.scale.clone() for _, module in memories(model)}
+    for module in switched:
+        module.cms.scale.zero_()
+    model(ids[:, 5:9], past_key_values=cache)
+    for module, scale in switched.items():
+        module.cms.scale.copy_(scale)
+    with pytest.raises(ValueError, match="crop: got 3 tokens"):
+        cache.crop(-3)
+    assert cache.get_seq_length() == 9
+    model(ids[:, 9:], past_key_values=cache)
+    cache.crop(-2)
+    assert [state.position for state in cache.cms_context.states.values()] == [6, 6]
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "gpt2"])
 @torch.no_grad()
 def test_a_static_cache_generates_what_a_dynamic_one_does(name):
@@ -191,6 +261,31 @@ def test_a_static_cache_generates_what_a_dynamic_one_does(name):
     settings = {"max_new_tokens": 12, "do_sample": False, "attention_mask": (ids != 0).long()}
     dynamic = model.generate(ids, **settings)
     assert torch.equal(model.generate(ids, cache_implementation="static", disable_compile=True, **settings), dynamic)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@torch.no_grad()
+def test_a_mask_as_long_as_a_static_cache_says_what_a_short_one_says(name):
+    model, ids = adapted(name), tokens(2, 9)
+    ids[1, :3] = 0
+    want = model(ids, attention_mask=(ids != 0).long(), use_cache=False).logits
+    whole = torch.nn.functional.pad((ids != 0).long(), (0, 7))
+    cache, found = transformers.StaticCache(config=model.config, max_cache_len=16), []
+    for start, stop in ((0, 5), (5, 6), (6, 9)):
+        mask = whole.clone()
+        mask[:, stop:] = 0
+        found.append(model(ids[:, start:stop], attention_mask=mask, past_key_values=cache).logits)
+    assert [state.position for state in cache.cms_context.states.values()] == [(9, 6)] * 2
+    torch.testing.assert_close(torch.cat(found, 1)[0], want[0], **EXACT)
+    torch.testing.assert_close(torch.cat(found, 1)[1, 3:], want[1, 3:], **EXACT)
+
+
+@torch.no_grad()
+def test_a_mask_of_the_new_tokens_alone_is_refused():
+    model, ids = adapted(), tokens(1, 9)
+    cache = model(ids[:, :5], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="attention_mask: covers 4 tokens of 9, 5 in the cache and 4 new"):
+        model(ids[:, 5:], attention_mask=torch.ones(1, 4), past_key_values=cache)
 
 
 @torch.no_grad()
@@ -214,6 +309,31 @@ def test_a_mask_with_gaps_and_packed_rows_are_refused():
         model(ids, attention_mask=mask)
     with pytest.raises(ValueError, match="packed into one row"):
         model(ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]), use_cache=False)
+    causal = torch.ones(6, 6, dtype=torch.bool).tril()
+    blocks = torch.block_diag(torch.ones(2, 2), torch.ones(4, 4)).bool() & causal
+    for kind in (lambda m: m[None, None], lambda m: torch.where(m, 0.0, -1e30).double()[None, None]):
+        with pytest.raises(ValueError, match="attention_mask: several sequences are packed into one row of 6"):
+            model(ids, attention_mask=kind(blocks))
+        torch.testing.assert_close(model(ids, attention_mask=kind(causal)).logits, model(ids).logits, **EXACT)
+
+
+@torch.no_grad()
+def test_a_mask_that_hides_what_memories_were_given_is_refused():
+    """As in a second turn after one row's answer ended early: its padding was given as text."""
+    model, ids, more = adapted(), tokens(2, 6), tokens(2, 3, seed=7)
+    answer = model.generate(ids, max_new_tokens=5, do_sample=False)
+    end = next(int(t) for t in answer[0, 6:9] if t not in answer[1])
+    first = model.generate(
+        ids, max_new_tokens=5, do_sample=False, eos_token_id=end, pad_token_id=0, return_dict_in_generate=True
+    )
+    text, cache = torch.cat([first.sequences, more], 1), first.past_key_values
+    assert (text == 0).any()
+    seen = cache.get_seq_length()
+    with pytest.raises(ValueError, match=r"attention_mask: has \d+ real tokens before this call in row 0"):
+        model(text[:, seen:], attention_mask=(text != 0).long(), past_key_values=copy.deepcopy(cache))
+    # The mask it was given with: as one call over the whole text, padding included.
+    found = model(text[:, seen:], attention_mask=torch.ones_like(text), past_key_values=cache).logits
+    torch.testing.assert_close(found, model(text, use_cache=False).logits[:, seen:], **EXACT)
 
 
 @torch.no_grad()

@@ -157,6 +157,47 @@ def test_a_gpus_scale_is_read_once_for_each_version():
     assert gates.is_off() and gates.is_off() and len(reads) == 1
     scale._version = 1
     assert gates.is_off() and len(reads) == 2
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    optimizer.step()
+    assert gates.is_off() and gates.is_off() and len(reads) == 3
+    gates._is_fsdp_managed_module = True  # what FSDP gathers anew has the version it had
+    assert gates.is_off() and gates.is_off() and len(reads) == 5
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_fused_optimizer_switches_memories_on(kind, monkeypatch):
+    """On the path of devices that are not asked at each call: fused steps count no version of the parameter."""
+    monkeypatch.setattr(in_context, "_HOST_DEVICES", frozenset())
+    model, x = stack(scale=None), inputs()
+    gates = [parameter for _, parameter in cms_parameters(model)]
+    optimizer = kind(gates, lr=0.05, fused=True)
+    with torch.no_grad():
+        before = model(x)
+    version = gates[0]._version
+    for _ in range(2):
+        loss = model(x).square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert gates[0]._version == version, "this optimizer counts versions: the test shows nothing"
+    with torch.no_grad():
+        found = model(x)
+        again = copy.deepcopy(model)
+        assert (found - before).abs().max() > 1e-6
+        assert torch.equal(found, again(x))
+        for _, module in memories(model):
+            module.cms.scale.zero_()
+        assert torch.equal(model(x), before)
+
+
+def test_training_does_not_ask_for_the_scale(monkeypatch):
+    def never(_):
+        raise AssertionError("the scale was read")
+
+    model, x = stack(scale=None), inputs()
+    monkeypatch.setattr(in_context.CMSGates, "is_off", never)
+    model(x).square().sum().backward()
+    assert all(module.cms.scale.grad.abs() > 0 for _, module in memories(model))
 
 
 @torch.no_grad()
@@ -216,6 +257,10 @@ def test_levels_are_spread_fastest_first():
     assert chunk_sizes(8, [-1, 1], 4) == {1: 8, 3: 8}
     assert chunk_sizes([2, 8], [3, 0, 2], 4) == {0: 2, 2: 2, 3: 8}
     assert chunk_sizes({-1: 4, 0: 3}, "all", 3) == {0: 3, 2: 4}
+    numpy = pytest.importorskip("numpy")
+    sizes = chunk_sizes(list(numpy.array([2, 4])), list(numpy.array([0, 2])), 4)
+    assert sizes == {0: 2, 2: 4} and all(type(x) is int for pair in sizes.items() for x in pair)
+    assert chunk_sizes({numpy.int64(1): numpy.int32(8)}, "all", 4) == chunk_sizes(numpy.int64(8), [1], 4) == {1: 8}
     model = stack(levels=(2, 4), layers=[0, 2])
     assert [m.cms_chunk_size for _, m in memories(model)] == [2, 4] and type(model.mlps[1]) is Gated
 
@@ -226,6 +271,7 @@ def test_levels_are_spread_fastest_first():
         ([8, 2], "all", ValueError, "levels: got .*fastest first"),
         ([2, 3], "all", ValueError, "levels: got .*multiple"),
         ([0], "all", ValueError, "levels: got chunk size 0"),
+        ([True], "all", TypeError, "levels: got chunk size True"),
         ([2.0], "all", TypeError, "levels: got chunk size 2.0"),
         ("512", "all", TypeError, "levels: got '512'"),
         ([], "all", ValueError, "levels: got 0 chunk sizes"),
@@ -266,6 +312,12 @@ def test_modules_that_cannot_become_memories_are_refused_and_left_alone():
     model = Stack()
     model.mlps[0].forward = lambda x: x
     refused(model, gated, ValueError, "mlps.0 .* its forward was replaced on the instance")
+
+    class Residual(Gated):
+        def forward(self, x, residual):
+            return super().forward(x) + residual
+
+    refused(nn.Sequential(Residual()), gated, ValueError, r"0 \(Residual\): its forward pass is not that")
     model = replace_mlps(Stack(), gated, [2])
     model.mlps[0].forward = model.mlps[0].forward
     with pytest.raises(ValueError, match=r"mlps\.0: the memory was wrapped"):
@@ -278,6 +330,13 @@ def test_modules_that_cannot_become_memories_are_refused_and_left_alone():
         MLPStructure(("one",), "act")
     with pytest.raises(TypeError, match="context: got dict"), carrying({}):
         pass
+
+
+def test_weights_that_are_no_numbers_are_not_taken_for_another_structure():
+    model = Stack()
+    with torch.no_grad():
+        model.mlps[0].up.weight[0, 0] = torch.nan
+    assert len(list(memories(replace_mlps(model, gated, [2])))) == 3
 
 
 def test_a_model_on_the_meta_device_takes_memories_before_its_weights():

@@ -30,9 +30,8 @@ def only_gates(model):
 def lora(model, **settings):
     peft = pytest.importorskip("peft", reason="peft is not installed (hope_kernels[integrations])")
     names = ["c_fc", "c_proj"] if "GPT2" in type(model).__name__ else ["gate_proj", "up_proj", "down_proj", "q_proj"]
-    config = peft.LoraConfig(
-        r=2, target_modules=names, init_lora_weights=False, fan_in_fan_out="c_fc" in names, **settings
-    )
+    settings = {"target_modules": names, "fan_in_fan_out": "c_fc" in names} | settings
+    config = peft.LoraConfig(r=2, init_lora_weights=False, **settings)
     torch.manual_seed(3)
     return peft.get_peft_model(model, config)
 
@@ -65,12 +64,35 @@ def test_lora_adapts_the_layers_that_a_memory_reads_and_writes(name, first):
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-10)
 
 
+def test_adapters_that_drop_out_are_refused_where_memories_write():
+    model, ids = lora(add_cms(make(), levels=[2, 4]), lora_dropout=0.5).train(), tokens(2, 9)
+    with torch.no_grad():
+        model(ids)  # the model's own forward, with its dropout: no memory runs
+    model.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"mlp: gate_proj.lora_dropout.default is a dropout of 0.5 .*lora_dropout=0"):
+        model(ids)
+    with torch.no_grad(), pytest.raises(ValueError, match="is a dropout"):
+        switch_on(model)(ids)
+    model.eval()(ids, labels=ids).loss.backward()
+
+
+def test_lora_on_all_linear_layers_leaves_the_gates_alone():
+    model, ids = switch_on(add_cms(make(dtype=torch.float64), levels=[2, 4])), tokens(2, 9)
+    model = lora(model, target_modules="all-linear")
+    adapted = [name for name, _ in model.named_parameters() if "lora" in name]
+    assert any(".mlp." in name for name in adapted) and not any("cms" in name for name in adapted)
+    loss = model(ids, labels=ids).loss
+    torch.testing.assert_close(model.merge_and_unload()(ids, labels=ids).loss, loss, **EXACT)
+
+
 def test_peft_saves_gates_that_are_named_to_it():
     """``modules_to_save`` wraps the child, which must go on working and be trained."""
     model = lora(add_cms(make(dtype=torch.float64), levels=[2, 4]), modules_to_save=["cms"])
     ids = tokens(2, 9)
-    assert all(p.requires_grad for n, p in cms_parameters(model) if "modules_to_save" in n)
+    gates = dict(cms_parameters(model))
+    assert len(gates) == 12 and all("modules_to_save.default" in n and p.requires_grad for n, p in gates.items())
     model(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in gates.values())
     scales = [p for n, p in cms_parameters(model) if n.endswith("modules_to_save.default.scale")]
     assert len(scales) == 2 and all(p.grad.abs() > 0 for p in scales)
 
@@ -130,6 +152,23 @@ def test_accelerate_trains_the_gates_and_the_loss_falls():
     assert all(m.cms.scale.item() != 0 for _, m in memories(model))
 
 
+@torch.no_grad()
+def test_offloaded_weights_are_refused():
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed (hope_kernels[integrations])")
+    ids = tokens(2, 9)
+    before = accelerate.cpu_offload(make(), execution_device="cpu")
+    with pytest.raises(ValueError, match=r"layers.0.mlp .* has hooks of Accelerate .* want add_cms first"):
+        add_cms(before, levels=[2, 4])
+    for scale in (0.0, 0.1):
+        after = accelerate.cpu_offload(switch_on(add_cms(make(), levels=[2, 4]), scale), execution_device="cpu")
+        with pytest.raises(ValueError, match=r"layers.0.mlp: its weights are on the meta device.*without offloading"):
+            after(ids)
+    # Dispatched without offloading the weights stay where they are.
+    model = switch_on(add_cms(make(), levels=[2, 4]))
+    want = model(ids).logits
+    assert torch.equal(accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)(ids).logits, want)
+
+
 def test_trainer_trains_and_stores_and_the_store_gives_the_model_back(tmp_path):
     pytest.importorskip("accelerate", reason="accelerate is not installed (hope_kernels[integrations])")
     model = only_gates(add_cms(make(), levels=[2, 4]))
@@ -174,6 +213,10 @@ def test_checkpoints_keep_their_keys_and_gates_are_stored_by_themselves(tmp_path
         assert torch.equal(whole(ids).logits, model(ids).logits)
     with pytest.raises(ValueError, match=r"has a CMS with levels \{0: 2, 1: 8\}"):
         load_cms(add_cms(make("gpt2"), {0: 2, 1: 8}), file)
+    other = make("gpt2", n_embd=32)
+    with pytest.raises(ValueError, match="layer 0 wants parameters"):
+        load_cms(other, file)
+    assert not list(memories(other)) and not any("cms" in name for name in other.state_dict())
 
 
 def test_a_model_is_copied_and_pickled_with_its_memories():

@@ -82,6 +82,19 @@ def test_a_call_that_fails_leaves_nothing_behind():
     assert torch.equal(model(ids).logits, want)
 
 
+@torch.no_grad()
+def test_layers_called_by_themselves_carry_no_state_and_say_so():
+    model, ids = add_cms(make(), levels=[2, 4]), tokens(1, 5)
+    hidden = model.model.embed_tokens(ids)
+    call = {"position_embeddings": model.model.rotary_emb(hidden, torch.arange(5)[None])}
+    layer, cache = model.model.layers[0], transformers.DynamicCache(config=model.config)
+    layer(hidden, past_key_values=cache, **call)
+    switch_on(model)
+    layer(hidden, **call)
+    with pytest.raises(RuntimeError, match=r"layers.0.mlp: its decoder layer is called with a cache outside"):
+        layer(hidden, past_key_values=cache, **call)
+
+
 @pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_a_compiled_model_decodes_what_an_eager_one_does(name):
