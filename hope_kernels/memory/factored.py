@@ -6,14 +6,15 @@ rule). Every read is then one product over the whole batch with the shared layer
 of earlier chunks; every write appends C pairs. Nothing is approximated: it equals the dense update to rounding.
 
 :func:`factored_scan` is ``memory_scan`` for any :class:`~hope_kernels.memory.networks.SharedNetwork`, biases and
-activations of its own included; :func:`scan_problem` and :func:`read` are what ``memory_scan`` and ``memory_read`` call.
+activations of its own included; :func:`scan_problem` and :func:`read` are what ``memory_scan`` and ``memory_read``
+call.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -91,7 +92,7 @@ class FactoredState:
     chunk_size: int
     position: int | tuple[int, ...] = 0
     pending_count: int | tuple[int, ...] = 0
-    history: History = History()
+    history: History = field(default_factory=History)
     pending_k: Tensor | None = None
     pending_v: Tensor | None = None
     pending_lr: Tensor | None = None
@@ -126,7 +127,7 @@ class FactoredState:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values by name; ``torch.save``-able and loadable with ``weights_only=True``."""
-        result = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "history"}
+        result = {x.name: getattr(self, x.name) for x in fields(self) if x.name != "history"}
         merged, factors = self.history.merged, self.history.factors
         return result | {
             "merged": None if merged is None else list(merged),
@@ -141,7 +142,7 @@ class FactoredState:
         Raises:
             ValueError: a name is missing or unknown.
         """
-        names = {field.name for field in fields(FactoredState)} - {"history"} | {"merged", "factors", "counts"}
+        names = {x.name for x in fields(FactoredState)} - {"history"} | {"merged", "factors", "counts"}
         if set(state_dict) != names:
             missing, unknown = sorted(names - set(state_dict)), sorted(set(state_dict) - names)
             raise ValueError(

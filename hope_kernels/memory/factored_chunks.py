@@ -1,7 +1,7 @@
 """The chunks of a factored scan: what one chunk computes, and all chunks of a call in order.
 
-:func:`run` is the scan for :mod:`hope_kernels.memory.factored`, which checks arguments and carries states. Per chunk and
-layer it makes one product with the network's shared weights and one with the pairs written before
+:func:`run` is the scan for :mod:`hope_kernels.memory.factored`, which checks arguments and carries states. Per chunk
+and layer it makes one product with the network's shared weights and one with the pairs written before
 (:mod:`hope_kernels.memory.pair_products`). For the backward a call keeps what the network's own layers keep and, per
 token, errors before and after the activation and the pairs: linear in tokens times ``D + H``.
 """

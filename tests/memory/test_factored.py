@@ -245,6 +245,17 @@ def test_left_padded_rows_prefill_and_decode_as_each_row_alone():
     assert_equal_to_rounding(evaluate(problem, padded), evaluate(problem, alone))
 
 
+def test_rows_of_padding_alone_read_zeros():
+    problem = make_problem(MemorySpec(), chunk_size=4, tokens=6)
+    q = problem["q"].clone().requires_grad_()
+    output, state = memory_scan(
+        q, problem["k"], problem["v"], problem["lr"], problem.weights, spec=problem.spec, chunk_size=4,
+        valid=torch.tensor([[0, 0], [3, 3]]), backend=FACTORED,
+    )  # fmt: skip
+    assert not output.any() and state.position.tolist() == [0, 0]
+    assert not torch.autograd.grad(output.sum(), q)[0].any()
+
+
 def test_nan_in_one_row_stays_there():
     problem = make_problem(MemorySpec(), chunk_size=4, tokens=13, retention=True)
     poisoned = problem.map(lambda _, t: t.clone())

@@ -201,6 +201,16 @@ def test_right_padding_leaves_rows_of_any_length_and_none():
     assert not found[1].any() and not found[2, 5:].any()
 
 
+@pytest.mark.parametrize("whole_product", [False, True])
+def test_rows_of_padding_alone_read_zeros(whole_product):
+    module = Module("mlp", nn.GELU(), True, torch.float32)
+    tensors = inputs(2, 6, torch.float32)
+    valid = torch.tensor([[0, 0], [3, 3]])
+    with torch.autocast("cpu", torch.bfloat16):
+        found, state = scan(module, [(0, 6)], *tensors, valid=valid, one_base_product=whole_product)
+    assert found.dtype == torch.bfloat16 and not found.any() and state.position == 0
+
+
 def test_a_state_is_checked_against_its_call():
     module = Module("mlp", nn.GELU(), True, torch.float64)
     x, v, lr, retention = inputs(2, 14)
