@@ -345,7 +345,9 @@ def run(
             continue  # reads of this call still want the pairs as they are
         writing.merge_beyond(limit)
     if q.shape[1] == 0 or not schedule.segments:
-        output = q.clone()  # no token: a copy of an empty q keeps its gradient
+        # No token is read: zeros, or nothing, that have a gradient of 0 rather than none.
+        nothing = _evaluate(network, spec, None, q[:, :0]).output
+        output = nothing.new_zeros(q.shape) + nothing.sum()
     elif one_base_product:
         written = None if all(pairs is None for pairs in starts) else _AllSegments(schedule, starts)
         output = _evaluate(writing.network, spec, written, q).output

@@ -370,6 +370,22 @@ def test_a_compiled_call_equals_eager_forward_and_backward():
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_compiled_call_without_gradients_equals_eager(mode, dtype):
+    problem = make_problem(MemorySpec("mlp"), chunk_size=4, tokens=10, retention=True).cast(dtype)
+
+    def call(q, k):
+        output, state = _continue(problem.with_tensors(q=q, k=k), problem.weights, FACTORED)
+        return output, *state.weights
+
+    with mode():
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        found, want = (f(problem["q"], problem["k"]) for f in (compiled, call))
+    for a, b in zip(found, want, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_only_first_derivatives():
     problem = make_problem(MemorySpec(), chunk_size=2, tokens=6)
     k = problem["k"].clone().requires_grad_()
