@@ -6,12 +6,15 @@ with ``:factored`` behind it asks for the factored plan, a bare name for the den
 
 The rule looks at the spec, D, H, C, the device and how many tokens the sequence has written, and at nothing else: never
 at the batch, the length of a call or whether gradients are needed. So every split of a stream into calls has the same
-plan at the same token.
+plan at the same token. While ``torch.compile`` traces, None is the dense plan: the factored one is a loop in Python
+over the chunks of a call, which would be compiled anew for each number of them.
 """
 
 from __future__ import annotations
 
 import sys
+
+import torch
 
 from hope_kernels.backends import FACTORED
 from hope_kernels.backends.interface import ScanRequest
@@ -73,7 +76,7 @@ def factored_until(
         if reason is not None:
             raise RuntimeError(f"backend={backend!r} cannot run this: {reason}")
         return ALWAYS
-    if reason is not None or state.has_row_positions or not pays(state.spec, request):
+    if reason is not None or state.has_row_positions or torch.compiler.is_compiling() or not pays(state.spec, request):
         return 0
     # Factored as long as a chunk starts with no more pairs than that.
     return (merge_after(state.spec, request.dim, request.hidden) // request.chunk_size + 1) * request.chunk_size

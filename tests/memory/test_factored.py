@@ -386,6 +386,34 @@ def test_a_compiled_call_without_gradients_equals_eager(mode, dtype):
         assert torch.equal(a, b)
 
 
+def test_a_compiled_call_that_names_no_backend_is_dense(monkeypatch):
+    monkeypatch.setattr(plan, "LEAST_ELEMENTS", 0)
+    problem = make_problem(MemorySpec(), chunk_size=4, tokens=6, dim=20, hidden=30)
+    names = ("q", "k", "v", "lr")
+
+    def call(q, k, v, lr):
+        output, state = memory_scan(q, k, v, lr, problem.weights, spec=problem.spec, chunk_size=4)
+        return output, state.factors is None
+
+    found, dense = torch.compile(call, fullgraph=True, backend="eager")(*(problem[name] for name in names))
+    want, dense_in_eager = call(*(problem[name] for name in names))
+    assert dense and not dense_in_eager
+    torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)
+
+
+def test_compiled_calls_refuse_sequences_of_different_lengths_in_our_words():
+    problem = make_problem(MemorySpec(), chunk_size=4, tokens=6)
+
+    def call(q, valid):
+        return memory_scan(
+            q, problem["k"], problem["v"], problem["lr"], problem.weights, spec=problem.spec, chunk_size=4,
+            valid=valid, backend=FACTORED,
+        ).output  # fmt: skip
+
+    with pytest.raises(RuntimeError, match=r"torch.compile the factored plan takes neither cu_seqlens nor valid"):
+        torch.compile(call, fullgraph=True, backend="eager")(problem["q"], torch.tensor([[0, 6], [2, 6]]))
+
+
 def test_only_first_derivatives():
     problem = make_problem(MemorySpec(), chunk_size=2, tokens=6)
     k = problem["k"].clone().requires_grad_()
