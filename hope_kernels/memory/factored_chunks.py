@@ -350,6 +350,8 @@ def run(
         output = nothing.new_zeros(q.shape) + nothing.sum()
     elif one_base_product:
         written = None if all(pairs is None for pairs in starts) else _AllSegments(schedule, starts)
+        if isinstance(schedule, RaggedSchedule):
+            q = schedule.without_padding(q)
         output = _evaluate(writing.network, spec, written, q).output
         if isinstance(schedule, RaggedSchedule):  # tokens outside every sequence read nothing
             output = schedule.assemble([schedule.reads(segment, output) for segment in schedule.segments])

@@ -189,6 +189,19 @@ def test_gradients_of_left_padded_rows_equal_those_of_each_row_alone():
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("whole_product", [False, True])
+def test_nan_in_padding_reaches_no_gradient(whole_product):
+    torch.manual_seed(0)
+    module = Module("mlp", nn.GELU(), True, torch.float64)
+    tensors, valid = inputs(2, 11), torch.tensor([[0, 11], [3, 11]])
+    for t in tensors:
+        t[1, :3] = torch.nan
+    leaves = [*(t.requires_grad_() for t in tensors), *module.parameters()]
+    output, _ = scan(module, [(0, 11)], *tensors, valid=valid, one_base_product=whole_product)
+    for gradient in torch.autograd.grad(output.square().sum(), leaves):
+        assert gradient.isfinite().all() and gradient.any()
+
+
 def test_right_padding_leaves_rows_of_any_length_and_none():
     torch.manual_seed(0)
     module = Module("mlp", nn.GELU(), True, torch.float64)
