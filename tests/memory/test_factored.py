@@ -388,6 +388,7 @@ def test_a_compiled_call_without_gradients_equals_eager(mode, dtype):
 
 def test_a_compiled_call_that_names_no_backend_is_dense(monkeypatch):
     monkeypatch.setattr(plan, "LEAST_ELEMENTS", 0)
+    monkeypatch.setattr(plan, "LEAST_CHUNK", 1)
     problem = make_problem(MemorySpec(), chunk_size=4, tokens=6, dim=20, hidden=30)
     names = ("q", "k", "v", "lr")
 
@@ -480,7 +481,13 @@ def test_the_rule_takes_large_shared_memories_until_their_pairs_cost_more():
     assert plan.factored_until(None, large, fresh) == 2048
     assert plan.factored_until("cpu", large, fresh) == 0
     assert plan.factored_until("cpu:factored", large, fresh) == plan.ALWAYS
-    for change in ({"dim": 128, "hidden": 512}, {"chunk_size": 2048}, {"table": True}, {"momentum": True}):
+    for change in (
+        {"dim": 128, "hidden": 512},
+        {"chunk_size": 2048},
+        {"chunk_size": 127},
+        {"table": True},
+        {"momentum": True},
+    ):
         assert plan.factored_until(None, large._replace(**change), fresh) == 0, change
     for change in ({"gradients": True}, {"heads": 4}, {"retention": True}):  # not the rule's affair
         assert plan.factored_until(None, large._replace(**change), fresh) == 2048, change
@@ -493,6 +500,7 @@ def test_the_rule_takes_large_shared_memories_until_their_pairs_cost_more():
 def test_a_stream_turns_dense_at_the_same_token_under_any_split(lengths, monkeypatch):
     """With the threshold of size out of the way: 20 * 30 / 50 = 12 pairs, so chunks at 0, 4, 8, 12 are factored."""
     monkeypatch.setattr(plan, "LEAST_ELEMENTS", 0)
+    monkeypatch.setattr(plan, "LEAST_CHUNK", 1)
     problem = make_problem(MemorySpec(), chunk_size=4, tokens=17, dim=20, hidden=30, retention=True)
     plans = []
     run, dense = factored.scan_problem, scan._run
@@ -507,6 +515,7 @@ def test_a_stream_turns_dense_at_the_same_token_under_any_split(lengths, monkeyp
 
 def test_at_the_turn_the_state_is_merged_at_once(monkeypatch):
     monkeypatch.setattr(plan, "LEAST_ELEMENTS", 0)
+    monkeypatch.setattr(plan, "LEAST_CHUNK", 1)
     problem = make_problem(MemorySpec(), chunk_size=4, tokens=16, dim=20, hidden=30)
     _, before = scan_stream(problem.span(0, 15), [15], backend=None)
     _, after = scan_stream(problem, [15, 1], backend=None)
