@@ -249,7 +249,7 @@ class Writing:
 
     def history(self) -> History:
         factors = self._factors()
-        if self.slots is None or factors is None:
+        if not self.slots or factors is None:  # one count for all, no rows, or no pairs
             return History(self.merged, factors, self.capacity)
         counts = [len(slots) for slots in self.slots]
         width = max(counts)

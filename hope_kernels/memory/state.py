@@ -205,6 +205,7 @@ class MemoryState:
             ValueError: a name is missing or unknown.
         """
         names = {field.name for field in fields(MemoryState)}
+        state_dict = {"factors": None} | state_dict  # those made before there was a factored plan lack the name
         if set(state_dict) != names:
             missing, unknown = sorted(names - set(state_dict)), sorted(set(state_dict) - names)
             raise ValueError(

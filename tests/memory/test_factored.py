@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hope_kernels import MemorySpec, MemoryState, memory_read, memory_scan, memory_write
+from hope_kernels import CMS, CMSLevel, MemorySpec, MemoryState, memory_read, memory_scan, memory_write
 from hope_kernels.memory import factored, plan, scan
 from hope_kernels.memory.factors import merge_after
 from tests.cases import (
@@ -295,6 +295,35 @@ def test_index_select_detach_and_state_dict_of_a_factored_state(length, tmp_path
         MemoryState.from_state_dict(detached.state_dict() | {"factors": {"inputs": []}})
     half = detached.to(torch.float32)
     assert all(w.dtype == torch.float32 for w in half.weights)
+
+
+def test_no_rows_of_a_state_of_padded_rows_go_on():
+    problem = make_problem(MemorySpec(), chunk_size=4, tokens=6)
+    options = {"spec": problem.spec, "chunk_size": 4, "backend": FACTORED}
+    tokens = [problem[name] for name in ("q", "k", "v", "lr")]
+    _, state = memory_scan(*tokens, problem.weights, valid=torch.tensor([[0, 6], [3, 6]]), **options)
+    output, after = memory_scan(*(t[:0] for t in tokens), state.index_select([]), **options)
+    assert output.shape == (0, *problem["q"].shape[1:]) and after.weights[0].shape[0] == 0
+
+
+def test_a_state_stored_before_there_was_a_factored_plan_is_loaded():
+    problem = make_problem(MemorySpec(), chunk_size=4, tokens=10)
+    _, state = scan_stream(problem.span(0, 5), [5], backend="reference")
+    stored = {name: x for name, x in state.state_dict().items() if name != "factors"}
+    rest, loaded = problem.span(5, 10), MemoryState.from_state_dict(stored)
+    assert loaded.factors is None
+    assert torch.equal(_continue(rest, loaded, None).output, _continue(rest, state, None).output)
+
+
+@torch.no_grad()
+def test_a_layer_asked_for_the_factored_plan_steps_as_it_scans():
+    torch.manual_seed(0)
+    layer = CMS(16, levels=[CMSLevel(chunk_size=2)], heads=2, backend=FACTORED)
+    x = torch.randn(2, 5, 16)
+    buffer = layer.make_buffer(2)
+    found = torch.cat([layer.step(x[:, t : t + 1], buffer) for t in range(5)], 1)
+    want = layer(x)
+    torch.testing.assert_close(found, want[0] if isinstance(want, tuple) else want)
 
 
 def test_the_state_refers_to_the_initial_weights_and_a_read_merges_nothing(monkeypatch):
