@@ -121,7 +121,15 @@ def _candidates(request: ScanRequest) -> tuple[str, ...]:
 
 def _select_in_trace(backend: str | None, *request: Any) -> str:
     """The choice as a constant of a trace, whose arguments must be constants too: plain values are to every PyTorch."""
-    return _select(backend, ScanRequest(*request))
+    asked = ScanRequest(*request)
+    name = _select(backend, asked)
+    if name.endswith(FACTORED) and asked.table:
+        raise RuntimeError(
+            f"backend={backend!r} cannot run this: under torch.compile the factored plan takes neither cu_seqlens nor "
+            f"valid nor a state made with one of them, whose numbers it needs on the host; want "
+            f"backend={name.removesuffix(FACTORED)!r} or an uncompiled call"
+        )
+    return name
 
 
 def runs_together(name: str) -> bool:

@@ -308,7 +308,12 @@ class MemoryLevel(nn.Module):
             RuntimeError: it does not; the message says why.
         """
         for operation in ("read", "write"):
-            backends.select(self.backend, self.request(operation, dtype))
+            backends.select(self._step_backend, self.request(operation, dtype))
+
+    @property
+    def _step_backend(self) -> str | None:
+        """That of :meth:`step`: a buffer holds dense weights of each sequence's own, whatever plan a scan takes."""
+        return None if self.backend is None else self.backend.removesuffix(backends.FACTORED)
 
     def request(self, operation: str, dtype: torch.dtype, *, gradients: bool = False) -> ScanRequest:
         """What the level asks of a backend for a ``"scan"``, ``"read"`` or ``"write"`` of tokens of ``dtype``."""
@@ -331,12 +336,12 @@ class MemoryLevel(nn.Module):
     def step(self, x: Tensor, buffer: LevelBuffer) -> Tensor:
         """One token per sequence, ``x [B, 1, dim]``: read, keep the token, write when it completes a chunk."""
         tokens = self.tokens(x)
-        output = memory_read(tokens.k, buffer.weights, spec=self.spec, backend=self.backend)
+        output = memory_read(tokens.k, buffer.weights, spec=self.spec, backend=self._step_backend)
         buffer.append(tokens)
         rows = buffer.due(self.chunk_size)
         if rows is not None:
             memory, chunk = buffer.chunk(rows)
-            buffer.take_over(memory_write(memory=memory, **chunk, spec=self.spec, backend=self.backend), rows)
+            buffer.take_over(memory_write(memory=memory, **chunk, spec=self.spec, backend=self._step_backend), rows)
         if self.segment is not None:
             rows = buffer.due(self.segment)
             if rows is not None:

@@ -105,6 +105,11 @@ def first_derivatives(gradients: Sequence[Tensor | None], inputs: Sequence[Tenso
     return tuple(None if g is None else next(handed_on) for g in gradients)
 
 
+def needs_graph(*tensors: Tensor) -> bool:
+    """Whether a function of ``tensors`` is to be differentiated."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
 class _Product(torch.autograd.Function):
     """:func:`multiply` and its first derivatives."""
 
@@ -128,7 +133,9 @@ def product(a: Tensor, b: Tensor, operand: torch.dtype) -> Tensor:
     """``a @ b`` of ``[..., ., .]`` with operands rounded to ``operand``, summed and returned in its state dtype."""
     lead = a.shape[:-2]
     with torch.autocast(a.device.type, enabled=False):
-        result = _Product.apply(a.flatten(0, -3), b.flatten(0, -3), operand)
+        a, b = a.flatten(0, -3), b.flatten(0, -3)
+        # Without a graph to make, a compiler traces what a Function does, and cannot trace that it keeps a dtype.
+        result = _Product.apply(a, b, operand) if needs_graph(a, b) else multiply(a, b, operand)
     return result.view(*lead, *result.shape[-2:])
 
 

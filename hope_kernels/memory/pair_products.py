@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hope_kernels.memory.networks import first_derivatives, multiply
+from hope_kernels.memory.networks import first_derivatives, multiply, needs_graph
 
 
 class _PairProducts(torch.autograd.Function):
@@ -26,12 +26,7 @@ class _PairProducts(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.operand, ctx.count = operand, count
         ctx.save_for_backward(u, a, *blocks)
-        results: list[Tensor | None] = [None] * count
-        for keys, values, weights in _blocks(count, a, blocks):
-            scores = multiply(u, keys.transpose(1, 2), operand) * weights
-            for n, value in enumerate(values):
-                results[n] = _accumulate(results[n], scores, value, operand)
-        return tuple(results)  # type: ignore[arg-type]
+        return _products(operand, count, u, a, *blocks)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
@@ -39,6 +34,16 @@ class _PairProducts(torch.autograd.Function):
         with torch.no_grad():
             gradients = _gradients(ctx.operand, ctx.count, u, a, blocks, upstream, ctx.needs_input_grad[2:])
         return (None, None, *first_derivatives(gradients, (u, a, *blocks, *upstream)))
+
+
+def _products(operand: torch.dtype, count: int, u: Tensor, a: Tensor, *blocks: Tensor) -> tuple[Tensor, ...]:
+    """What :class:`_PairProducts` gives, of the same arguments."""
+    results: list[Tensor | None] = [None] * count
+    for keys, values, weights in _blocks(count, a, blocks):
+        scores = multiply(u, keys.transpose(1, 2), operand) * weights
+        for n, value in enumerate(values):
+            results[n] = _accumulate(results[n], scores, value, operand)
+    return tuple(results)  # type: ignore[arg-type]
 
 
 def _gradients(
@@ -114,7 +119,8 @@ def pair_products(
     batch, length, heads, _ = u.shape
     with torch.autocast(u.device.type, enabled=False):
         blocks = [x.flatten(0, 1) for block in zip(keys, *values, strict=True) for x in block]
-        results = _PairProducts.apply(
-            operand, len(values), u.transpose(1, 2).flatten(0, 1), weights.flatten(0, 1), *blocks
-        )
+        tensors = (u.transpose(1, 2).flatten(0, 1), weights.flatten(0, 1), *blocks)
+        # Without a graph to make, a compiler traces what a Function does, and cannot trace that it keeps a dtype.
+        function = _PairProducts.apply if needs_graph(*tensors) else _products
+        results = function(operand, len(values), *tensors)
     return tuple(x.view(batch, heads, length, x.shape[-1]).transpose(1, 2) for x in results)

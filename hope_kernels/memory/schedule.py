@@ -143,6 +143,13 @@ class RaggedSchedule:
     def reads(self, segment: Segment, new: Tensor) -> Tensor:
         return self._take(None, new, [(s, *span) for s, span in enumerate(self._new(segment))])
 
+    def without_padding(self, new: Tensor) -> Tensor:
+        """``new [B, T, ...]`` with zeros outside every sequence: gradients that rows share are to see no NaN there."""
+        outside = torch.ones(self.shape, dtype=torch.bool)
+        for row, start, length in zip(self.row, self.start, self.length, strict=True):
+            outside[row, start : start + length] = False
+        return new.masked_fill(outside.to(new.device).view(*self.shape, *[1] * (new.dim() - 2)), 0.0)
+
     def keys_hold_reads(self, segment: Segment) -> bool:
         return segment.rows is None and (segment.index > 0 or not any(self.pending))
 

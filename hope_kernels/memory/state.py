@@ -25,6 +25,9 @@ class MemoryState:
     A call that is given a state returns a new one and leaves the old one as it was; what did not change is
     shared, not copied. Make the first one with :meth:`initial` or by passing plain weights to ``memory_scan``.
 
+    A factored state goes on referring to the initial weights after writes: changing those in place (an optimizer's
+    step) changes what it reads. Where that is not wanted, take :meth:`merged` before.
+
     Attributes:
         spec: the spec the state belongs to.
         chunk_size: C of the chunk in progress.
@@ -137,7 +140,9 @@ class MemoryState:
         return self if self.factors is None else replace(self, stored_weights=self.weights, factors=None)
 
     def detach(self) -> MemoryState:
-        """The same state, cut off from the graph that made it."""
+        """The same state, cut off from the graph that made it. Nothing is copied: a factored state, or one with nothing
+        written, still sees the initial weights change in place; :meth:`merged` makes the former independent of them.
+        """
         return self._map(lambda _, x: x.detach())
 
     def to(self, *args: Any, **kwargs: Any) -> MemoryState:
@@ -205,6 +210,7 @@ class MemoryState:
             ValueError: a name is missing or unknown.
         """
         names = {field.name for field in fields(MemoryState)}
+        state_dict = {"factors": None} | state_dict  # those made before there was a factored plan lack the name
         if set(state_dict) != names:
             missing, unknown = sorted(names - set(state_dict)), sorted(set(state_dict) - names)
             raise ValueError(

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hope_kernels import MemorySpec, MemoryState, memory_read, memory_scan, memory_write
+from hope_kernels import CMS, CMSLevel, MemorySpec, MemoryState, memory_read, memory_scan, memory_write
 from hope_kernels.memory import factored, plan, scan
 from hope_kernels.memory.factors import merge_after
 from tests.cases import (
@@ -245,6 +245,17 @@ def test_left_padded_rows_prefill_and_decode_as_each_row_alone():
     assert_equal_to_rounding(evaluate(problem, padded), evaluate(problem, alone))
 
 
+def test_rows_of_padding_alone_read_zeros():
+    problem = make_problem(MemorySpec(), chunk_size=4, tokens=6)
+    q = problem["q"].clone().requires_grad_()
+    output, state = memory_scan(
+        q, problem["k"], problem["v"], problem["lr"], problem.weights, spec=problem.spec, chunk_size=4,
+        valid=torch.tensor([[0, 0], [3, 3]]), backend=FACTORED,
+    )  # fmt: skip
+    assert not output.any() and state.position.tolist() == [0, 0]
+    assert not torch.autograd.grad(output.sum(), q)[0].any()
+
+
 def test_nan_in_one_row_stays_there():
     problem = make_problem(MemorySpec(), chunk_size=4, tokens=13, retention=True)
     poisoned = problem.map(lambda _, t: t.clone())
@@ -284,6 +295,35 @@ def test_index_select_detach_and_state_dict_of_a_factored_state(length, tmp_path
         MemoryState.from_state_dict(detached.state_dict() | {"factors": {"inputs": []}})
     half = detached.to(torch.float32)
     assert all(w.dtype == torch.float32 for w in half.weights)
+
+
+def test_no_rows_of_a_state_of_padded_rows_go_on():
+    problem = make_problem(MemorySpec(), chunk_size=4, tokens=6)
+    options = {"spec": problem.spec, "chunk_size": 4, "backend": FACTORED}
+    tokens = [problem[name] for name in ("q", "k", "v", "lr")]
+    _, state = memory_scan(*tokens, problem.weights, valid=torch.tensor([[0, 6], [3, 6]]), **options)
+    output, after = memory_scan(*(t[:0] for t in tokens), state.index_select([]), **options)
+    assert output.shape == (0, *problem["q"].shape[1:]) and after.weights[0].shape[0] == 0
+
+
+def test_a_state_stored_before_there_was_a_factored_plan_is_loaded():
+    problem = make_problem(MemorySpec(), chunk_size=4, tokens=10)
+    _, state = scan_stream(problem.span(0, 5), [5], backend="reference")
+    stored = {name: x for name, x in state.state_dict().items() if name != "factors"}
+    rest, loaded = problem.span(5, 10), MemoryState.from_state_dict(stored)
+    assert loaded.factors is None
+    assert torch.equal(_continue(rest, loaded, None).output, _continue(rest, state, None).output)
+
+
+@torch.no_grad()
+def test_a_layer_asked_for_the_factored_plan_steps_as_it_scans():
+    torch.manual_seed(0)
+    layer = CMS(16, levels=[CMSLevel(chunk_size=2)], heads=2, backend=FACTORED)
+    x = torch.randn(2, 5, 16)
+    buffer = layer.make_buffer(2)
+    found = torch.cat([layer.step(x[:, t : t + 1], buffer) for t in range(5)], 1)
+    want = layer(x)
+    torch.testing.assert_close(found, want[0] if isinstance(want, tuple) else want)
 
 
 def test_the_state_refers_to_the_initial_weights_and_a_read_merges_nothing(monkeypatch):
@@ -359,6 +399,51 @@ def test_a_compiled_call_equals_eager_forward_and_backward():
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_compiled_call_without_gradients_equals_eager(mode, dtype):
+    problem = make_problem(MemorySpec("mlp"), chunk_size=4, tokens=10, retention=True).cast(dtype)
+
+    def call(q, k):
+        output, state = _continue(problem.with_tensors(q=q, k=k), problem.weights, FACTORED)
+        return output, *state.weights
+
+    with mode():
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        found, want = (f(problem["q"], problem["k"]) for f in (compiled, call))
+    for a, b in zip(found, want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_compiled_call_that_names_no_backend_is_dense(monkeypatch):
+    monkeypatch.setattr(plan, "LEAST_ELEMENTS", 0)
+    monkeypatch.setattr(plan, "LEAST_CHUNK", 1)
+    problem = make_problem(MemorySpec(), chunk_size=4, tokens=6, dim=20, hidden=30)
+    names = ("q", "k", "v", "lr")
+
+    def call(q, k, v, lr):
+        output, state = memory_scan(q, k, v, lr, problem.weights, spec=problem.spec, chunk_size=4)
+        return output, state.factors is None
+
+    found, dense = torch.compile(call, fullgraph=True, backend="eager")(*(problem[name] for name in names))
+    want, dense_in_eager = call(*(problem[name] for name in names))
+    assert dense and not dense_in_eager
+    torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)
+
+
+def test_compiled_calls_refuse_sequences_of_different_lengths_in_our_words():
+    problem = make_problem(MemorySpec(), chunk_size=4, tokens=6)
+
+    def call(q, valid):
+        return memory_scan(
+            q, problem["k"], problem["v"], problem["lr"], problem.weights, spec=problem.spec, chunk_size=4,
+            valid=valid, backend=FACTORED,
+        ).output  # fmt: skip
+
+    with pytest.raises(RuntimeError, match=r"torch.compile the factored plan takes neither cu_seqlens nor valid"):
+        torch.compile(call, fullgraph=True, backend="eager")(problem["q"], torch.tensor([[0, 6], [2, 6]]))
+
+
 def test_only_first_derivatives():
     problem = make_problem(MemorySpec(), chunk_size=2, tokens=6)
     k = problem["k"].clone().requires_grad_()
@@ -425,7 +510,13 @@ def test_the_rule_takes_large_shared_memories_until_their_pairs_cost_more():
     assert plan.factored_until(None, large, fresh) == 2048
     assert plan.factored_until("cpu", large, fresh) == 0
     assert plan.factored_until("cpu:factored", large, fresh) == plan.ALWAYS
-    for change in ({"dim": 128, "hidden": 512}, {"chunk_size": 2048}, {"table": True}, {"momentum": True}):
+    for change in (
+        {"dim": 128, "hidden": 512},
+        {"chunk_size": 2048},
+        {"chunk_size": 127},
+        {"table": True},
+        {"momentum": True},
+    ):
         assert plan.factored_until(None, large._replace(**change), fresh) == 0, change
     for change in ({"gradients": True}, {"heads": 4}, {"retention": True}):  # not the rule's affair
         assert plan.factored_until(None, large._replace(**change), fresh) == 2048, change
@@ -438,6 +529,7 @@ def test_the_rule_takes_large_shared_memories_until_their_pairs_cost_more():
 def test_a_stream_turns_dense_at_the_same_token_under_any_split(lengths, monkeypatch):
     """With the threshold of size out of the way: 20 * 30 / 50 = 12 pairs, so chunks at 0, 4, 8, 12 are factored."""
     monkeypatch.setattr(plan, "LEAST_ELEMENTS", 0)
+    monkeypatch.setattr(plan, "LEAST_CHUNK", 1)
     problem = make_problem(MemorySpec(), chunk_size=4, tokens=17, dim=20, hidden=30, retention=True)
     plans = []
     run, dense = factored.scan_problem, scan._run
@@ -452,6 +544,7 @@ def test_a_stream_turns_dense_at_the_same_token_under_any_split(lengths, monkeyp
 
 def test_at_the_turn_the_state_is_merged_at_once(monkeypatch):
     monkeypatch.setattr(plan, "LEAST_ELEMENTS", 0)
+    monkeypatch.setattr(plan, "LEAST_CHUNK", 1)
     problem = make_problem(MemorySpec(), chunk_size=4, tokens=16, dim=20, hidden=30)
     _, before = scan_stream(problem.span(0, 15), [15], backend=None)
     _, after = scan_stream(problem, [15, 1], backend=None)
