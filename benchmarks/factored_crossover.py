@@ -5,16 +5,16 @@
 ``"cpu:factored"``, and prints the measured ratio beside the one that counts of operations (decode: of bytes) predict.
 Both plans' results, gradients included, are equal to the reference's before anything is timed.
 
-Every size and mode is a slice of the report ``benchmarks/results/factored-crossover.json``, with its own machine,
-versions, command and date; ``--size`` and ``--mode`` run some and leave the others as they are. The picture of the same
-name is drawn from the report again each time.
+Every size, mode and number of sequences is a slice of the report ``benchmarks/results/factored-crossover.json``, with
+its own machine, versions, command and date; ``--size``, ``--mode`` and ``--sequences`` run some and leave the others as
+they are. The picture of the same name is drawn from the report again each time.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a che
 from hope_kernels import MemorySpec, memory_read
 from hope_kernels.bench.implementations import AGREEMENT, Implementation, Results, difference, make_call, scan
 from hope_kernels.bench.machine import stamp
-from hope_kernels.bench.problems import make_problem
+from hope_kernels.bench.problems import Problem, make_problem
 from hope_kernels.bench.shapes import MODES, Shape, products_per_token
 from hope_kernels.bench.timing import time_side_by_side
 from hope_kernels.memory.factors import merge_after
@@ -42,7 +42,7 @@ SIZES = {
     "768x3072": Shape("768x3072", "the layers of a small pre-trained model", 4, 256, 1, 768, 3072, 128),
 }
 # Tokens of a call; two chunks at least, because a backward wants something that reads what was written.
-SCANNED = {"256x1024": (256, 384, 512, 1024), "768x3072": (256, 384, 640, 1024)}
+SCANNED = {"256x1024": (256, 384, 512, 1024), "768x3072": (256, 384, 640, 896)}
 READ_AFTER = {"256x1024": (32, 64, 128, 192, 256, 512), "768x3072": (32, 128, 256, 512, 768, 1024)}
 SEQUENCES = (4, 1)
 
@@ -168,7 +168,7 @@ def measure(shape: Shape, mode: str, repeats: int) -> Row:
     )
 
 
-def problem_of(shape: Shape):  # noqa: ANN201 - Problem is what make_problem says
+def problem_of(shape: Shape) -> Problem:
     """Random inputs of a call; retention as a memory of a long stream has it."""
     sizes = {name: getattr(shape, name) for name in ("batch", "tokens", "heads", "dim", "hidden", "chunk_size")}
     return make_problem(MemorySpec(form="mlp"), **sizes, retention=True)
@@ -197,14 +197,17 @@ def _read_calls(shape: Shape) -> dict[str, Callable[[], Results]]:
     return {name: reads(name) for name in ("reference", DENSE, FACTORED)}
 
 
-def slices(sizes: list[str], modes: list[str]) -> Iterator[tuple[str, str, list[Shape]]]:
-    """What is measured together: a size, a mode, and the shapes from few tokens to many, for each batch."""
+def slices(
+    sizes: Sequence[str], modes: Sequence[str], batches: Sequence[int]
+) -> Iterator[tuple[str, str, list[Shape]]]:
+    """What is measured together: its name, a mode, and shapes from few tokens to many."""
     for size in sizes:
         for mode in modes:
             base, lengths = SIZES[size], SCANNED[size]
             if mode == DECODE:  # how a state was written is nothing to its reads
                 base, lengths = replace(base, chunk_size=32), READ_AFTER[size]
-            yield size, mode, [replace(base, batch=b, tokens=t) for b in SEQUENCES for t in lengths]
+            for b in batches:
+                yield f"{size} {mode} B={b}", mode, [replace(base, batch=b, tokens=t) for t in lengths]
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -216,8 +219,8 @@ def show(rows: list[Row]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    headings = ("size", "mode", "B", "tokens", "of D H/(D+H)", "dense ms", "factored ms", "measured", "predicted")
-    table = Table(*headings, title=f"dense against factored, {torch.get_num_threads()} threads")
+    headings = ("size", "mode", "B", "tokens", "of S*", "dense ms", "factored ms", "measured", "predicted")
+    table = Table(*headings, title=f"dense against factored, {torch.get_num_threads()} threads, S* = D H / (D + H)")
     for row in rows:
         times = (f"{row.dense_ms:.3g}", f"{row.factored_ms:.3g}", f"{row.measured:.2f}x", f"{row.predicted:.2f}x")
         share = f"{row.tokens / row.crossover:.2f}"
@@ -253,21 +256,23 @@ def plot(rows: list[Row], path: Path) -> None:
 def main(
     size: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(SIZES)}; all by default.")] = None,
     mode: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join((*MODES, DECODE))}; all by default.")] = None,
+    sequences: Annotated[list[int] | None, typer.Option(help="Of 4, 1; both by default.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
     report: Annotated[Path, typer.Option(help="JSON to update; the picture lies beside it.")] = REPORT,
 ) -> None:
     """Time the dense and the factored plan of a memory on both sides of their crossover."""
-    for name, given, known in (("--size", size, SIZES), ("--mode", mode, (*MODES, DECODE))):
+    modes = (*MODES, DECODE)
+    options = (("--size", size, SIZES), ("--mode", mode, modes), ("--sequences", sequences, SEQUENCES))
+    for name, given, known in options:
         for value in given or ():
             if value not in known:
-                raise typer.BadParameter(f"got {value!r}; want one of {', '.join(known)}", param_hint=name)
+                raise typer.BadParameter(f"got {value}; want one of {', '.join(map(str, known))}", param_hint=name)
     held = json.loads(report.read_text())["slices"] if report.exists() else {}
-    for chosen, what, shapes in slices(size or list(SIZES), mode or [*MODES, DECODE]):
+    for name, what, shapes in slices(size or list(SIZES), mode or modes, sequences or SEQUENCES):
         rows = [measure(shape, what, repeats) for shape in shapes]
         show(rows)
-        held[f"{chosen} {what}"] = stamp("factored crossover") | {"rows": [asdict(row) for row in rows]}
-    order = [f"{s} {m}" for s in SIZES for m in (*MODES, DECODE)]
-    held = {name: held[name] for name in order if name in held}
+        held[name] = stamp("factored crossover") | {"rows": [asdict(row) for row in rows]}
+    held = {name: held[name] for name, *_ in slices(list(SIZES), modes, SEQUENCES) if name in held}
     report.write_text(json.dumps({"kind": "factored crossover", "slices": held}, indent=1) + "\n")
     plot([Row(**row) for part in held.values() for row in part["rows"]], report.with_suffix(".png"))
 
