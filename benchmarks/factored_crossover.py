@@ -1,8 +1,9 @@
 """Both sides of the crossover of docs/factored.md: the dense and the factored plan side by side on the CPU.
 
-``python benchmarks/factored_crossover.py`` times ``memory_scan`` (forward, forward+backward) over ever more tokens and
-``memory_read`` of one token (decode) from states that have written them, with ``backend="cpu"`` (dense) and
-``"cpu:factored"``, and prints the measured ratio beside the one that counts of operations (decode: of bytes) predict.
+``python benchmarks/factored_crossover.py`` times ``memory_scan`` (forward, also with q = k, and forward+backward) over
+ever more tokens and ``memory_read`` of one token (decode) from states that have written them, with ``backend="cpu"``
+(dense) and ``"cpu:factored"``, and prints the measured ratio beside the one that counts of operations (decode: of
+bytes) predict.
 Both plans' results, gradients included, are equal to the reference's before anything is timed.
 
 Every size, mode and number of sequences is a slice of the report ``benchmarks/results/factored-crossover.json``, with
@@ -34,7 +35,8 @@ from hope_kernels.memory.factors import merge_after
 
 REPORT = Path(__file__).parent / "results" / "factored-crossover.json"
 DENSE, FACTORED = "cpu", "cpu:factored"
-DECODE = "decode"
+DECODE, SHARED = "decode", "forward, q = k"
+KINDS = (SHARED, *MODES, DECODE)
 READS = 20  # reads in a row that count as one sample of decode: one alone is too short to time
 
 SIZES = {
@@ -48,16 +50,17 @@ SEQUENCES = (4, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Predictions, for mlp memories whose queries are not their keys
+# Predictions, for mlp memories
 
 
 def dense_flops(shape: Shape, mode: str) -> int:
-    """Operations of a dense scan over whole chunks by the convention of :func:`products_per_token`.
+    """Operations of a dense scan over whole chunks by the convention of :func:`products_per_token`, also for q = k.
 
     The backward of an output's loss skips the last chunk's write, 13 of the convention's 18 products: nothing reads it.
     """
-    products = products_per_token("mlp", mode) * shape.tokens
-    if mode != "forward":
+    backward = mode == "forward+backward"
+    products = products_per_token("mlp", mode if backward else "forward") * shape.tokens
+    if backward:
         products -= 13 * shape.chunk_size
     return 2 * shape.dim * shape.hidden * products * shape.batch * shape.heads
 
@@ -67,15 +70,15 @@ def factored_flops(shape: Shape, mode: str) -> int:
 
     A read passes 2 shared layers, a write 3 (the key's own 2 and the error's way back through W_out); a chunk with S
     pairs before it multiplies each token with S inputs and S errors for each of these. The backward has two products
-    for each of the forward's and forms the scores, half of a pair product's first factor, again.
+    for each of the forward's and forms the scores again. Where q = k the key's pass is the read.
     """
     d, h, c = shape.dim, shape.hidden, shape.chunk_size
-    chunks, backward = shape.tokens // c, mode != "forward"
+    chunks, backward = shape.tokens // c, mode == "forward+backward"
     total = 0
     for index in range(chunks):
         pairs, last = index * c, index == chunks - 1
         read, write = (2 * d * h, 2 * (d + h) * pairs), (3 * d * h, 3 * (d + h) * pairs)
-        total += sum(read) + sum(write)
+        total += sum(write) + (0 if mode == SHARED else sum(read))
         if backward:
             total += 2 * sum(read) + (d + h) * pairs
             if not last:
@@ -176,6 +179,8 @@ def problem_of(shape: Shape) -> Problem:
 
 def _scan_calls(shape: Shape, mode: str) -> dict[str, Callable[[], Results]]:
     problem = problem_of(shape)
+    if mode == SHARED:
+        problem, mode = replace(problem, q=problem.k), "forward"
     return {name: make_call(Implementation(name), problem, mode) for name in ("reference", DENSE, FACTORED)}
 
 
@@ -206,6 +211,8 @@ def slices(
             base, lengths = SIZES[size], SCANNED[size]
             if mode == DECODE:  # how a state was written is nothing to its reads
                 base, lengths = replace(base, chunk_size=32), READ_AFTER[size]
+            elif mode == "forward+backward":
+                lengths = lengths[:-1]  # minutes
             for b in batches:
                 yield f"{size} {mode} B={b}", mode, [replace(base, batch=b, tokens=t) for t in lengths]
 
@@ -255,24 +262,23 @@ def plot(rows: list[Row], path: Path) -> None:
 
 def main(
     size: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(SIZES)}; all by default.")] = None,
-    mode: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join((*MODES, DECODE))}; all by default.")] = None,
+    mode: Annotated[list[str] | None, typer.Option(help=f"Of {'; '.join(KINDS)}; all by default.")] = None,
     sequences: Annotated[list[int] | None, typer.Option(help="Of 4, 1; both by default.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
     report: Annotated[Path, typer.Option(help="JSON to update; the picture lies beside it.")] = REPORT,
 ) -> None:
     """Time the dense and the factored plan of a memory on both sides of their crossover."""
-    modes = (*MODES, DECODE)
-    options = (("--size", size, SIZES), ("--mode", mode, modes), ("--sequences", sequences, SEQUENCES))
+    options = (("--size", size, SIZES), ("--mode", mode, KINDS), ("--sequences", sequences, SEQUENCES))
     for name, given, known in options:
         for value in given or ():
             if value not in known:
-                raise typer.BadParameter(f"got {value}; want one of {', '.join(map(str, known))}", param_hint=name)
+                raise typer.BadParameter(f"got {value}; want one of {'; '.join(map(str, known))}", param_hint=name)
     held = json.loads(report.read_text())["slices"] if report.exists() else {}
-    for name, what, shapes in slices(size or list(SIZES), mode or modes, sequences or SEQUENCES):
+    for name, what, shapes in slices(size or list(SIZES), mode or KINDS, sequences or SEQUENCES):
         rows = [measure(shape, what, repeats) for shape in shapes]
         show(rows)
         held[name] = stamp("factored crossover") | {"rows": [asdict(row) for row in rows]}
-    held = {name: held[name] for name, *_ in slices(list(SIZES), modes, SEQUENCES) if name in held}
+    held = {name: held[name] for name, *_ in slices(list(SIZES), KINDS, SEQUENCES) if name in held}
     report.write_text(json.dumps({"kind": "factored crossover", "slices": held}, indent=1) + "\n")
     plot([Row(**row) for part in held.values() for row in part["rows"]], report.with_suffix(".png"))
 

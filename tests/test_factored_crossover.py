@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +36,22 @@ def counted(shape: Shape, mode: str, backend: str) -> int:
     def in_place(total: list[int], a: list[int], b: list[int], **_: Any) -> int:  # torch does not count this one
         return 2 * a[0] * a[1] * a[2] * b[2]
 
-    call = make_call(Implementation(backend), crossover.problem_of(shape), mode)
+    problem = crossover.problem_of(shape)
+    if mode == crossover.SHARED:
+        problem, mode = replace(problem, q=problem.k), "forward"
+    call = make_call(Implementation(backend), problem, mode)
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: in_place}) as counter:
         call()
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [*MODES, crossover.SHARED])
 @pytest.mark.parametrize("chunks", [2, 3, 5])
 def test_counts_of_a_scan_are_what_it_executes(chunks: int, mode: str) -> None:
     shape = Shape("small", "", 2, 8 * chunks, 1, 16, 40, 8)
     assert crossover.factored_flops(shape, mode) == counted(shape, mode, "reference:factored")
     # The reference forms nothing again; the convention has a product per read and three per write for that.
-    again = 0 if mode == "forward" else chunks + 3 * (chunks - 1)
+    again = chunks + 3 * (chunks - 1) if mode == "forward+backward" else 0
     product = 2 * shape.dim * shape.hidden * shape.chunk_size * shape.batch
     assert crossover.dense_flops(shape, mode) == counted(shape, mode, "reference") + again * product
 
