@@ -24,10 +24,11 @@ from hope_kernels.memory.state import MemoryState
 
 ALWAYS = sys.maxsize
 
-# Elements of all weights of one head from which the factored plan is taken without being asked for. Below it, weights
-# of a sequence's own stay in a processor's cache and the engines' fused kernels run at the speed of a shared product;
-# measured on the CPU (docs/factored.md), and taken over for GPUs, which no measurement backs.
-LEAST_ELEMENTS = 2 * 768 * 3072
+# Elements of all weights of one head from which the factored plan is taken without being asked for: weights of a
+# sequence's own then take 64 MiB in float32, and what they take is what limits the number of sequences. Below it the
+# fused kernels are faster as soon as a scan writes (measured on the CPU up to D = 768, H = 3072: docs/factored.md). No
+# measurement backs it on a GPU.
+LEAST_ELEMENTS = 2**24
 
 # Tokens of a chunk from which it is: each block written costs small products of its own, so that one row alone is
 # slower than dense below. On the CPU with D = 768, H = 3072, B = 1, one thread: 1.15 to 3 times as slow at C = 4 to 64.
