@@ -67,7 +67,9 @@ def test_threads_on_one_model_compute_what_each_computes_alone(activation):
 KNOWN = ["silu", "swish", "gelu", "gelu_python", "gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "relu2"]
 
 
-@pytest.mark.parametrize("activation", [*KNOWN, nn.GELU(), nn.GELU("tanh"), nn.functional.silu], ids=lambda x: getattr(x, "__name__", str(x)))
+@pytest.mark.parametrize(
+    "activation", [*KNOWN, nn.GELU(), nn.GELU("tanh"), nn.functional.silu], ids=lambda x: getattr(x, "__name__", str(x))
+)
 def test_slopes_in_closed_form_are_those_of_the_activation(activation):
     act = transformers.activations.ACT2FN[activation] if isinstance(activation, str) else activation
     module = next(memories(add_cms(make(dtype=torch.float64), levels=[2])))[1]
