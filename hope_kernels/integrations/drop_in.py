@@ -133,6 +133,11 @@ def _check_mlp(name: str, module: nn.Module, structure: MLPStructure) -> None:
     missing = [child for child in structure.names() if not hasattr(module, child)]
     if missing:
         raise ValueError(f"{owner}: has no {', '.join(missing)}; want the children that {structure} names")
+    if getattr(getattr(module, structure.activation), "inplace", False):
+        raise ValueError(
+            f"{owner}: {structure.activation} works in place, and memories need what it is given for its slope; "
+            "want inplace=False"
+        )
     for child in structure.linears:
         linear = getattr(module, child)
         weight = getattr(linear, "weight", None)

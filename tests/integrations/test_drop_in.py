@@ -310,6 +310,9 @@ def test_modules_that_cannot_become_memories_are_refused_and_left_alone():
     model.mlps[2].gate = nn.SiLU()
     refused(model, gated, TypeError, "gate is a SiLU without a weight")
     model = Stack()
+    model.mlps[1].act = nn.SiLU(inplace=True)
+    refused(model, gated, ValueError, r"mlps.1 \(Gated\): act works in place, .*inplace=False")
+    model = Stack()
     model.mlps[0].forward = lambda x: x
     refused(model, gated, ValueError, "mlps.0 .* its forward was replaced on the instance")
 
