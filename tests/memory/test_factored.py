@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from hope_kernels import CMS, CMSLevel, MemorySpec, MemoryState, memory_read, memory_scan, memory_write
@@ -60,6 +60,8 @@ def factored_problems(draw, **options):
             return t
 
         problem = problem.map(with_zeros)
+    # A memory whose steps diverge magnifies rounding without bound.
+    assume(all(bool((x.abs() <= 100).all()) for x in oracle_results(problem).values()))
     return problem, draw(splits(problem.tokens, problem.chunk_size))
 
 
