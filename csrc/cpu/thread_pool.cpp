@@ -63,11 +63,13 @@ void work_inside(Job& job) {
 // its team all run function(data).
 using OpenMPParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
+// The process that loaded the engine, which may be forked before its first call.
+const pid_t loaded_by = getpid();
+
 // Null in a forked child.
 OpenMPParallel openmp_parallel() {
-  static const pid_t owner = getpid();
   static const auto found = reinterpret_cast<OpenMPParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-  return getpid() == owner ? found : nullptr;
+  return getpid() == loaded_by ? found : nullptr;
 }
 
 class Pool {
