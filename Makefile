@@ -57,9 +57,12 @@ demo: $(INSTALLED) ## verify, benchmark and train on real text, into demo_output
 # that what it compiles is compiled once (what several files share, once in each process).
 IN_PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 ONE_THREAD_EACH := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
+# A test that hangs, in native code too, fails: its process prints the stacks of all threads and ends, and so does the run.
+# None takes two minutes on a quiet machine.
+NO_HANGS := -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true --max-worker-restart 0
 
 test: $(INSTALLED) ## the test-suite but its slow tier (TEST_ARGS: more for pytest, as -n0 for one process)
-	$(ONE_THREAD_EACH) $(BIN)/python -m pytest $(IN_PARALLEL) $(TEST_ARGS)
+	$(ONE_THREAD_EACH) $(BIN)/python -m pytest $(IN_PARALLEL) $(NO_HANGS) --durations 10 $(TEST_ARGS)
 
 test-slow: $(INSTALLED) ## the slow tier alone
 	$(ONE_THREAD_EACH) $(BIN)/python -m pytest $(IN_PARALLEL) -m slow $(TEST_ARGS)
@@ -74,7 +77,7 @@ test-oldest-transformers: $(INSTALLED) ## the tests of pre-trained models with t
 	@test -d $(OLDEST_TRANSFORMERS)/transformers || $(BIN)/python -m pip --disable-pip-version-check --quiet install \
 		--no-deps --target $(OLDEST_TRANSFORMERS) transformers==5.22.2
 	$(ONE_THREAD_EACH) PYTHONPATH=$(abspath $(OLDEST_TRANSFORMERS)) \
-		$(BIN)/python -m pytest $(IN_PARALLEL) tests/integrations $(TEST_ARGS)
+		$(BIN)/python -m pytest $(IN_PARALLEL) $(NO_HANGS) tests/integrations $(TEST_ARGS)
 
 # One build with the address and the undefined-behaviour sanitizer, one with the thread sanitizer; the cases run on every
 # instruction set this processor has.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import sys
 import threading
 
@@ -25,20 +26,23 @@ def at_once(work):
 
     def run(i):
         try:
-            start.wait()
+            start.wait(60)
             results[i] = [work(i) for _ in range(ROUNDS)]
         except Exception as failure:
             failures.append(failure)
 
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(THREADS)]
+    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(THREADS)]
     sys.setswitchinterval(1e-6)
     try:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join()
+            thread.join(240)
     finally:
         sys.setswitchinterval(interval)
+    if any(thread.is_alive() for thread in threads):
+        faulthandler.dump_traceback(sys.__stderr__)
+        pytest.fail("threads wait for each other: their stacks are in the standard error output")
     assert not failures, failures
     return results
 
