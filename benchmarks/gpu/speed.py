@@ -173,7 +173,7 @@ def bench_part(setting: Setting, name: str) -> dict:
         note, fitting, inputs = "", shape, problem
         while not reference_fits(setting, fitting, mode) and fitting.tokens >= 2 * fitting.chunk_size:
             fitting = fitting.scaled(tokens=fitting.tokens // 2)
-            inputs = first_tokens(problem, fitting.tokens)
+            inputs = problem.first(fitting.tokens)
             note = f"at {fitting.tokens} tokens: the reference keeps too much for this memory at {shape.tokens}"
         with found.attempt(f"{name} {mode}"):
             found.add(compared(setting, fitting, inputs, mode, [REFERENCE, *engines(setting, inputs, mode)], note))
@@ -206,14 +206,6 @@ def reference_fits(setting: Setting, shape: Shape, mode: str) -> bool:
         return True
     free, _ = torch.cuda.mem_get_info()
     return bytes_kept_by_reference(shape, setting.dtype) <= ROOM * free
-
-
-def first_tokens(problem: Problem, tokens: int) -> Problem:
-    """The problem cut to so many tokens."""
-    return replace(
-        problem,
-        **{name: getattr(problem, name)[:, :tokens].contiguous() for name in ("q", "k", "v", "d_output", "lr")},
-    )
 
 
 def repeated(problem: Problem, times: int) -> Problem:
@@ -268,7 +260,7 @@ def scale_part(setting: Setting, what: str) -> dict:
                 # One length at a time: at 64k tokens inputs and gradients take 12 GB.
                 for part, times in ((8, 1), (1, 1), (1, 2 if setting.dry else 8)):
                     long = shape.scaled(tokens=max(shape.chunk_size, shape.tokens // part) * times)
-                    inputs = repeated(first_tokens(problem, max(shape.chunk_size, shape.tokens // part)), times)
+                    inputs = repeated(problem.first(max(shape.chunk_size, shape.tokens // part)), times)
                     found.add([growth_row(setting, implementation, long, inputs, mode)])
                     del inputs
                     release(setting)

@@ -13,5 +13,6 @@ Needs torch only (plots need matplotlib), so that a script on a machine without 
 * ``machine``: what ran: processor, versions, measured peaks;
 * ``parity_cases``, ``parity``: every backend against the token-by-token oracle in float64;
 * ``speed``: the comparison of backends over the shapes;
+* ``scaling``: a backend's time by threads and by the length of a sequence;
 * ``plots``: pictures of the above.
 """

@@ -74,3 +74,13 @@ def fma_peak() -> float | None:
     """
     core = compiled_core()
     return None if core is None else float(core.fma_peak(torch.get_num_threads()))
+
+
+def copy_bandwidth(size: int = 1 << 28) -> float:
+    """Bytes per second, read and written together, of copies of ``size`` bytes on all of torch's threads, measured now.
+
+    By default far more than any cache holds.
+    """
+    from hope_kernels.bench.gpu import copy_peak
+
+    return copy_peak("cpu", size=size, repeats=5)

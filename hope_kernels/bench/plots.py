@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hope_kernels.bench.parity import ParityReport
+from hope_kernels.bench.scaling import LengthRow, ScalingReport
 from hope_kernels.bench.shapes import MODES
 from hope_kernels.bench.speed import SpeedReport
 
@@ -98,6 +99,58 @@ def plot_speed(report: SpeedReport, path: Path) -> None:
             ratio.set_ylabel("times faster than the reference")
             ratio.set_title("same rounds, alternating")
             rate.legend(loc="upper left", bbox_to_anchor=(0, 0.9), fontsize=8)
+
+
+MODE_COLOURS = {"forward": "#1f77b4", "forward+backward": "#e07b39"}
+
+
+def plot_scaling(report: ScalingReport, path: Path) -> None:
+    """Speed-up by threads beside the ideal one; nanoseconds per token and peak memory by the length of a sequence."""
+    with figure(path, columns=3, size=(13, 3.6)) as (threads, time, memory):
+        counts = sorted({row.threads for row in report.threads})
+        groups = list(dict.fromkeys((row.shape, row.mode) for row in report.threads))
+        for shape, mode in groups:
+            rows = [row for row in report.threads if (row.shape, row.mode) == (shape, mode)]
+            threads.plot(
+                [row.threads for row in rows],
+                [row.speedup for row in rows],
+                marker="o",
+                markersize=3.5,
+                linestyle="-" if mode == "forward" else (0, (4, 3)),
+                label=f"{shape} {mode}",
+            )
+        threads.plot(counts, counts, color=FAINT, linewidth=1, label="ideal")
+        threads.set_xticks(counts)
+        threads.set_xlabel("threads")
+        threads.set_title("times faster than one thread")
+        threads.legend(fontsize=7)
+        _by_length(time, report, lambda row: row.ns_per_head_token)
+        time.set_ylim(bottom=0)
+        time.set_title("nanoseconds per token and memory")
+        _by_length(memory, report, lambda row: None if row.peak_bytes is None else row.peak_bytes / 2**20)
+        memory.set_yscale("log")
+        memory.set_title("peak memory beyond the inputs (MiB)")
+
+
+def _by_length(axes: Axes, report: ScalingReport, value: Callable[[LengthRow], float | None]) -> None:
+    groups = list(dict.fromkeys((row.shape, row.mode) for row in report.lengths))
+    shapes = list(dict.fromkeys(shape for shape, _ in groups))
+    for shape, mode in groups:
+        rows = [row for row in report.lengths if (row.shape, row.mode) == (shape, mode) and value(row) is not None]
+        if not rows:
+            continue
+        axes.plot(
+            [row.tokens for row in rows],
+            [value(row) for row in rows],
+            marker="osD^v"[shapes.index(shape) % 5],
+            markersize=4,
+            color=MODE_COLOURS[mode],
+            label=f"{shape} {mode}",
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("tokens of a sequence")
+    if axes.lines:
+        axes.legend(fontsize=7)
 
 
 def _grouped_bars(

@@ -63,6 +63,12 @@ class Problem:
             weights=tuple(function(weight) for weight in self.weights),
         )
 
+    def first(self, tokens: int) -> Problem:
+        """The problem cut to its first ``tokens`` tokens, in memory of its own; weights are shared."""
+        names = ("q", "k", "v", "lr", "retention", "momentum", "d_output")
+        present = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return replace(self, **{name: tensor[:, :tokens].contiguous() for name, tensor in present.items()})
+
     def to(self, dtype: torch.dtype) -> Problem:
         """Tokens in ``dtype``, everything else in the state dtype that belongs to it."""
         state = state_dtype(dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from hope_kernels.cli import bench, demo, profile, verify
+from hope_kernels.cli import bench, demo, profile, scaling, verify
 from hope_kernels.cli.output import console, write_json
 
 app = typer.Typer(
@@ -15,6 +15,7 @@ app = typer.Typer(
 )
 app.command("verify")(verify.verify)
 app.command("bench")(bench.bench)
+app.command("scaling")(scaling.scaling)
 app.command("profile")(profile.profile)
 app.command("demo")(demo.demo)
 

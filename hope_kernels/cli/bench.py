@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 import typer
 
-from hope_kernels.bench.machine import stamp
+from hope_kernels.bench.machine import copy_bandwidth, stamp
 from hope_kernels.bench.parity import DTYPES
 from hope_kernels.bench.shapes import CPU_SHAPES, MODES, SHAPES, Shape, get_shape
 from hope_kernels.bench.speed import (
@@ -70,8 +70,10 @@ def bench(
         console.print(f"[bold red]wrong results[/]: {error}")
         raise typer.Exit(1) from error
     print_speed(report)
+    copy = copy_bandwidth() / 1e9
+    console.print(f"[dim]large copies in this run: {copy:.1f} GB/s, read and written together[/]")
     if json is not None:
-        write_json(stamp("bench") | {"seed": seed} | report.as_dict(), json)
+        write_json(stamp("bench") | {"seed": seed, "copy_gbytes": copy} | report.as_dict(), json)
     if plot is not None:
         from hope_kernels.bench.plots import plot_speed
 

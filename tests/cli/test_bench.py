@@ -63,7 +63,7 @@ def test_the_report_is_complete_and_its_numbers_belong_together(tiny, tmp_path, 
     assert picture.read_bytes().startswith(b"\x89PNG")
     report = json.loads(path.read_text())
     assert report["kind"] == "bench" and report["command"] == "hope-kernels bench --shape tiny"
-    assert {"machine", "versions", "date", "seed", "peak_gflops"} <= report.keys()
+    assert {"machine", "versions", "date", "seed", "peak_gflops"} <= report.keys() and report["copy_gbytes"] > 0
     backends = [name for name, status in available_backends().items() if status and not status.interpreted]
     assert [(row["mode"], row["implementation"]) for row in report["rows"]] == [
         (mode, name) for mode in MODES for name in backends
