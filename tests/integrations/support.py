@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -128,3 +132,24 @@ def with_oracle(model: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
         size = memory.cms_chunk_size
         mlp.forward = lambda x, memory=memory, original=original, size=size: oracle_mlp(memory, original, x, size)
     return plain, parameters
+
+
+def in_a_process_group(function: Callable[[], None]) -> None:
+    """Runs a function of a test module as the only process of a gloo group, in a process of its own.
+
+    There gloo's threads cannot meet the end of the interpreter, nor hold up the tests that follow. The loopback
+    interface is named so that no host name is looked up.
+    """
+    code = f"""
+import os, torch.distributed as dist
+from {function.__module__} import {function.__name__}
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+{function.__name__}()
+print("done", flush=True)
+os._exit(0)
+"""
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert found.stdout.endswith("done\n"), found.stderr

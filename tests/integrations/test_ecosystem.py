@@ -5,17 +5,15 @@ autocast.
 from __future__ import annotations
 
 import copy
-import gc
 import io
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 
 from hope_kernels.integrations.drop_in import memories
 from hope_kernels.integrations.transformers import add_cms, cms_parameters, load_cms, remove_cms, save_cms
-from tests.integrations.support import make, oracle_mlp, switch_on, tokens, transformers
+from tests.integrations.support import in_a_process_group, make, oracle_mlp, switch_on, tokens, transformers
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -265,28 +263,26 @@ def test_autocast_starts_exactly_too():
     assert all(m.cms.scale.grad.abs() > 0 for _, m in memories(model))
 
 
-def test_fsdp2_shards_a_model_with_memories():
+def shard_train_and_compare():
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     model, ids = switch_on(add_cms(make(), levels=[2, 4])), tokens(2, 9)
     want = copy.deepcopy(model)
     want(ids, labels=ids).loss.backward()
-    store = dist.HashStore()
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        loss = model(ids, labels=ids).loss
-        loss.backward()
-        whole = dict(want.named_parameters())
-        for name, parameter in model.named_parameters():
-            torch.testing.assert_close(parameter.grad.full_tensor(), whole[name].grad)
-        optimizer = torch.optim.AdamW([p for _, p in cms_parameters(model)], lr=0.01)
-        optimizer.step()
-        assert model(ids, labels=ids).loss.item() != loss.item()
-    finally:
-        dist.destroy_process_group()
-        gc.collect()
+    mesh = init_device_mesh("cpu", (1,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    whole = dict(want.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad.full_tensor(), whole[name].grad)
+    optimizer = torch.optim.AdamW([p for _, p in cms_parameters(model)], lr=0.01)
+    optimizer.step()
+    assert model(ids, labels=ids).loss.item() != loss.item()
+
+
+def test_fsdp2_shards_a_model_with_memories():
+    in_a_process_group(shard_train_and_compare)

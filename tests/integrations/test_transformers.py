@@ -7,7 +7,15 @@ import torch
 
 from hope_kernels.integrations.drop_in import memories
 from hope_kernels.integrations.transformers import add_cms, cms_parameters, remove_cms
-from tests.integrations.support import ARCHITECTURES, LLAMA, make, switch_on, tokens, transformers
+from tests.integrations.support import (
+    ARCHITECTURES,
+    LLAMA,
+    in_a_process_group,
+    make,
+    switch_on,
+    tokens,
+    transformers,
+)
 
 
 def hooks_of(model):
@@ -138,16 +146,15 @@ def test_models_that_cannot_take_memories_are_refused_with_what_to_do():
         cms_parameters(make())
 
 
-def test_a_sharded_model_is_refused():
-    import torch.distributed as dist
+def shard_and_refuse():
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     model = make()
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-        with pytest.raises(TypeError, match=r"is sharded .* want add_cms before"):
-            add_cms(model, [2])
-    finally:
-        dist.destroy_process_group()
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(TypeError, match=r"is sharded .* want add_cms before"):
+        add_cms(model, [2])
+
+
+def test_a_sharded_model_is_refused():
+    in_a_process_group(shard_and_refuse)

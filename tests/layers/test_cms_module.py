@@ -127,6 +127,7 @@ def test_distributed_data_parallel_trains_through_short_and_long_sequences() -> 
         capture_output=True,
         text=True,
         env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "same"
