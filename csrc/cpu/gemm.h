@@ -119,7 +119,7 @@ constexpr TileFunction<T, E> kTiles[kTileRows][4] = {
 
 // Runs tiles over rows [0, rows) and `vectors` vectors of one panel of C.
 template <class T, bool kTransposed, class E>
-void tile_rows(const Strip<E>& a, idx row_step, const E* b, idx ldb, const T* cin, idx ldcin, T* c, idx ldc, idx rows,
+void tile_rows(Upcoming* upcoming, const Strip<E>& a, idx row_step, const E* b, idx ldb, const T* cin, idx ldcin, T* c, idx ldc, idx rows,
                idx vectors, T alpha, T beta) {
   const idx count = ceil_div(rows, kTileRows);
   if (count == 0) return;
@@ -136,6 +136,7 @@ void tile_rows(const Strip<E>& a, idx row_step, const E* b, idx ldb, const T* ci
           strip, b + column, ldb, cin + row * ldcin + column, ldcin, c + row * ldc + column, ldc, alpha, beta);
     }
     row += height;
+    if (upcoming) upcoming->step();
   }
 }
 
@@ -191,7 +192,7 @@ void packed_nn(const Team& team, const Mat<T>& a, const Mat<T>& b, const Mat<T>&
       pack_columns(packed_b, b.at(p, k), b.ld, length, vectors);
       const Strip<Pair> strip{team.packed + first * stride + k / 2, stride, 1, pairs, pairs, 0};
       const Mat<T>& from = k == 0 ? cin : c;
-      tile_rows<T, false>(strip, stride, packed_b, kPanelPairs, from.at(p, first), from.ld, c.at(p, first), c.ld, rows,
+      tile_rows<T, false>(team.upcoming, strip, stride, packed_b, kPanelPairs, from.at(p, first), from.ld, c.at(p, first), c.ld, rows,
                           vectors, alpha, k == 0 ? beta : T(1));
     }
   });
@@ -215,7 +216,7 @@ void packed_tn(const Team& team, const Mat<T>& a, const Mat<T>& b, const Mat<T>&
       for (idx q = q0; q < q1; ++q) {
         const idx m = q * a.axis.width;
         const Strip<Pair> strip{team.packed + q * panel + k / 2 * kPanelPairs, kPanelPairs, 1, pairs, pairs, 0};
-        tile_rows<T, true>(strip, 1, packed_b, kPanelPairs, from.at(p, m), from.ld, c.at(p, m), c.ld, a.axis.valid(q),
+        tile_rows<T, true>(team.upcoming, strip, 1, packed_b, kPanelPairs, from.at(p, m), from.ld, c.at(p, m), c.ld, a.axis.valid(q),
                            vectors, alpha, k == 0 ? beta : T(1));
       }
     }
@@ -238,7 +239,7 @@ void gemm_nn(const Team& team, const Mat<T>& a, const Mat<T>& b, const Mat<T>& c
       const idx length = min(block, depth - k), segments = ceil_div(length, width);
       Strip<T> strip{a.at(k / width, first), a.ld, segments, width, length - (segments - 1) * width, a.panel_stride};
       const Mat<T>& from = k == 0 ? cin : c;
-      tile_rows<T, false>(strip, a.ld, b.at(p, k), b.ld, from.at(p, first), from.ld, c.at(p, first), c.ld, rows,
+      tile_rows<T, false>(team.upcoming, strip, a.ld, b.at(p, k), b.ld, from.at(p, first), from.ld, c.at(p, first), c.ld, rows,
                           panel_vectors<T>(c.axis, p), alpha, k == 0 ? beta : T(1));
     }
   });
@@ -302,7 +303,7 @@ void gemm_tn(const Team& team, const Mat<T>& a, const Mat<T>& b, const Mat<T>& c
       const idx length = min(kContractionBlock, a.rows - k);
       Strip<T> strip{a.at(q, k) + (m0 - q * width), a.ld, 1, length, length, 0};
       const Mat<T>& from = k == 0 ? cin : c;
-      tile_rows<T, true>(strip, 1, b.at(p, k), b.ld, from.at(p, m0 - first), from.ld, c.at(p, m0 - first), c.ld,
+      tile_rows<T, true>(team.upcoming, strip, 1, b.at(p, k), b.ld, from.at(p, m0 - first), from.ld, c.at(p, m0 - first), c.ld,
                          m1 - m0, panel_vectors<T>(c.axis, p), alpha, k == 0 ? beta : T(1));
     }
   });

@@ -74,11 +74,53 @@ class Arena {
   size_t used_ = 0;
 };
 
+// Rows of memory that are read or written soon, asked for a few cache lines at a time between the tiles of products: a burst
+// would wait for the few misses that a core can have under way, and the next loads for the burst.
+class Upcoming {
+ public:
+  // Forgets what was asked for; `steps` calls of step() are to come, or a few more.
+  void begin(idx steps) {
+    spans_ = current_ = 0;
+    column_ = lines_ = each_ = 0;
+    steps_ = max(steps, 1);
+  }
+  // `rows` rows of `bytes` bytes, `stride` bytes apart; what would push the state out of the cache is left to its time.
+  void add(const void* first, idx stride, idx bytes, idx rows) {
+    const idx lines = rows * ceil_div(bytes, kLine);
+    if (rows <= 0 || bytes <= 0 || spans_ == kMost || lines_ + lines > kMostLines) return;
+    span_[spans_++] = {static_cast<const char*>(first), stride, bytes, rows};
+    lines_ += lines;
+    each_ = ceil_div(lines_, steps_);
+  }
+  HOPE_INLINE void step() {
+    for (idx i = 0; i < each_ && current_ < spans_; ++i) {
+      Span& span = span_[current_];
+      __builtin_prefetch(span.row + column_, 0, 2);
+      if ((column_ += kLine) < span.bytes) continue;
+      column_ = 0;
+      span.row += span.stride;
+      if (--span.rows == 0) ++current_;
+    }
+  }
+
+ private:
+  static constexpr int kMost = 8;
+  static constexpr idx kLine = 64, kMostLines = 4096;
+  struct Span {
+    const char* row;
+    idx stride, bytes, rows;
+  };
+  Span span_[kMost];
+  int spans_ = 0, current_ = 0;
+  idx column_ = 0, lines_ = 0, steps_ = 1, each_ = 0;
+};
+
 // The threads that work on one task. Alone (threads == 1) everything is a plain loop. Pieces write disjoint outputs and sums
 // run over fixed pieces in a fixed order: results do not depend on the number of threads.
 struct Team {
   int threads = 1;
   Pair* packed = nullptr;  // where given, products round their operands to bfloat16, and pack one of them here
+  Upcoming* upcoming = nullptr;  // of one thread alone: what products ask for on the way
   Team exact() const { return Team{threads}; }
   template <class F>
   HOPE_INLINE void each(idx pieces, const F& piece) const {

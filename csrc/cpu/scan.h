@@ -52,7 +52,9 @@ class Task {
       const idx task = place.sequence * problem.heads + place.head;
       segment_.data = static_cast<char*>(segment_.data) + task * segment_.bytes;
     }
+    if (team_.threads == 1) team_.upcoming = &upcoming_;
   }
+  Task(const Task&) = delete;
 
   // Lays out the scratch this problem's tasks need; every task of a call uses the same layout.
   void layout(Arena& arena, bool backward) {
@@ -116,7 +118,7 @@ class Task {
         load_checkpoint(result, first);
       const bool saved = segment_.data && first == last_segment();
       records_ = saved ? static_cast<char*>(segment_.data) : scratch_records_;
-      for (idx c = first; c < last && !saved; ++c) rebuild_chunk(c - first, c);
+      for (idx c = first; c < last && !saved; ++c) rebuild_chunk(c - first, c, c + 1 == last ? &result : nullptr);
       for (idx c = last; c >= first; --c) {
         if (c == count)
           read_tail_backward(segment_state(c - first), result);
@@ -327,15 +329,26 @@ class Task {
 
   // ---- chunks -------------------------------------------------------------------------------------------------------
 
-  // Asks for token rows of a later chunk: they come from main memory, and a chunk of work hides that.
-  void prefetch(const TokenView& view, idx j, idx count) const {
-    const idx first = max(j, place_.seq.pending), end = min(j + count, place_.end());
-    const idx bytes = net_.dim * element_size(problem_.dtype);
-    if (!view.data) return;
-    for (idx t = first; t < end; ++t) {
-      const char* row = static_cast<const char*>(new_token(view, t));
-      for (idx b = 0; b < bytes; b += 64) __builtin_prefetch(row + b, 0, 2);
-    }
+  // While this chunk's products run, `rows` rows each: begins a list of what is needed next.
+  void begin_upcoming(Rows rows) {
+    if (!team_.upcoming) return;
+    // The tiles of the first products: that is early enough, and all of them are whatever the chunk's size.
+    const idx hidden = net_.has_hidden() ? net_.inputs * net_.hidden_axis.panels : 0;
+    upcoming_.begin(ceil_div(rows.total(), kTileRows) * (hidden + net_.dim_axis.panels));
+  }
+  // Puts the tokens of a chunk on that list.
+  void ask(const TokenView& view, idx chunk) {
+    const idx j = chunk * net_.chunk, first = max(j, place_.seq.pending), size = element_size(problem_.dtype);
+    if (team_.upcoming && view.data && chunk >= 0)
+      upcoming_.add(new_token(view, first), view.token * size, net_.dim * size, min(j + net_.chunk, place_.end()) - first);
+  }
+  // What a chunk is written from and, where it is walked back, what its gradients are formed from.
+  void ask_inputs(idx chunk, const BackwardResult* back) {
+    ask(problem_.k, chunk);
+    ask(problem_.v, chunk);
+    if (!back || !back->grad_output.data) return;
+    ask(problem_.q, chunk);
+    ask(back->grad_output, chunk);
   }
 
   // Loads keys, values and, with `queries`, the queries of a complete chunk.
@@ -347,9 +360,6 @@ class Task {
     load_tokens(acts_.x.rows_from(0, C), problem_.pending_k, problem_.k, j, C);
     load_tokens(net_.self() ? acts_.x.rows_from(C, C) : acts_.target, problem_.pending_v, problem_.v, j, C);
     const idx first = max(j, place_.seq.pending);
-    prefetch(problem_.k, j + C, C);
-    prefetch(problem_.v, j + C, C);
-    if (queries) prefetch(problem_.q, j + C, C);
     if (queries && first < j + C) {
       rows.queries = j + C - first;
       load_rows(team_, acts_.x.rows_from(rows.keys + rows.self, rows.queries), new_token(problem_.q, first), problem_.dtype,
@@ -370,6 +380,10 @@ class Task {
     // A recorded chunk's queries are kept in rows of their own.
     const bool reads = output.data, shared = reads && !recorded && shared_read();
     const Rows rows = load_chunk(chunk, reads && !shared);
+    begin_upcoming(rows);
+    ask_inputs(chunk + 1, nullptr);
+    if (reads && !shared) ask(problem_.q, chunk + 1);
+    if (reads) ask(output, chunk);
     const bool keys_out = net_.needs_key_output() || shared;
     compute_chunk(state, next, recorded && keeps_, chunk, rows, keys_out ? 0 : rows.keys + rows.self);
     if (!reads) return;
@@ -379,9 +393,11 @@ class Task {
     store_rows(team_, new_token(output, first), problem_.dtype, output.token, acts_.out.rows_from(row, count));
   }
 
-  // The record of chunk `chunk`, the i-th of its segment, from the state before it.
-  void rebuild_chunk(idx i, idx chunk) {
+  // The record of chunk `chunk`, the i-th of its segment, from the state before it. `turns`: the next chunk is walked back.
+  void rebuild_chunk(idx i, idx chunk, const BackwardResult* turns) {
     const Rows rows = load_chunk(chunk, false);
+    begin_upcoming(rows);
+    ask_inputs(chunk + 1, turns);
     compute_chunk(segment_state(i), record(i), keeps_, chunk, rows, net_.needs_key_output() ? 0 : rows.total());
   }
 
@@ -451,6 +467,9 @@ class Task {
     if (rows.queries > 0)
       load_rows(team_, adjoints_.d_out.rows_from(query, rows.queries), new_token(result.grad_output, first), problem_.dtype,
                 result.grad_output.token);
+    begin_upcoming(rows);
+    ask_inputs(chunk - 1, &result);
+    for (const TokenView* view : {&result.k, &result.v, &result.q}) ask(*view, chunk);
     Activations<T> acts = known == Known::nothing ? acts_ : record(i).kept.within(acts_);
     chunk_backward(team_, net_, acts, adjoints_, rows, coefficients(chunk), d_coef, segment_state(i), adjoint_state_, known);
     store_tokens(result.pending_k, result.k, j, adjoints_.d_x.rows_from(0, C));
@@ -466,6 +485,7 @@ class Task {
   const ScanProblem& problem_;
   const Net& net_;
   Team team_;
+  Upcoming upcoming_;
   Place place_;
   Activations<T> acts_;
   Adjoints<T> adjoints_;
