@@ -45,11 +45,12 @@ void tile(const Strip<E>& a, const E* b, idx ldb, const T* cin, idx ldcin, T* c,
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) sum[i][j] = zero<T>();
   const E* segment = a.data;
-  if (beta != T(0) && a.length >= kAheadLength) {  // needed when the sums are done
+  if (beta != T(0)) {  // needed when the sums are done; by a short contraction, in the next tile
+    const T* soon = a.length >= kAheadLength ? cin : cin + kRows * ldcin;
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
-      for (int j = 0; j < kVectors; ++j) __builtin_prefetch(cin + i * ldcin + j * L, 0, 3);
+      for (int j = 0; j < kVectors; ++j) __builtin_prefetch(soon + i * ldcin + j * L, 0, 3);
   }
   for (idx s = 0; s < a.segments; ++s, segment += a.segment_stride) {
     const idx length = s + 1 == a.segments ? a.last_length : a.length;
