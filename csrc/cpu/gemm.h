@@ -22,6 +22,8 @@ namespace hope::cpu::HOPE_ISA {
 constexpr idx kContractionBlock = 512;  // 512 rows of a 256-byte panel: 128 KiB, a quarter of a small L2
 constexpr idx kRowChunk = 96;           // rows of C per piece of a team
 constexpr idx kAheadLength = 32;        // contraction steps that hide the way of a tile of C from memory
+template <class T>
+constexpr idx kStreamColumns = 4096 / idx(sizeof(T));  // sums of a row that stay in the first cache beside what streams past
 constexpr idx kPackedRowChunk = 384;    // the same where each piece packs its panel of B first
 constexpr idx kPackedPanels = 4;        // and of A^T, panels
 constexpr idx kPackedBlock = 256;       // steps packed at a time: a panel of pairs fills 32 KiB
@@ -224,6 +226,68 @@ void packed_tn(const Team& team, const Mat<T>& a, const Mat<T>& b, const Mat<T>&
   });
 }
 
+// Few rows of C from a B whose rows are long and lie where the caller has them: a product bound by memory, which is fastest
+// read row by row. Panels [p0, p1) of C; every sum in the order of a tile's.
+template <class T, int kRows>
+void stream_rows(const Mat<T>& a, const Mat<T>& b, const Mat<T>& cin, const Mat<T>& c, T alpha, T beta, idx depth, idx block,
+                 idx p0, idx p1) {
+  constexpr int L = kLanes<T>;
+  constexpr idx kSteps = 4;  // rows of B that are read side by side
+  const idx first = p0 * c.axis.width, columns = min(c.axis.n, p1 * c.axis.width) - first;
+  alignas(64) T sum[kRows][kStreamColumns<T>];
+  for (idx k0 = 0; k0 < depth; k0 += block) {
+    for (int r = 0; r < kRows; ++r) std::memset(sum[r], 0, size_t(columns) * sizeof(T));
+    const idx end = min(depth, k0 + block);
+    for (idx k = k0; k < end; k += kSteps) {
+      T x[kRows][kSteps];
+      const idx steps = min(kSteps, end - k);
+      for (int r = 0; r < kRows; ++r)
+        for (idx i = 0; i < steps; ++i) x[r][i] = a.at((k + i) / a.axis.width, r)[(k + i) % a.axis.width];
+      const T* row = b.data + k * b.ld + first;
+      if (steps == kSteps) {
+        for (idx col = 0; col < columns; col += L) {
+          Vec<T> w[kSteps];
+#pragma GCC unroll 4
+          for (int i = 0; i < kSteps; ++i) w[i] = load(row + i * b.ld + col);
+#pragma GCC unroll 4
+          for (int r = 0; r < kRows; ++r) {
+            Vec<T> s = load(sum[r] + col);
+#pragma GCC unroll 4
+            for (int i = 0; i < kSteps; ++i) multiply_add(s, x[r][i], w[i]);
+            store(sum[r] + col, s);
+          }
+        }
+      } else {
+        for (idx i = 0; i < steps; ++i)
+          for (idx col = 0; col < columns; col += L)
+            for (int r = 0; r < kRows; ++r) {
+              Vec<T> s = load(sum[r] + col);
+              multiply_add(s, x[r][i], load(row + i * b.ld + col));
+              store(sum[r] + col, s);
+            }
+      }
+    }
+    const Mat<T>& from = k0 == 0 ? cin : c;
+    const T keep = k0 == 0 ? beta : T(1);
+    for (int r = 0; r < kRows; ++r)
+      for (idx p = p0; p < p1; ++p)
+        for (idx col = 0; col < c.axis.valid(p); col += L) {
+          const Vec<T> s = load(sum[r] + p * c.axis.width - first + col);
+          const Vec<T> product = alpha == T(1) ? s : alpha * s;
+          T* to = c.at(p, r) + col;
+          if (keep == T(0))
+            store(to, product);
+          else
+            store(to, (keep == T(1) ? load(from.at(p, r) + col) : keep * load(from.at(p, r) + col)) + product);
+        }
+  }
+}
+
+template <class T>
+constexpr decltype(&stream_rows<T, 1>) kStreams[] = {stream_rows<T, 1>, stream_rows<T, 2>, stream_rows<T, 3>,
+                                                     stream_rows<T, 4>};
+constexpr idx kStreamRows = 4;
+
 // C = beta * Cin + alpha * A[:, 0:depth] B[0:depth, :], rows of A; depth defaults to all columns of A.
 template <class T>
 void gemm_nn(const Team& team, const Mat<T>& a, const Mat<T>& b, const Mat<T>& cin, const Mat<T>& c, T alpha, T beta,
@@ -232,6 +296,12 @@ void gemm_nn(const Team& team, const Mat<T>& a, const Mat<T>& b, const Mat<T>& c
     if (team.packed) return packed_nn(team, a, b, cin, c, alpha, beta);
   if (depth < 0) depth = a.axis.n;
   const idx width = a.axis.width, block = max(1, kContractionBlock / width) * width;
+  if (1 <= a.rows && a.rows <= kStreamRows && b.ld > b.axis.width && b.panel_stride == b.axis.width) {
+    const idx group = max(1, kStreamColumns<T> / c.axis.width);
+    return team.each(ceil_div(c.axis.panels, group), [&](idx g) {
+      kStreams<T>[a.rows - 1](a, b, cin, c, alpha, beta, depth, block, g * group, min(c.axis.panels, (g + 1) * group));
+    });
+  }
   const idx chunk = team.threads > 1 ? kRowChunk : max(1, a.rows);
   const idx chunks = ceil_div(a.rows, chunk);
   team.each(c.axis.panels * chunks, [&](idx piece) {

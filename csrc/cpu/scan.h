@@ -498,8 +498,9 @@ class Task {
   idx capacity_ = 1;
 };
 
-// A piece of work this large (multiply-adds of one product) is worth sharing between threads.
-constexpr idx kSharedWork = idx(1) << 22;
+// A piece of work this large (multiply-adds of one product) is worth sharing between threads; fewer rows take as long as
+// kMemoryRows of them, the time to read the weights.
+constexpr idx kSharedWork = idx(1) << 22, kMemoryRows = 16;
 
 // Runs `body(task)` for every (sequence, head): whole tasks side by side, or, where that would leave threads idle and the
 // products are large, one task after the other with all threads inside its products.
@@ -509,7 +510,7 @@ Status run_tasks(const ScanProblem& problem, bool backward, const SegmentMemory&
   const idx tasks = problem.sequence_count * problem.heads;
   const bool writes = problem.chunks > 0 && problem.k.data;
   const idx rows = max(1, min(writes ? problem.chunk_size : kReadRows, problem.tokens));
-  const bool large = rows * net.dim * net.hidden >= kSharedWork;
+  const bool large = max(rows, kMemoryRows) * net.dim * net.hidden >= kSharedWork;
   const bool inside = large && problem.threads > 1 && tasks % problem.threads != 0 && tasks < 4 * problem.threads;
   const Team team{inside ? problem.threads : 1};
   Arena count;

@@ -558,6 +558,28 @@ def test_calls_run_on_the_workers_of_pytorch():
     assert run.returncode == 0 and run.stdout == "0 more\n", run.stdout + run.stderr
 
 
+# ---- reads of few tokens ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("form", "residual"), [("linear", True), ("mlp", False), ("glu", True)])
+@pytest.mark.parametrize("sizes", [(528, 1104), (544, 32), (64, 80), (40, 1100)])
+def test_tokens_read_a_few_at_a_time_are_those_read_together(sizes, form, residual, dtype):
+    """Few tokens read the weights where they lie, row by row, in as many sums as a product of many tokens has."""
+    dim, hidden = sizes
+    spec = MemorySpec(form, residual=residual)
+    weights = [torch.randn(2, *shape, dtype=dtype) / shape[0] ** 0.5 for shape in spec.weight_shapes(dim, hidden)]
+    q = torch.randn(1, 11, 2, dim, dtype=dtype)
+    with thread_count(2):
+        together = memory_read(q, weights, spec=spec, backend="cpu")
+    torch.testing.assert_close(together, memory_read(q, weights, spec=spec, backend="reference"))
+    for threads in (1, 2):
+        with thread_count(threads):
+            for count in (1, 2, 3, 4, 5):
+                parts = [memory_read(part, weights, spec=spec, backend="cpu") for part in q.split(count, 1)]
+                assert torch.equal(torch.cat(parts, 1), together), (threads, count)
+
+
 # ---- the boundary of the core ----------------------------------------------------------------------------------------
 
 
