@@ -153,7 +153,7 @@ class Builder {
     p_.dtype = DType(random_.whole(0, 3));
     p_.heads = random_.whole(1, 3);
     p_.dim = random_.one_of({1, 3, 8, 17, 32, 64});
-    p_.hidden = p_.form == Form::linear ? p_.dim : random_.one_of({1, 5, 16, 33, 64});
+    p_.hidden = p_.form == Form::linear ? p_.dim : random_.one_of({1, 5, 16, 33, 64, 80, 1040});
     p_.chunk_size = random_.one_of({1, 2, 7, 16, 33});
     p_.checkpoint_interval = random_.whole(1, 4);
     p_.bptt_chunks = random_.chance(0.3) ? random_.whole(1, 3) : 0;
