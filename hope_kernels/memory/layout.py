@@ -54,8 +54,8 @@ class UniformLayout:
         rest = total % self.chunk_size
         if rest == 0:
             return None
-        if self.chunks == 0 and pending is not None:
-            return torch.cat([pending, new], 1)
+        if self.chunks == 0:
+            return new.clone(memory_format=torch.contiguous_format) if pending is None else torch.cat([pending, new], 1)
         return new[:, self.length - rest :].clone(memory_format=torch.contiguous_format)
 
     def advance(self) -> dict[str, Any]:
