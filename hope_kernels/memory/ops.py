@@ -202,8 +202,8 @@ ScanResult = tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]
 def scan(problem: ScanProblem, backend: str, *, direct: bool = False) -> ScanResult:
     """Run a problem on a compiled backend: output, final weights, final momentum, with gradients.
 
-    ``direct`` passes the dispatcher by, which takes longer than a token's arithmetic: for problems without gradients that
-    are made of plain tensors (:mod:`hope_kernels.memory.plain`), where all it would do is to call the implementation.
+    ``direct`` passes the dispatcher by, which takes longer than a token's arithmetic: for problems without gradients
+    of plain tensors (:mod:`hope_kernels.memory.plain`), for which all it would do is to call the implementation.
     """
     if direct:
         output, weights, momentum, _ = backends.implementation(backend).scan_forward(problem, save=False)

@@ -4,9 +4,9 @@ Two things are. *The checks*: all but those of values look at a call's signature
 holds), so a call with the signature of one that passed them passes them. *The dispatcher*: what it would do on the way
 to the engine is nothing, so the engine may be called at once; that is the callers' choice where no gradient is wanted.
 
-Whatever is not known to be plain is not: a trace, a mode, a transform, a profiler, a subclass, a tensor with any
-dispatch key beyond those of an ordinary CPU tensor. Such a call has no signature, is checked as a whole and runs through
-the registered operator.
+What is not known to be plain is not: a trace, a mode, a transform, a profiler, a subclass, a tensor with a dispatch key
+that ordinary CPU tensors lack. Such a call has no signature, is checked as a whole and runs through the registered
+operator.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def _raw(*names: str) -> int:
     return reduce(or_, (DispatchKeySet(getattr(DispatchKey, name)) for name in names)).raw_repr()
 
 
-# Dispatch keys of an ordinary CPU tensor, and of one made in inference mode. Any other key is somebody's who wants to see
-# the call: a subclass, a transform, a lazy conjugation, another layout or device.
+# Dispatch keys of an ordinary CPU tensor, and of one made in inference mode. Any other key is somebody's who wants to
+# see the call: a subclass, a transform, a lazy conjugation, another layout or device.
 _ORDINARY = frozenset({_raw("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU"), _raw("CPU", "AutocastCPU")})
 # Keys that every operator of this thread has beside those of its tensors, outside and inside inference mode. Modes,
 # transforms and tracers add theirs.
@@ -38,7 +38,7 @@ _NO_MODE = frozenset({_raw("BackendSelect", "ADInplaceOrView"), _raw("BackendSel
 _TYPES = frozenset({Tensor, torch.nn.Parameter})
 
 
-# Signatures kept, some kilobytes each. When they are too many all are dropped: those in use come back at one check each.
+# Signatures kept, about a kilobyte each. When they are too many all go: those in use come back at one check each.
 _MOST = 1024
 _passed: set[tuple[Any, ...]] = set()
 
@@ -87,7 +87,7 @@ def signature(
         if type(memory.position) is not int or type(memory.chunk_index) is not int or memory.factors is not None:
             return None
         key = [operation, spec, backend, *settings, *_facts(memory)]
-        kept = memory.stored_weights if memory.stored_momentum is None else memory.stored_weights + memory.stored_momentum
+        kept = memory.stored_weights + (memory.stored_momentum or ())
         if operation != "read":
             pending = memory.pending
     elif type(memory) is tuple or type(memory) is list:
@@ -100,7 +100,8 @@ def signature(
         if x is None:
             key.append(None)
         elif type(x) in _TYPES and _dispatch_keys(x).raw_repr() in _ORDINARY:
-            key += x.shape, x.dtype
+            key.append(x.shape)
+            key.append(x.dtype)
             tracked = tracked or x.requires_grad
         else:
             return None
@@ -108,7 +109,7 @@ def signature(
         if x is None:
             key.append(None)
         elif type(x) in _TYPES and _dispatch_keys(x).raw_repr() in _ORDINARY:
-            key.append(x.dtype)  # how many there are changes from token to token and is looked at by no check
+            key.append(x.dtype)  # how many they are changes from token to token, and no check looks at it
             tracked = tracked or x.requires_grad
         else:
             return None

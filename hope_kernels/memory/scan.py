@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from operator import index
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from hope_kernels.memory import validation as check
 from hope_kernels.memory.coefficients import Coefficients, chunk_coefficients
 from hope_kernels.memory.layout import TableLayout, UniformLayout, make_layout
 from hope_kernels.memory.spec import MemorySpec
-from hope_kernels.memory.state import PENDING, MemoryState, Weights
+from hope_kernels.memory.state import MemoryState, Weights
 
 Memory = Sequence[Tensor] | MemoryState
 
@@ -162,33 +161,16 @@ def _prepare(
     backend: str | None = None,
 ) -> _Prepared | _PreparedFactored:
     reads_keys = q is k
-    q, k, v, lr, retention, momentum = _under_autocast(q, k, v, lr, retention, momentum)
-    given = (q, k, v, lr, retention, momentum)
+    tokens = q, k, v, lr, retention, momentum = _under_autocast(q, k, v, lr, retention, momentum)
     call = None
     if cu_seqlens is None and valid is None:
-        call = plain.signature("scan", spec, backend, memory, given, (chunk_size, bptt_chunks))
+        call = plain.signature("scan", spec, backend, memory, tokens, (chunk_size, bptt_chunks))
     if plain.passed(call):
         check.check_gate_values(spec, lr, retention, momentum)
-        rows = q.shape[0]
-        state = memory if isinstance(memory, MemoryState) else MemoryState(spec, chunk_size, tuple(memory), None, rows)
-        layout = make_layout(q, state, chunk_size, None, None)
-        name = "cpu"
+        state = _unchecked_state(memory, spec, chunk_size, q)
+        layout, name = make_layout(q, state, chunk_size, None, None), "cpu"
     else:
-        check.check_spec(spec)
-        check.check_chunk_size(chunk_size)
-        check.check_tokens({"q": q, "k": k, "v": v})
-        check.check_gates(spec, lr, retention, momentum, q)
-        check.check_gate_values(spec, lr, retention, momentum)
-        if bptt_chunks is not None:
-            check.check_positive("bptt_chunks", bptt_chunks)
-        if cu_seqlens is not None and valid is not None:
-            raise ValueError("valid: got it together with cu_seqlens; want one of the two")
-        rows = q.shape[0]
-        if cu_seqlens is not None:
-            check.check_cu_seqlens(cu_seqlens, q)
-            rows = cu_seqlens.shape[0] - 1
-        if valid is not None:
-            check.check_valid(valid, q)
+        rows = _check_scan(*tokens, spec, chunk_size, cu_seqlens, valid, bptt_chunks)
         state = _state_of(memory, spec, chunk_size, q, rows)
         check.check_stream_gates(state, retention, momentum)
         layout = make_layout(q, state, chunk_size, cu_seqlens, valid)
@@ -201,26 +183,24 @@ def _prepare(
             retention=retention is not None,
             momentum=momentum is not None,
             table=layout.sequences is not None,
-            given=(*given, *_tensors_of(state)),
+            given=(*tokens, *_tensors_of(state)),
         )
         name = backends.select(backend, request)
         until = plan.factored_until(backend, request, state, bptt_chunks)
         if until == plan.ALWAYS or (until and state.position < until):
-            tokens, gates = (k if reads_keys else q, k, v), (lr, retention)
-            run = _factored_call(name, tokens, gates, state, chunk_size, layout, until)
-            return _PreparedFactored(run, name.removesuffix(backends.FACTORED) + backends.FACTORED)
+            factored_call = _factored_call(
+                name, (k if reads_keys else q, k, v), (lr, retention), state, chunk_size, layout, until
+            )
+            return _PreparedFactored(factored_call, name.removesuffix(backends.FACTORED) + backends.FACTORED)
         if name == "cpu" and not until:
             plain.remember(call)
     state = state.merged()
     writes = layout.chunks > 0
     coefficients = _coefficients(layout, state, spec, lr, retention, momentum) if writes else Coefficients()
     problem = ScanProblem(
-        q=q,
-        k=k if writes else None,
-        v=v if writes else None,
-        pending_k=state.pending_k if writes else None,
-        pending_v=state.pending_v if writes else None,
-        **coefficients._asdict(),
+        q,
+        *((k, v, state.pending_k, state.pending_v) if writes else (None, None, None, None)),
+        *coefficients,
         weights=state.stored_weights,
         momentum=(state.stored_momentum or ()) if writes else (),
         sequences=layout.sequences,
@@ -238,6 +218,37 @@ def _prepare(
         return MemoryOutput(output, _after(state, layout, chunk_size, k, v, lr, retention, momentum, **written))
 
     return _Prepared(problem, name, _is_direct(call, name), finish)
+
+
+def _check_scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lr: Tensor,
+    retention: Tensor | None,
+    momentum: Tensor | None,
+    spec: MemorySpec,
+    chunk_size: int,
+    cu_seqlens: Tensor | None,
+    valid: Tensor | None,
+    bptt_chunks: int | None,
+) -> int:
+    """Checks the arguments of a scan but for its memory; returns how many sequences they describe."""
+    check.check_spec(spec)
+    check.check_chunk_size(chunk_size)
+    check.check_tokens({"q": q, "k": k, "v": v})
+    check.check_gates(spec, lr, retention, momentum, q)
+    check.check_gate_values(spec, lr, retention, momentum)
+    if bptt_chunks is not None:
+        check.check_positive("bptt_chunks", bptt_chunks)
+    if cu_seqlens is not None and valid is not None:
+        raise ValueError("valid: got it together with cu_seqlens; want one of the two")
+    if valid is not None:
+        check.check_valid(valid, q)
+    if cu_seqlens is None:
+        return q.shape[0]
+    check.check_cu_seqlens(cu_seqlens, q)
+    return cu_seqlens.shape[0] - 1
 
 
 def _after(
@@ -358,15 +369,13 @@ def memory_write(
     Raises:
         ValueError: ``memory`` is a state with pending tokens, whose chunk this call would tear apart.
     """
-    k, v, lr, retention, momentum = _under_autocast(k, v, lr, retention, momentum)
-    given = (k, v, lr, retention, momentum)
-    call = plain.signature("write", spec, backend, memory, given)
+    tokens = k, v, lr, retention, momentum = _under_autocast(k, v, lr, retention, momentum)
+    call = plain.signature("write", spec, backend, memory, tokens)
     if plain.passed(call):
         check.check_gate_values(spec, lr, retention, momentum)
         rows, length = k.shape[:2]
-        state = memory if isinstance(memory, MemoryState) else MemoryState(spec, length, tuple(memory), None, rows)
-        layout = UniformLayout(rows, length, length, 0, 0, 0)
-        name = "cpu"
+        state = _unchecked_state(memory, spec, length, k)
+        layout, name = UniformLayout(rows, length, length, 0, 0, 0), "cpu"
     else:
         check.check_spec(spec)
         check.check_tokens({"k": k, "v": v})
@@ -388,7 +397,7 @@ def memory_write(
             chunk_size=None if torch.compiler.is_compiling() else max(length, 1),
             retention=retention is not None,
             momentum=momentum is not None,
-            given=(*given, *_tensors_of(state)),
+            given=(*tokens, *_tensors_of(state)),
         )
         name = backends.select(backend, request)
         until = plan.factored_until(backend, request, state)
@@ -449,11 +458,17 @@ def _state_of(
     return MemoryState(spec, chunk_size or initial_chunk_size or 1, weights, None, rows)
 
 
+def _unchecked_state(memory: Memory, spec: MemorySpec, chunk_size: int, tokens: Tensor) -> MemoryState:
+    """What :func:`_state_of` returns for a call whose like has passed the checks."""
+    if isinstance(memory, MemoryState):
+        return memory
+    return MemoryState(spec, chunk_size, tuple(memory), None, tokens.shape[0])
+
+
 def _tensors_of(state: MemoryState) -> list[Tensor | None]:
     """Those of a state that a result may depend on."""
-    pending = (getattr(state, name) for name in PENDING)
     pairs = () if state.factors is None else (*state.factors.inputs, *state.factors.errors, state.factors.weights)
-    return [*state.stored_weights, *(state.stored_momentum or ()), *pending, *pairs]
+    return [*state.stored_weights, *(state.stored_momentum or ()), *state.pending, *pairs]
 
 
 def _request(

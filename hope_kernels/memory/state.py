@@ -145,7 +145,7 @@ class MemoryState:
         return self if self.factors is None else replace(self, stored_weights=self.weights, factors=None)
 
     def replaced(self, **changes: Any) -> MemoryState:
-        """The same state with other values in fields of those names: ``dataclasses.replace``, which takes 7 microseconds."""
+        """The same state with other values in some fields: ``dataclasses.replace`` in a tenth of its 7 microseconds."""
         if torch.compiler.is_compiling():
             return replace(self, **changes)
         other = object.__new__(MemoryState)
