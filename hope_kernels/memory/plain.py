@@ -77,7 +77,9 @@ def signature(
         tensors: the other tensors of the call, None for what is not given.
         settings: the numbers of the call, None for what is not given.
     """
-    if not unwatched() or type(spec) is not MemorySpec or not (backend is None or backend == "cpu"):
+    if not unwatched() or type(spec) is not MemorySpec:
+        return None
+    if backend is not None and (type(backend) is not str or backend != "cpu"):
         return None
     for number in settings:
         if number is not None and type(number) is not int:  # True and 1.0 equal 1
@@ -87,7 +89,7 @@ def signature(
         if type(memory.position) is not int or type(memory.chunk_index) is not int or memory.factors is not None:
             return None
         key = [operation, spec, backend, *settings, *_facts(memory)]
-        kept = memory.stored_weights + (memory.stored_momentum or ())
+        kept = (*memory.stored_weights, *(memory.stored_momentum or ()))
         if operation != "read":
             pending = memory.pending
     elif type(memory) is tuple or type(memory) is list:
