@@ -292,6 +292,8 @@ def _check_range(name: str, x: Tensor, low: float, high: float) -> None:
     """
     if not x.numel() or not _values_at_hand(x):
         return
-    least, most = (bound.item() for bound in x.detach().aminmax())
+    if x.requires_grad:
+        x = x.detach()
+    least, most = (bound.item() for bound in x.aminmax())
     if -math.inf < least < low - _RANGE_SLACK or high + _RANGE_SLACK < most < math.inf:
         raise ValueError(f"{name}: got values from {least} to {most}; want all in [{low:g}, {high:g}]")
