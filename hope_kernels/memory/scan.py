@@ -263,18 +263,15 @@ def _after(
     **written: Any,
 ) -> MemoryState:
     """``state`` after a call's tokens: position, pending tokens, gates in use, and the fields that were ``written``."""
-
-    def unfinished(pending: Tensor | None, new: Tensor | None) -> Tensor | None:
-        return None if new is None else layout.unfinished(pending, new)
-
+    rest = layout.unfinished
     return state.replaced(
         chunk_size=chunk_size,
         batch_size=layout.rows,
-        pending_k=unfinished(state.pending_k, k),
-        pending_v=unfinished(state.pending_v, v),
-        pending_lr=unfinished(state.pending_lr, lr),
-        pending_retention=unfinished(state.pending_retention, retention),
-        pending_momentum=unfinished(state.pending_momentum, momentum),
+        pending_k=rest(state.pending_k, k),
+        pending_v=rest(state.pending_v, v),
+        pending_lr=rest(state.pending_lr, lr),
+        pending_retention=None if retention is None else rest(state.pending_retention, retention),
+        pending_momentum=None if momentum is None else rest(state.pending_momentum, momentum),
         has_retention=retention is not None,
         has_momentum=momentum is not None,
         **layout.advance(),
