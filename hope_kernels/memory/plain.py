@@ -97,14 +97,15 @@ def signature(
         kept = memory
     else:
         return None
-    tracked = False
+    graded, gradients = torch.is_grad_enabled(), False
     for x in (*tensors, *kept):
         if x is None:
             key.append(None)
         elif type(x) in _TYPES and _dispatch_keys(x).raw_repr() in _ORDINARY:
             key.append(x.shape)
             key.append(x.dtype)
-            tracked = tracked or x.requires_grad
+            if graded and x.requires_grad:
+                gradients = True
         else:
             return None
     for x in pending:
@@ -112,10 +113,10 @@ def signature(
             key.append(None)
         elif type(x) in _TYPES and _dispatch_keys(x).raw_repr() in _ORDINARY:
             key.append(x.dtype)  # how many they are changes from token to token, and no check looks at it
-            tracked = tracked or x.requires_grad
+            if graded and x.requires_grad:
+                gradients = True
         else:
             return None
-    gradients = tracked and torch.is_grad_enabled()
     key.append(gradients)
     return Signature(tuple(key), gradients)
 
