@@ -58,6 +58,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             found[index].add_marker(pytest.mark.slow)
 
 
+@pytest.fixture(autouse=True)
+def no_call_has_passed_its_checks() -> None:
+    """Tests change what backends there are and what they take."""
+    from hope_kernels.memory import plain
+
+    plain.forget()
+
+
 @pytest.fixture(scope="session")
 def cuda_module(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """The CUDA engine's part of the compiled core, its kernels running on the CPU."""

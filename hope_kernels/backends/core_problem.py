@@ -6,6 +6,7 @@ first are only token tensors whose last dimension is not contiguous, and coeffic
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,8 @@ from hope_kernels.backends.interface import ScanGradients, ScanProblem
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from hope_kernels.memory.spec import MemorySpec
 
 FORMS = {"linear": 0, "mlp": 1, "glu": 2}
 ACTIVATIONS = {"gelu_tanh": 0, "gelu": 1, "silu": 2, "relu2": 3}
@@ -35,16 +38,15 @@ def tokens_tuple(x: Tensor | None) -> TokenTuple | None:
     """Address and strides of tokens ``[rows, tokens, N, D]``."""
     if x is None:
         return None
-    row, token, head, _ = x.stride()
-    return x.data_ptr(), row, token, head
+    return x.data_ptr(), *x.stride()[:3]
 
 
 def matrix_tuple(x: Tensor | None) -> MatrixTuple | None:
     """Address, dtype and strides of matrices ``[S, N, in, out]`` or ``[N, in, out]``."""
     if x is None:
         return None
-    strides = x.stride() if x.dim() == 4 else (0, *x.stride())
-    return x.data_ptr(), DTYPES[x.dtype], *strides
+    strides = x.stride()
+    return x.data_ptr(), DTYPES[x.dtype], *(strides if len(strides) == 4 else (0, *strides))
 
 
 def pointer(x: Tensor | None) -> int | None:
@@ -52,7 +54,19 @@ def pointer(x: Tensor | None) -> int | None:
 
 
 def pointers(tensors: list[Tensor]) -> tuple[int, ...]:
-    return tuple(t.data_ptr() for t in tensors)
+    return tuple([t.data_ptr() for t in tensors])
+
+
+@lru_cache(maxsize=512)
+def _vocabulary(spec: MemorySpec, dtype: torch.dtype) -> tuple[int, ...]:
+    return (
+        FORMS[spec.form],
+        ACTIVATIONS[spec.activation],
+        OBJECTIVES[spec.objective],
+        RULES[spec.rule],
+        int(spec.residual),
+        DTYPES[dtype],
+    )
 
 
 def last_chunk(problem: ScanProblem) -> int:
@@ -80,42 +94,35 @@ class CoreProblem:
     """A problem as the tuples the core takes. Keeps alive every tensor whose address is in them."""
 
     def __init__(self, problem: ScanProblem) -> None:
-        spec, tokens = problem.spec, problem.tokens
+        # A good part of a one-token call is spent here: what is absent costs nothing, properties are asked for once.
+        tokens, table, pending = problem.tokens, problem.sequences, problem.pending_k
         self.problem = problem
         self.device, self.dtype = tokens.device, tokens.dtype
         self.batch, self.length, self.heads, self.dim = tokens.shape
-        self.sequence_count = problem.sequence_count
-        self.shapes = [tuple(w.shape[-2:]) for w in problem.weights]
-        self.read = [readable(x) for x in problem.token_tensors]
-        self.given = tuple(None if x is None else x.contiguous() for x in problem.coefficients)
-        self.sequences = None if problem.sequences is None else problem.sequences.contiguous()
-        self.vocabulary = (
-            FORMS[spec.form],
-            ACTIVATIONS[spec.activation],
-            OBJECTIVES[spec.objective],
-            RULES[spec.rule],
-            int(spec.residual),
-            DTYPES[tokens.dtype],
-        )
+        self.sequence_count = self.batch if table is None else table.shape[0]
+        self.vocabulary = _vocabulary(problem.spec, self.dtype)
         self.sizes = (
             self.batch,
             self.length,
             self.heads,
             self.dim,
-            self.shapes[0][1],
+            problem.weights[0].shape[-1],
             self.sequence_count,
-            problem.pending_k.shape[1] if problem.pending_k is not None else 0,
+            0 if pending is None else pending.shape[1],
             problem.chunk_size,
             problem.chunks,
             problem.first_chunk,
             problem.bptt_chunks,
             problem.checkpoint_interval,
         )
-        self.tokens = tuple(tokens_tuple(x) for x in self.read)
-        self.coefficients = tuple(pointer(x) for x in self.given)
+        self.read = [x if x is None else readable(x) for x in problem.token_tensors]
+        self.given = [x if x is None else x.contiguous() for x in problem.coefficients]
+        self.sequences = None if table is None else table.contiguous()
+        self.tokens = tuple([x if x is None else tokens_tuple(x) for x in self.read])
+        self.coefficients = tuple([x if x is None else x.data_ptr() for x in self.given])
         self.states = (
-            tuple(matrix_tuple(w) for w in problem.weights),
-            tuple(matrix_tuple(m) for m in problem.momentum),
+            tuple([matrix_tuple(w) for w in problem.weights]),
+            tuple([matrix_tuple(m) for m in problem.momentum]),
             pointer(self.sequences),
         )
 
@@ -125,22 +132,25 @@ class CoreProblem:
 
     def empty(self, shapes: list[tuple[int, ...]]) -> list[Tensor]:
         """Uninitialised results in the state dtype."""
-        return [torch.empty(shape, dtype=self.problem.state_dtype, device=self.device) for shape in shapes]
+        dtype = self.problem.state_dtype
+        return [torch.empty(shape, dtype=dtype, device=self.device) for shape in shapes]
 
     def empty_states(self) -> list[Tensor]:
         """One uninitialised ``[S, N, in, out]`` per weight."""
-        return self.empty([(self.sequence_count, self.heads, *shape) for shape in self.shapes])
+        return self.empty([(self.sequence_count, self.heads, *w.shape[-2:]) for w in self.problem.weights])
 
     def like_tokens(self, x: Tensor | None) -> Tensor | None:
         """A contiguous result in the shape of ``x``; zero where a table may leave tokens out."""
         if x is None:
             return None
-        make = torch.empty if self.problem.sequences is None else torch.zeros
-        return make(x.shape, dtype=x.dtype, device=x.device)
+        make = torch.empty_like if self.sequences is None else torch.zeros_like
+        return make(x, memory_format=torch.contiguous_format)
 
     def saved_arguments(self, saved: list[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, int] | None]:
         """Weight checkpoints, momentum checkpoints and the last segment with the bytes of each task."""
-        count = len(self.shapes)
+        if not saved:
+            return (), (), None
+        count = len(self.problem.weights)
         checkpoints, segment = saved[: 2 * count if self.problem.has_momentum else count], None
         if len(saved) > len(checkpoints):
             last = saved[-1]

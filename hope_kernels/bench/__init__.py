@@ -9,6 +9,7 @@ Needs torch only (plots need matplotlib), so that a script on a machine without 
 * ``peak_memory``: peak memory of one call, in a process of its own;
 * ``gpu``: a GPU's measured peaks, what calls take of its memory, CUDA graphs;
 * ``decode``: one token at a time through a Continuum Memory System;
+* ``call_overhead``: what one-token calls take beside their arithmetic;
 * ``kernel_resources``: registers, memory and spills of the compiled Triton kernels (needs Triton, no GPU);
 * ``machine``: what ran: processor, versions, measured peaks;
 * ``parity_cases``, ``parity``: every backend against the token-by-token oracle in float64;

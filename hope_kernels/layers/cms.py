@@ -272,15 +272,20 @@ class CMS(nn.Module):
         """Per level, the tokens after which it starts again, or None."""
         return tuple(level.segment if isinstance(level, MemoryLevel) else None for level in self.levels)
 
+    @property
+    def _parameter(self) -> Tensor:
+        """One of the parameters, which share a dtype and a device."""
+        return self.levels[0].weights[0]
+
     def _token_dtype(self) -> torch.dtype:
         """The dtype of keys and targets: that of the parameters, or of autocast where that is on."""
-        parameter = next(self.parameters())
+        parameter = self._parameter
         if parameter.dtype != torch.float64 and torch.is_autocast_enabled(parameter.device.type):
             return torch.get_autocast_dtype(parameter.device.type)
         return parameter.dtype
 
     def _check_input(self, x: Tensor, tokens: int | None = None) -> None:
-        check_input("CMS", x, self.dim, next(self.parameters()), tokens)
+        check_input("CMS", x, self.dim, self._parameter, tokens)
 
     def _check_carried(self, name: str, carried: CMSState | CMSBuffer, kind: type, x: Tensor | None = None) -> None:
         """That a state or buffer was made by a layer like this one, and for as many sequences as ``x`` has."""
@@ -298,7 +303,7 @@ class CMS(nn.Module):
             if plain:
                 continue
             weights = held.weights
-            here, want = weights[0].device, level.weights[0].device
+            here, want = weights[0].device, level.target.weight.device
             if here != want:
                 raise ValueError(f"CMS: {name} of level {index} is on {here}; want {want}, with the parameters")
             if (held.spec, held.chunk_size) != (level.spec, level.chunk_size):
@@ -306,7 +311,7 @@ class CMS(nn.Module):
                     f"CMS: {name} of level {index} is for {held.spec} and chunk size {held.chunk_size}; want "
                     f"{level.spec} and {level.chunk_size}"
                 )
-            came, want = ([tuple(w.shape[-3:]) for w in x] for x in (weights, level.weights))
+            came, want = [tuple(w.shape[-3:]) for w in weights], level.weight_shapes
             if came != want:
                 raise ValueError(f"CMS: {name} of level {index} has weights {came}; want {want}")
             came, want = held.gates, (level.level.retention, level.level.momentum)

@@ -133,13 +133,15 @@ class LevelBuffer:
 
     def append(self, tokens: Tokens) -> None:
         """Keep one token per sequence."""
-        if isinstance(self.position, int):
-            place: tuple[Any, Any] = slice(None), self.pending
-        else:
-            place = torch.arange(len(self.k), device=self.k.device), self.pending.to(self.k.device)
+        pending = self.pending
+        rows = None if isinstance(pending, int) else torch.arange(len(self.k), device=self.k.device)
         for kept, new in zip(self._storage, tokens, strict=True):
-            if kept is not None:
-                kept[place] = new[:, 0]
+            if kept is None:
+                continue
+            if rows is None:
+                kept.narrow(1, pending, 1).copy_(new)
+            else:
+                kept[rows, pending.to(kept.device)] = new[:, 0]
         self.position = self.position + 1
 
     def due(self, period: int) -> slice | Tensor | None:

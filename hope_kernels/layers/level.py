@@ -189,8 +189,9 @@ class MemoryLevel(nn.Module):
         starts += [inverse_softplus(START_FORGETTING)] if level.retention else []
         starts += [inverse_sigmoid(START_MOMENTUM)] if level.momentum else []
         shapes = self.spec.weight_shapes(self.head_dim, level.expansion * self.head_dim)
+        self.weight_shapes = [(heads, *shape) for shape in shapes]
         self.weights = nn.ParameterList(
-            nn.Parameter(torch.empty(heads, *shape, device=device, dtype=dtype)) for shape in shapes
+            nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) for shape in self.weight_shapes
         )
         self.target = nn.Linear(dim, dim, bias=False, device=device, dtype=dtype)
         self.gates = GateProjection(dim, heads, tuple(starts), device=device, dtype=dtype)

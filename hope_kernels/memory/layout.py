@@ -33,13 +33,15 @@ class UniformLayout:
 
     sequences: None = None
 
-    @property
-    def chunks(self) -> int:
-        """Complete chunks of each row."""
-        return (self.pending + self.length) // self.chunk_size
+    def __post_init__(self) -> None:
+        total = self.pending + self.length
+        self.chunks = total // self.chunk_size  # complete ones of each row
+        self.rest = total - self.chunks * self.chunk_size  # tokens behind them
 
     def chunks_of(self, pending: Tensor | None, new: Tensor, fill: float) -> Tensor:
         """Gate values ``[B * chunks, N, C]`` from ``[B, P, N]`` and ``[B, T, N]``; ``fill`` is not needed here."""
+        if self.chunk_size == 1:
+            return new.reshape(self.rows * self.chunks, new.shape[2], 1).contiguous()
         gate = new if pending is None else torch.cat([pending, new], 1)
         gate = gate[:, : self.chunks * self.chunk_size]
         gate = gate.reshape(self.rows, self.chunks, self.chunk_size, gate.shape[2])
@@ -50,19 +52,17 @@ class UniformLayout:
 
         A copy: the caller may change its tensors in place afterwards, and a few tokens do not hold on to all.
         """
-        total = self.pending + self.length
-        rest = total % self.chunk_size
-        if rest == 0:
+        if self.rest == 0:
             return None
-        if self.chunks == 0 and pending is not None:
-            return torch.cat([pending, new], 1)
-        return new[:, self.length - rest :].clone(memory_format=torch.contiguous_format)
+        if self.chunks == 0:
+            return new.clone(memory_format=torch.contiguous_format) if pending is None else torch.cat([pending, new], 1)
+        return new[:, self.length - self.rest :].clone(memory_format=torch.contiguous_format)
 
     def advance(self) -> dict[str, Any]:
         return {
             "position": self.position + self.length,
             "chunk_index": self.first_chunk + self.chunks,
-            "pending_count": (self.pending + self.length) % self.chunk_size,
+            "pending_count": self.rest,
         }
 
 

@@ -199,8 +199,15 @@ def refuse_forward_mode(tensors: Iterable[Tensor | None]) -> None:
 ScanResult = tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]
 
 
-def scan(problem: ScanProblem, backend: str) -> ScanResult:
-    """Run a problem on a compiled backend: output, final weights, final momentum, with gradients."""
+def scan(problem: ScanProblem, backend: str, *, direct: bool = False) -> ScanResult:
+    """Run a problem on a compiled backend: output, final weights, final momentum, with gradients.
+
+    ``direct`` passes the dispatcher by, which takes longer than a token's arithmetic: for problems without gradients
+    of plain tensors (:mod:`hope_kernels.memory.plain`), for which all it would do is to call the implementation.
+    """
+    if direct:
+        output, weights, momentum, _ = backends.implementation(backend).scan_forward(problem, save=False)
+        return output, tuple(weights), tuple(momentum)
     tensors = (*problem.token_tensors, *problem.coefficients)
     refuse_forward_mode((*tensors, *problem.weights, *problem.momentum))
     save = torch.is_grad_enabled() and any(

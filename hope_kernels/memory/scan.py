@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from operator import index
 from typing import Any, NamedTuple
 
@@ -17,12 +16,12 @@ from torch import Tensor
 
 from hope_kernels import backends
 from hope_kernels.backends.interface import ScanProblem, ScanRequest
-from hope_kernels.memory import factored, joint_ops, ops, plan, reference
+from hope_kernels.memory import factored, joint_ops, ops, plain, plan, reference
 from hope_kernels.memory import validation as check
 from hope_kernels.memory.coefficients import Coefficients, chunk_coefficients
 from hope_kernels.memory.layout import TableLayout, UniformLayout, make_layout
 from hope_kernels.memory.spec import MemorySpec
-from hope_kernels.memory.state import PENDING, MemoryState, Weights
+from hope_kernels.memory.state import MemoryState, Weights
 
 Memory = Sequence[Tensor] | MemoryState
 
@@ -126,15 +125,16 @@ def scan_together(calls: Sequence[dict[str, Any]]) -> list[MemoryOutput]:
 
 
 class _Prepared(NamedTuple):
-    """A checked scan by the dense plan: the problem, the backend to run it on, and what makes a result of what comes
-    out."""
+    """A checked scan by the dense plan: the problem, the backend to run it on, whether that may be called directly, and
+    what makes a result of what comes out."""
 
     problem: ScanProblem
     backend: str
+    direct: bool
     finish: Callable[[Tensor, Weights, Weights], MemoryOutput]
 
     def run(self) -> MemoryOutput:
-        return self.finish(*_run(self.problem, self.backend))
+        return self.finish(*_run(self.problem, self.backend, self.direct))
 
 
 class _PreparedFactored(NamedTuple):
@@ -160,52 +160,47 @@ def _prepare(
     bptt_chunks: int | None = None,
     backend: str | None = None,
 ) -> _Prepared | _PreparedFactored:
-    check.check_spec(spec)
-    check.check_chunk_size(chunk_size)
     reads_keys = q is k
-    q, k, v, lr, retention, momentum = _under_autocast(q, k, v, lr, retention, momentum)
-    check.check_tokens({"q": q, "k": k, "v": v})
-    check.check_gates(spec, lr, retention, momentum, q)
-    if bptt_chunks is not None:
-        check.check_positive("bptt_chunks", bptt_chunks)
-    if cu_seqlens is not None and valid is not None:
-        raise ValueError("valid: got it together with cu_seqlens; want one of the two")
-    rows = q.shape[0]
-    if cu_seqlens is not None:
-        check.check_cu_seqlens(cu_seqlens, q)
-        rows = cu_seqlens.shape[0] - 1
-    if valid is not None:
-        check.check_valid(valid, q)
-    state = _state_of(memory, spec, chunk_size, q, rows)
-    check.check_stream_gates(state, retention, momentum)
-    layout = make_layout(q, state, chunk_size, cu_seqlens, valid)
-    request = _request(
-        "scan",
-        spec,
-        q,
-        state.stored_weights,
-        chunk_size=chunk_size,
-        retention=retention is not None,
-        momentum=momentum is not None,
-        table=layout.sequences is not None,
-        given=(q, k, v, lr, retention, momentum, *_tensors_of(state)),
-    )
-    name = backends.select(backend, request)
-    until = plan.factored_until(backend, request, state, bptt_chunks)
-    if until == plan.ALWAYS or (until and state.position < until):
-        tokens, gates = (k if reads_keys else q, k, v), (lr, retention)
-        call = _factored_call(name, tokens, gates, state, chunk_size, layout, until)
-        return _PreparedFactored(call, name.removesuffix(backends.FACTORED) + backends.FACTORED)
+    tokens = q, k, v, lr, retention, momentum = _under_autocast(q, k, v, lr, retention, momentum)
+    call = None
+    if cu_seqlens is None and valid is None:
+        call = plain.signature("scan", spec, backend, memory, tokens, (chunk_size, bptt_chunks))
+    if plain.passed(call):
+        check.check_gate_values(spec, lr, retention, momentum)
+        state = _unchecked_state(memory, spec, chunk_size, q)
+        layout, name = make_layout(q, state, chunk_size, None, None), "cpu"
+    else:
+        rows = _check_scan(*tokens, spec, chunk_size, cu_seqlens, valid, bptt_chunks)
+        state = _state_of(memory, spec, chunk_size, q, rows)
+        check.check_stream_gates(state, retention, momentum)
+        layout = make_layout(q, state, chunk_size, cu_seqlens, valid)
+        request = _request(
+            "scan",
+            spec,
+            q,
+            state.stored_weights,
+            chunk_size=chunk_size,
+            retention=retention is not None,
+            momentum=momentum is not None,
+            table=layout.sequences is not None,
+            given=(*tokens, *_tensors_of(state)),
+        )
+        name = backends.select(backend, request)
+        until = plan.factored_until(backend, request, state, bptt_chunks)
+        if until == plan.ALWAYS or (until and state.position < until):
+            factored_call = _factored_call(
+                name, (k if reads_keys else q, k, v), (lr, retention), state, chunk_size, layout, until
+            )
+            return _PreparedFactored(factored_call, name.removesuffix(backends.FACTORED) + backends.FACTORED)
+        if name == "cpu" and not until:
+            plain.remember(call)
     state = state.merged()
     writes = layout.chunks > 0
     coefficients = _coefficients(layout, state, spec, lr, retention, momentum) if writes else Coefficients()
     problem = ScanProblem(
-        q=q,
-        k=k if writes else None,
-        v=v if writes else None,
-        pending_k=state.pending_k if writes else None,
-        pending_v=state.pending_v if writes else None,
-        **coefficients._asdict(),
+        q,
+        *((k, v, state.pending_k, state.pending_v) if writes else (None, None, None, None)),
+        *coefficients,
         weights=state.stored_weights,
         momentum=(state.stored_momentum or ()) if writes else (),
         sequences=layout.sequences,
@@ -217,14 +212,43 @@ def _prepare(
     )
 
     def finish(output: Tensor, weights: Weights, speeds: Weights) -> MemoryOutput:
-        new_state = replace(
-            _after(state, layout, chunk_size, k, v, lr, retention, momentum),
-            stored_weights=weights if writes else state.stored_weights,
-            stored_momentum=speeds if writes and speeds else state.stored_momentum,
-        )
-        return MemoryOutput(output, new_state)
+        written = {"stored_weights": weights} if writes else {}
+        if writes and speeds:
+            written["stored_momentum"] = speeds
+        return MemoryOutput(output, _after(state, layout, chunk_size, k, v, lr, retention, momentum, **written))
 
-    return _Prepared(problem, name, finish)
+    return _Prepared(problem, name, _is_direct(call, name), finish)
+
+
+def _check_scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lr: Tensor,
+    retention: Tensor | None,
+    momentum: Tensor | None,
+    spec: MemorySpec,
+    chunk_size: int,
+    cu_seqlens: Tensor | None,
+    valid: Tensor | None,
+    bptt_chunks: int | None,
+) -> int:
+    """Checks the arguments of a scan but for its memory; returns how many sequences they describe."""
+    check.check_spec(spec)
+    check.check_chunk_size(chunk_size)
+    check.check_tokens({"q": q, "k": k, "v": v})
+    check.check_gates(spec, lr, retention, momentum, q)
+    check.check_gate_values(spec, lr, retention, momentum)
+    if bptt_chunks is not None:
+        check.check_positive("bptt_chunks", bptt_chunks)
+    if cu_seqlens is not None and valid is not None:
+        raise ValueError("valid: got it together with cu_seqlens; want one of the two")
+    if valid is not None:
+        check.check_valid(valid, q)
+    if cu_seqlens is None:
+        return q.shape[0]
+    check.check_cu_seqlens(cu_seqlens, q)
+    return cu_seqlens.shape[0] - 1
 
 
 def _after(
@@ -236,24 +260,22 @@ def _after(
     lr: Tensor,
     retention: Tensor | None,
     momentum: Tensor | None,
+    **written: Any,
 ) -> MemoryState:
-    """``state`` after a call's tokens, but for what they write: position, pending tokens, gates in use."""
-
-    def unfinished(pending: Tensor | None, new: Tensor | None) -> Tensor | None:
-        return None if new is None else layout.unfinished(pending, new)
-
-    return replace(
-        state,
+    """``state`` after a call's tokens: position, pending tokens, gates in use, and the fields that were ``written``."""
+    rest = layout.unfinished
+    return state.replaced(
         chunk_size=chunk_size,
         batch_size=layout.rows,
-        pending_k=unfinished(state.pending_k, k),
-        pending_v=unfinished(state.pending_v, v),
-        pending_lr=unfinished(state.pending_lr, lr),
-        pending_retention=unfinished(state.pending_retention, retention),
-        pending_momentum=unfinished(state.pending_momentum, momentum),
+        pending_k=rest(state.pending_k, k),
+        pending_v=rest(state.pending_v, v),
+        pending_lr=rest(state.pending_lr, lr),
+        pending_retention=None if retention is None else rest(state.pending_retention, retention),
+        pending_momentum=None if momentum is None else rest(state.pending_momentum, momentum),
         has_retention=retention is not None,
         has_momentum=momentum is not None,
         **layout.advance(),
+        **written,
     )
 
 
@@ -273,7 +295,7 @@ def _factored_call(
 
     def whole() -> MemoryOutput:
         output, factors = factored.scan_problem(tokens, gates, state, layout)
-        new_state = replace(_after(state, layout, chunk_size, k, v, lr, retention, None), factors=factors)
+        new_state = _after(state, layout, chunk_size, k, v, lr, retention, None, factors=factors)
         # Merged as soon as that is due, not once for every call that goes on from here.
         due = until != plan.ALWAYS and new_state.position >= until
         return MemoryOutput(output, new_state.merged() if due else new_state)
@@ -306,17 +328,23 @@ def memory_read(q: Tensor, memory: Memory, *, spec: MemorySpec, backend: str | N
 
     Arguments, gradients and errors as in :func:`memory_scan`; pending tokens of a state play no part.
     """
-    check.check_spec(spec)
     (q,) = _under_autocast(q)
-    check.check_tokens({"q": q})
-    state = _state_of(memory, spec, None, q, q.shape[0])
-    request = _request("read", spec, q, state.stored_weights, chunk_size=1, given=(q, *_tensors_of(state)))
-    name = backends.select(backend, request)
-    if plan.reads_factored(backend, request, state):
-        return factored.read(q, state)
-    weights = state.merged().stored_weights
-    problem = _whole_call(q.shape[1], weights, (), spec, q=q)
-    return _run(problem, name)[0]
+    call = plain.signature("read", spec, backend, memory, (q,))
+    if plain.passed(call):
+        weights = memory.stored_weights if isinstance(memory, MemoryState) else tuple(memory)
+        name = "cpu"
+    else:
+        check.check_spec(spec)
+        check.check_tokens({"q": q})
+        state = _state_of(memory, spec, None, q, q.shape[0])
+        request = _request("read", spec, q, state.stored_weights, chunk_size=1, given=(q, *_tensors_of(state)))
+        name = backends.select(backend, request)
+        if plan.reads_factored(backend, request, state):
+            return factored.read(q, state)
+        weights = state.merged().stored_weights
+        if name == "cpu":
+            plain.remember(call)
+    return _run(_read_problem(q, weights, spec), name, _is_direct(call, name))[0]
 
 
 def memory_write(
@@ -338,48 +366,51 @@ def memory_write(
     Raises:
         ValueError: ``memory`` is a state with pending tokens, whose chunk this call would tear apart.
     """
-    check.check_spec(spec)
-    k, v, lr, retention, momentum = _under_autocast(k, v, lr, retention, momentum)
-    check.check_tokens({"k": k, "v": v})
-    check.check_gates(spec, lr, retention, momentum, k)
-    rows, length = k.shape[:2]
-    state = _state_of(memory, spec, None, k, rows, initial_chunk_size=max(length, 1))
-    check.check_stream_gates(state, retention, momentum)
-    if state.pending_k is not None:
-        raise ValueError(
-            f"memory: got a state with pending tokens ({state!r}); memory_write wants one at the end of a chunk"
+    tokens = k, v, lr, retention, momentum = _under_autocast(k, v, lr, retention, momentum)
+    call = plain.signature("write", spec, backend, memory, tokens)
+    if plain.passed(call):
+        check.check_gate_values(spec, lr, retention, momentum)
+        rows, length = k.shape[:2]
+        state = _unchecked_state(memory, spec, length, k)
+        layout, name = UniformLayout(rows, length, length, 0, 0, 0), "cpu"
+    else:
+        check.check_spec(spec)
+        check.check_tokens({"k": k, "v": v})
+        check.check_gates(spec, lr, retention, momentum, k)
+        check.check_gate_values(spec, lr, retention, momentum)
+        rows, length = k.shape[:2]
+        state = _state_of(memory, spec, None, k, rows, initial_chunk_size=max(length, 1))
+        check.check_stream_gates(state, retention, momentum)
+        if state.pending_k is not None:
+            raise ValueError(
+                f"memory: got a state with pending tokens ({state!r}); memory_write wants one at the end of a chunk"
+            )
+        request = _request(
+            "write",
+            spec,
+            k,
+            state.stored_weights,
+            # In a trace the length may be a symbol, which is not to become a constant.
+            chunk_size=None if torch.compiler.is_compiling() else max(length, 1),
+            retention=retention is not None,
+            momentum=momentum is not None,
+            given=(*tokens, *_tensors_of(state)),
         )
-    request = _request(
-        "write",
-        spec,
-        k,
-        state.stored_weights,
-        # In a trace the length may be a symbol, which is not to become a constant.
-        chunk_size=None if torch.compiler.is_compiling() else max(length, 1),
-        retention=retention is not None,
-        momentum=momentum is not None,
-        given=(k, v, lr, retention, momentum, *_tensors_of(state)),
-    )
-    name = backends.select(backend, request)
-    until = plan.factored_until(backend, request, state)
-    if length == 0:
-        return replace(state, batch_size=rows)
-    layout = UniformLayout(rows, length, length, 0, 0, 0)
-    if until == plan.ALWAYS or (until and state.position < until):
-        factors = factored.scan_problem((k[:, :0], k, v), (lr, retention), state, layout)[1]
-        written = _written(state, rows, length, retention, momentum, factors=factors)
-        return written if until == plan.ALWAYS or written.position < until else written.merged()
+        name = backends.select(backend, request)
+        until = plan.factored_until(backend, request, state)
+        if length == 0:
+            return state.replaced(batch_size=rows)
+        layout = UniformLayout(rows, length, length, 0, 0, 0)
+        if until == plan.ALWAYS or (until and state.position < until):
+            factors = factored.scan_problem((k[:, :0], k, v), (lr, retention), state, layout)[1]
+            written = _written(state, rows, length, retention, momentum, factors=factors)
+            return written if until == plan.ALWAYS or written.position < until else written.merged()
+        if name == "cpu" and not until:
+            plain.remember(call)
     state = state.merged()
-    problem = _whole_call(
-        length,
-        state.stored_weights,
-        state.stored_momentum or (),
-        spec,
-        k=k,
-        v=v,
-        **_coefficients(layout, state, spec, lr, retention, momentum)._asdict(),
-    )
-    _, weights, speeds = _run(problem, name)
+    coefficients = _coefficients(layout, state, spec, lr, retention, momentum)
+    problem = _write_problem(k, v, coefficients, state.stored_weights, state.stored_momentum or (), spec)
+    _, weights, speeds = _run(problem, name, _is_direct(call, name))
     return _written(
         state,
         rows,
@@ -395,8 +426,7 @@ def _written(
     state: MemoryState, rows: int, length: int, retention: Tensor | None, momentum: Tensor | None, **changes: Any
 ) -> MemoryState:
     """``state`` after one chunk of ``length`` tokens."""
-    return replace(
-        state,
+    return state.replaced(
         batch_size=rows,
         position=state.position + length,
         chunk_index=state.chunk_index + 1,
@@ -425,11 +455,17 @@ def _state_of(
     return MemoryState(spec, chunk_size or initial_chunk_size or 1, weights, None, rows)
 
 
+def _unchecked_state(memory: Memory, spec: MemorySpec, chunk_size: int, tokens: Tensor) -> MemoryState:
+    """What :func:`_state_of` returns for a call whose like has passed the checks."""
+    if isinstance(memory, MemoryState):
+        return memory
+    return MemoryState(spec, chunk_size, tuple(memory), None, tokens.shape[0])
+
+
 def _tensors_of(state: MemoryState) -> list[Tensor | None]:
     """Those of a state that a result may depend on."""
-    pending = (getattr(state, name) for name in PENDING)
     pairs = () if state.factors is None else (*state.factors.inputs, *state.factors.errors, state.factors.weights)
-    return [*state.stored_weights, *(state.stored_momentum or ()), *pending, *pairs]
+    return [*state.stored_weights, *(state.stored_momentum or ()), *state.pending, *pairs]
 
 
 def _request(
@@ -481,25 +517,25 @@ def _coefficients(
     )
 
 
-def _whole_call(length: int, weights: Weights, momentum: Weights, spec: MemorySpec, **tensors: Tensor) -> ScanProblem:
-    """The problem of a call that only reads or only writes: what is written is one chunk."""
-    names = ("q", "k", "v", "pending_k", "pending_v", *Coefficients._fields)
-    return ScanProblem(
-        **{name: tensors.get(name) for name in names},
-        weights=weights,
-        momentum=momentum,
-        sequences=None,
-        spec=spec,
-        chunk_size=length if "k" in tensors else 1,
-        chunks=1 if "k" in tensors else 0,
-        first_chunk=0,
-        bptt_chunks=0,
-    )
+def _read_problem(q: Tensor, weights: Weights, spec: MemorySpec) -> ScanProblem:
+    return ScanProblem(q, None, None, None, None, *Coefficients(), weights, (), None, spec, 1, 0, 0, 0)
 
 
-def _run(problem: ScanProblem, backend: str) -> tuple[Tensor, Weights, Weights]:
+def _write_problem(
+    k: Tensor, v: Tensor, coefficients: Coefficients, weights: Weights, momentum: Weights, spec: MemorySpec
+) -> ScanProblem:
+    """All tokens are one chunk."""
+    return ScanProblem(None, k, v, None, None, *coefficients, weights, momentum, None, spec, k.shape[1], 1, 0, 0)
+
+
+def _is_direct(call: plain.Signature | None, backend: str) -> bool:
+    """Whether the engine may be called without the operator."""
+    return backend == "cpu" and call is not None and not call.gradients
+
+
+def _run(problem: ScanProblem, backend: str, direct: bool) -> tuple[Tensor, Weights, Weights]:
     if backend != "reference":
-        return ops.scan(problem, backend)
+        return ops.scan(problem, backend, direct=direct)
     device = problem.tokens.device.type
     # The reference rounds operands itself; autocast would round the state as well.
     quiet = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()

@@ -133,16 +133,22 @@ def check_gate(name: str, gate: Any, tokens: Tensor) -> None:
 
 
 def check_gates(spec: MemorySpec, lr: Any, retention: Any, momentum: Any, tokens: Tensor) -> None:
+    """All of the gates but their values."""
     check_gate("lr", lr, tokens)
-    if spec.rule == "dgd":  # a proximal step backwards has a pole; `gd` holds for any sign
-        _check_range("lr", lr, 0.0, math.inf)
     if retention is not None:
         check_gate("retention", retention, tokens)
-        _check_range("retention", retention, 0.0, 1.0)
     if momentum is not None:
         if spec.rule == "dgd":
             raise ValueError("momentum: got a gate with rule 'dgd'; delta gradient descent has no momentum: pass None")
         check_gate("momentum", momentum, tokens)
+
+
+def check_gate_values(spec: MemorySpec, lr: Tensor, retention: Tensor | None, momentum: Tensor | None) -> None:
+    if spec.rule == "dgd":  # a proximal step backwards has a pole; `gd` holds for any sign
+        _check_range("lr", lr, 0.0, math.inf)
+    if retention is not None:
+        _check_range("retention", retention, 0.0, 1.0)
+    if momentum is not None:
         _check_range("momentum", momentum, 0.0, 1.0)
 
 
@@ -286,6 +292,8 @@ def _check_range(name: str, x: Tensor, low: float, high: float) -> None:
     """
     if not x.numel() or not _values_at_hand(x):
         return
-    least, most = (bound.item() for bound in x.detach().aminmax())
+    if x.requires_grad:
+        x = x.detach()
+    least, most = (bound.item() for bound in x.aminmax())
     if -math.inf < least < low - _RANGE_SLACK or high + _RANGE_SLACK < most < math.inf:
         raise ValueError(f"{name}: got values from {least} to {most}; want all in [{low:g}, {high:g}]")

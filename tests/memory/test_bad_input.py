@@ -130,11 +130,18 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize("after", ["nothing", "good calls"])
 @pytest.mark.parametrize("case", BAD)
-def test_a_bad_argument_is_refused_by_name(case):
+def test_a_bad_argument_is_refused_by_name(case, after):
     changes, exception, words = BAD[case]
+    backend = "reference"
+    if after == "good calls":  # whose like the default backend need not check again
+        backend = None
+        for spec in (SPEC, MemorySpec("mlp", "silu", rule="dgd")):
+            for gates in ({}, {"retention": P["lr"], "momentum": P["lr"] if spec.rule == "gd" else None}):
+                memory_scan(**arguments(P, spec=spec, backend=backend, **gates))
     with pytest.raises(exception) as refused:
-        memory_scan(**arguments(P, **changes))
+        memory_scan(**{**arguments(P, backend=backend), **changes})
     assert_names(str(refused.value), *words)
 
 
@@ -199,6 +206,7 @@ STATE_CASES = {
 def test_a_state_that_does_not_fit_the_call_is_refused_and_unchanged(case, backend):
     make, words = STATE_CASES[case]
     state = carried_state(backend)
+    memory_scan(**arguments(P, memory=state, backend=backend))
     before = {name: value.clone() for name, value in state_results(state).items()}
     # The contract says ValueError for a state of another spec, dtype or chunk size.
     with pytest.raises((ValueError, TypeError)) as refused:
@@ -221,7 +229,12 @@ def test_a_refused_call_changes_no_input(backend):
         assert torch.equal(P[name], want), name
 
 
-def test_reads_and_writes_check_their_arguments_too():
+@pytest.mark.parametrize("after", ["nothing", "good calls"])
+def test_reads_and_writes_check_their_arguments_too(after):
+    if after == "good calls":
+        memory_read(P["q"], P.weights, spec=SPEC)
+        memory_read(P["q"], carried_state(), spec=SPEC)
+        memory_write(P["k"], P["v"], P["lr"], P.weights, spec=SPEC)
     with pytest.raises(ValueError, match=r"q.*\(6, 3, 5\)"):
         memory_read(P["q"][0], P.weights, spec=SPEC)
     with pytest.raises(ValueError, match=r"memory.*\(2, 5, 7\)"):

@@ -1,0 +1,49 @@
+"""Microseconds that one-token calls take beside their arithmetic, on the CPU: ``hope_kernels/bench/call_overhead.py``.
+
+``python benchmarks/call_overhead.py`` prints them and writes ``benchmarks/results/call-overhead.json``, with machine,
+versions, command and date. Only a quiet machine gives numbers worth keeping: ``spread``, the interquartile range over
+the median, tells how quiet it was.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
+
+from hope_kernels.bench.call_overhead import OverheadRow, measure
+from hope_kernels.bench.machine import stamp
+
+REPORT = Path(__file__).parent / "results" / "call-overhead.json"
+
+
+def show(rows: list[OverheadRow]) -> None:
+    """The rows as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("call", "median us", "least us", "spread", title=f"one token, {torch.get_num_threads()} threads")
+    for row in rows:
+        table.add_row(row.call, f"{row.median_us:.1f}", f"{row.minimum_us:.1f}", f"{row.spread:.0%}")
+    Console().print(table)
+
+
+def main(
+    samples: Annotated[int, typer.Option(min=1, help="Samples of 64 calls each, after the warm-up.")] = 100,
+    report: Annotated[Path, typer.Option(help="JSON to write.")] = REPORT,
+) -> None:
+    """Time one-token calls of memories so small that their arithmetic is nothing."""
+    rows = measure(samples)
+    show(rows)
+    report.write_text(json.dumps(stamp("call overhead") | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
