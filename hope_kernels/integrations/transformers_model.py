@@ -55,8 +55,9 @@ class TransformersHopeConfig(PreTrainedConfig):
     """
 
     model_type = MODEL_TYPE
-    keys_to_ignore_at_inference = ("past_key_values",)
-    attribute_map = {  # noqa: RUF012 (the library's own form; its dataclass would take an annotation for a field)
+    # The library's own forms: its dataclass would take an annotation for a field.
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    attribute_map = {  # noqa: RUF012
         "hidden_size": "dim",
         "num_hidden_layers": "depth",
         "num_attention_heads": "heads",
@@ -232,9 +233,9 @@ class TransformersHopePreTrainedModel(PreTrainedModel):
             seen, told = cache.positions(), (mask[:, :past] != 0).sum(1).tolist()
             if seen != told:
                 raise ValueError(
-                    f"attention_mask: has {told} real tokens in the rows of the cache, which was given {seen}; memories "
-                    "cannot unlearn tokens that a later mask hides: want the masks of the earlier calls continued, or "
-                    "an empty cache"
+                    f"attention_mask: has {told} real tokens in the rows of the cache, which was given {seen}; "
+                    "memories cannot unlearn tokens that a later mask hides: want the masks of the earlier calls "
+                    "continued, or an empty cache"
                 )
         return real_tokens(mask, length, past)
 
@@ -396,6 +397,17 @@ class TransformersHopeForCausalLM(TransformersHopePreTrainedModel, GenerationMix
         cache = model_kwargs["past_key_values"] = HopeCache()
         if generation_config.is_assistant:
             cache.activate_past_recording()
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: it packs all sequences into one row.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "continuous batching (generate_batch, cache_implementation='paged') packs all sequences into one row, and "
+            "memories want a row for each: use generate on a padded batch"
+        )
 
 
 def _wants_dict(return_dict: bool | None, config: TransformersHopeConfig) -> bool:
