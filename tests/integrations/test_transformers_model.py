@@ -474,14 +474,25 @@ def test_beams_are_those_of_a_search_without_a_cache(mixer):
     assert len({tuple(row) for row in found.sequences.tolist()}) == 4
 
 
-def test_assisted_generation_takes_rejected_tokens_back():
+def test_assisted_generation_takes_rejected_tokens_back(monkeypatch):
     model, hope = make()
-    helper = TransformersHopeForCausalLM.from_hope(make_model("titans", depth=1)).eval()
+    helper, _ = make("neural_memory")
+    helper.generation_config.update(num_assistant_tokens=4, assistant_confidence_threshold=0.0)
+    taken_back, crop = {}, HopeCache.crop
+
+    def watched(cache, count):
+        taken_back[id(cache)] = taken_back.get(id(cache), 0) - count
+        crop(cache, count)
+
+    monkeypatch.setattr(HopeCache, "crop", watched)
     ids = ids_of(1, 6)
     want = hope.generate(ids, 20, temperature=0)
     options = {"do_sample": False, "max_new_tokens": 20}
     assert torch.equal(model.generate(ids, **options, prompt_lookup_num_tokens=3), want)
+    assert len(taken_back) == 1 and min(taken_back.values()) > 0
+    taken_back.clear()
     assert torch.equal(model.generate(ids, **options, assistant_model=helper), want)
+    assert len(taken_back) == 2 and min(taken_back.values()) > 0, "both caches took guesses back"
 
 
 def test_a_second_turn_goes_on_with_the_cache_of_the_first():
