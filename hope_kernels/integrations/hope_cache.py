@@ -198,24 +198,25 @@ class HopeCache(Cache):
                 f"past_key_values: holds {self.batch_size} sequences, and {rows} came; want as many, or a new cache"
             )
         spans = [(0, length)] * rows if valid is None else [tuple(span) for span in valid.tolist()]
+        everyone, whole = list(range(rows)), all(span == (0, length) for span in spans)
         after, parts = [], []
-        for group in self._groups or [_Group(list(range(rows)))]:
+        for group in self._groups or [_Group(everyone)]:
             for chosen in _by_count(group.rows, spans):
                 members = [group.rows[i] for i in chosen]
                 part = group.select(chosen, members)
-                at, columns = _places(members, spans, x.device)
-                own = x if members == list(range(rows)) and spans[0] == (0, length) else x[at, columns]
-                features = self._read_group(part, model, own, found := None if layers is None else [])
+                place = None if whole and members == everyone else _places(members, spans, x.device)
+                found: list[Tensor] | None = None if layers is None else []
+                features = self._read_group(part, model, x if place is None else x[place], found)
                 after.append(part)
-                parts.append((at, columns, [*(found or []), features]))
-        joined = _joined(parts, x, whole=valid is None and len(parts) == 1)
+                parts.append((place, [*(found or []), features]))
+        joined = _joined(parts, x)
         if layers is not None:
             layers.extend(joined[:-1])
         self._groups, self._columns = after, self._columns + length
         # Trailing columns that are real in all rows: what a crop can take back.
         if not self._recording:
             self._removable = 0
-        elif all(span == (0, length) for span in spans):
+        elif whole:
             self._removable += length
         else:
             self._removable = min(stop - start if stop == length else 0 for start, stop in spans)
@@ -279,12 +280,12 @@ def read_fresh(model: HopeModel, x: Tensor, valid: Tensor | None, layers: list[T
 
 
 def _by_count(rows: list[int], spans: Sequence[Any]) -> list[list[int]]:
-    """Places in ``rows``, those with equally many real tokens together."""
+    """Places in ``rows``, those with equally many real tokens together; no places together where there are no rows."""
     found: dict[int, list[int]] = {}
     for i, row in enumerate(rows):
         start, stop = spans[row]
         found.setdefault(stop - start, []).append(i)
-    return list(found.values())
+    return list(found.values()) or [[]]
 
 
 def _places(rows: list[int], spans: Sequence[Any], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -294,11 +295,14 @@ def _places(rows: list[int], spans: Sequence[Any], device: torch.device) -> tupl
     return torch.tensor(rows, device=device)[:, None], start + torch.arange(count, device=device)
 
 
-def _joined(parts: list[tuple[Tensor, Tensor, list[Tensor]]], x: Tensor, whole: bool) -> list[Tensor]:
-    """The tensors of all groups, each ``[R, T', dim]`` at its rows and columns, as ``[B, T, dim]`` with 0 elsewhere."""
-    if whole:
-        return parts[0][2]
-    joined = [x.new_zeros(x.shape, dtype=tensor.dtype) for tensor in parts[0][2]]
-    for at, columns, tensors in parts:
-        joined = [all_.index_put((at, columns), one) for all_, one in zip(joined, tensors, strict=True)]
+def _joined(parts: list[tuple[tuple[Tensor, Tensor] | None, list[Tensor]]], x: Tensor) -> list[Tensor]:
+    """The tensors of all groups, each ``[R, T', dim]`` at its places, as ``[B, T, dim]`` with 0 elsewhere.
+
+    A group without places is the only one, and everything.
+    """
+    if parts[0][0] is None:
+        return parts[0][1]
+    joined = [x.new_zeros(x.shape, dtype=tensor.dtype) for tensor in parts[0][1]]
+    for place, tensors in parts:
+        joined = [all_.index_put(place, one) for all_, one in zip(joined, tensors, strict=True)]
     return joined

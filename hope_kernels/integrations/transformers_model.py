@@ -126,6 +126,7 @@ class TransformersHopePreTrainedModel(PreTrainedModel):
     base_model_prefix = ""
     supports_gradient_checkpointing = True
     _input_embed_layer = "embedding"
+    _no_split_modules = ("HopeModel",)  # what moves inputs between devices sits on calls of modules; states go past it
     _skip_keys_device_placement = ("past_key_values",)
     _supports_context_parallel = False  # a state runs along the sequence
 

@@ -121,6 +121,11 @@ def test_loading_takes_a_dtype_and_a_backend(tmp_path):
     assert {p.dtype for p in auto.from_config(model.config, dtype=torch.float32).parameters()} == {torch.float32}
     with pytest.raises(ValueError, match="backend"):
         auto.from_pretrained(tmp_path, backend="abacus")
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed (hope_kernels[integrations])")
+    devices = accelerate.infer_auto_device_map(
+        hope, max_memory={0: 9000, "cpu": "1GB"}, no_split_module_classes=list(low._no_split_modules)
+    )
+    assert devices and not any(name.startswith("model.") for name in devices), "the Hope model stays on one device"
 
 
 def test_parameters_that_a_checkpoint_lacks_begin_as_in_a_fresh_model(tmp_path):
@@ -290,6 +295,18 @@ def test_prefill_and_decoding_equal_the_whole_call(mixer):
             torch.testing.assert_close(gradient, expected[name], rtol=1e-7, atol=1e-10, msg=name)
     cache.detach()
     assert not any(x.requires_grad for x in tensors_in(cache))
+
+
+@torch.no_grad()
+def test_no_rows_and_no_tokens_are_read_too():
+    model, hope = make()
+    for rows, length in ((0, 3), (2, 0), (0, 0)):
+        output = model(ids_of(rows, length), attention_mask=torch.ones(rows, length))
+        assert output.logits.shape == (rows, length, VOCABULARY)
+        assert output.past_key_values.batch_size == rows and output.past_key_values.get_seq_length() == length
+        more = model(ids_of(rows, 4), past_key_values=output.past_key_values).logits
+        assert torch.equal(more, hope(ids_of(rows, 4)).logits) if length == 0 else more.shape[0] == 0
+        assert model(ids_of(rows, length), use_cache=False).logits.shape == output.logits.shape
 
 
 def tensors_in(cache: HopeCache) -> list[torch.Tensor]:
