@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -43,6 +44,24 @@ assert written.shape[1] == text.shape[1] + 20 and torch.equal(written[:, : text.
 """
     command = [sys.executable, "-c", code + check + model + check_model]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_code_of_the_document_on_models_runs() -> None:
+    fenced = FENCED.findall((ROOT / "docs" / "models.md").read_text())
+    own, library = [body for language, body in fenced if language == "python"]
+    check = "assert written.shape == (1, 27) and state.position == text.shape[1]\n"
+    code = own + check
+    if importlib.util.find_spec("transformers") is not None:
+        code += (
+            library
+            + """
+assert written.shape == (2, 37) and torch.equal(written[:, :17], prompts)
+again = TransformersHopeForCausalLM.from_hope(hope).eval()
+assert torch.equal(again(prompts).logits, model(prompts).logits)
+"""
+        )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 

@@ -85,16 +85,21 @@ def table(report: dict[str, Any]) -> str:
 
 
 def publish(report: dict[str, Any], document: Path) -> None:
-    """Put the table between the marks ``<!-- TASK: begin -->`` and ``<!-- TASK: end -->`` of a document.
+    """Put the table into a document, at the place of the report's task: see :func:`put`."""
+    put(document, report["task"]["name"], table(report))
+
+
+def put(document: Path, name: str, lines: str) -> None:
+    """Put a table between the marks ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->`` of a document.
 
     Raises:
         ValueError: the document has no such marks.
     """
-    name, text = report["task"]["name"], document.read_text()
+    text = document.read_text()
     marks = re.compile(rf"(<!-- {name}: begin -->\n).*?(\n<!-- {name}: end -->)", re.DOTALL)
     if len(marks.findall(text)) != 1:
         raise ValueError(f"document: {document} has no place for {name}; want <!-- {name}: begin --> and end once")
-    document.write_text(marks.sub(lambda found: f"{found[1]}\n{table(report)}\n{found[2]}", text))
+    document.write_text(marks.sub(lambda found: f"{found[1]}\n{lines}\n{found[2]}", text))
 
 
 def plot(report: dict[str, Any], path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.learning.models import Size, config_of
 from benchmarks.learning.tasks import NO_LABEL, Questions, Task
-from hope_kernels.models import HopeForCausalLM
+from hope_kernels.models import HopeConfig, HopeForCausalLM
 
 LOSS_POINTS = 50  # of a training curve
 
@@ -70,14 +70,25 @@ class Run:
     seconds: float
 
 
-def train(name: str, task: Task, size: Size, recipe: Recipe, lr: float, seed: int, *, test: bool = True) -> Run:
+def train(
+    name: str,
+    task: Task,
+    size: Size,
+    recipe: Recipe,
+    lr: float,
+    seed: int,
+    *,
+    test: bool = True,
+    config: HopeConfig | None = None,
+) -> Run:
     """Train ``name`` on ``task`` with one thread; ``seed`` decides parameters and batches, these for all models alike.
 
-    ``lr`` is the highest learning rate. ``test`` False leaves the tests, and the scores, away.
+    ``lr`` is the highest learning rate. ``test`` False leaves the tests, and the scores, away. ``config`` takes the
+    place of the one that ``name`` and ``size`` make.
     """
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    model = HopeForCausalLM(config_of(name, task.vocab_size, size))
+    model = HopeForCausalLM(config_of(name, task.vocab_size, size) if config is None else config)
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": recipe.weight_decay},

@@ -219,6 +219,10 @@ class ModuleNetwork:
             return e.to(linear.weight.dtype) @ _weight(linear).t()
         return _adjoint(linear, e)
 
+    def out_features(self, i: int) -> int:
+        """Features that layer i gives."""
+        return out_features(self.linears[i])
+
     def bias(self, i: int) -> Tensor | None:
         """``b_i``; of a layer with adapters, that of the layer they adapt."""
         return getattr(self.linears[i], "bias", None)
@@ -366,7 +370,7 @@ class MemoryMLP:
         x, v, lr, retention = tokens
         network = ModuleNetwork(self, self.cms_structure)
         spec = MemorySpec(self.cms_structure.form, residual=False)  # the activation is the module's own
-        hidden = out_features(network.linears[0])
+        hidden = network.out_features(0)
         k = x.unsqueeze(2)  # one head
         output, state = factored_scan(
             network,

@@ -30,6 +30,7 @@ from hope_kernels.integrations.drop_in import (
 )
 from hope_kernels.integrations.in_context import MemoryMLP, MLPStructure
 from hope_kernels.integrations.levels import Levels, chunk_sizes
+from hope_kernels.integrations.masks import check_not_packed, real_tokens
 
 __all__ = ["add_cms", "cms_parameters", "load_cms", "remove_cms", "replace_mlps", "save_cms"]
 
@@ -284,8 +285,8 @@ def _call(given: dict[str, Any], length: int) -> Call:
     positions = given.get("position_ids") if mask is None and cache is None else None
 
     def find_valid() -> Tensor | None:
-        _check_not_packed(packed, positions, length)
-        return None if mask is None else _valid(mask, length, past)
+        check_not_packed(packed, positions, length)
+        return None if mask is None else real_tokens(mask, length, past)
 
     def find_seen() -> list[int] | None:
         if not isinstance(mask, Tensor) or mask.dim() != 2:
@@ -293,71 +294,3 @@ def _call(given: dict[str, Any], length: int) -> Call:
         return (mask[:, : int(past)] != 0).sum(1).tolist()
 
     return Call(find_valid=find_valid, find_seen=find_seen)
-
-
-def _check_not_packed(packed: bool, positions: Tensor | None, length: int) -> None:
-    """That a row holds one sequence; a memory would carry what one of them wrote into the next.
-
-    Raises:
-        ValueError: it holds several.
-    """
-    if isinstance(positions, Tensor) and positions.dim() == 2 and length > 1:
-        packed = packed or bool((positions.diff() != 1).any())
-    if packed:
-        raise _packed("position_ids", length)
-
-
-def _packed(argument: str, length: int) -> ValueError:
-    return ValueError(
-        f"{argument}: several sequences are packed into one row of {length} tokens; with a CMS want one sequence "
-        "per row, padded, with its attention_mask"
-    )
-
-
-def _valid(mask: Any, length: int, past: int | Tensor) -> Tensor | None:
-    """First and one past the last real token of each row, int64 ``[B, 2]``; None where all tokens of the call are real.
-
-    Args:
-        mask: 2-D over past and new tokens, maybe as long as a static cache will ever be; or 4-D, as ``generate``
-            makes it for static caches: a token is real if it sees itself.
-        length: T, tokens of this call.
-        past: where the first of them is among the columns of a 2-D mask or the keys of a 4-D one.
-
-    Raises:
-        ValueError: real tokens of a row are not next to each other, one does not see the one before it (several
-            sequences packed into the row), or the mask is of another kind.
-    """
-    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
-        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(
-            f"attention_mask: got {shape}; with a CMS want [batch, past and new tokens], or the 4-D one of generate"
-        )
-    if mask.dim() == 2:
-        past = int(past)
-        if mask.shape[1] < past + length:
-            raise ValueError(
-                f"attention_mask: covers {mask.shape[1]} tokens of {past + length}, {past} in the cache and {length} "
-                "new; want all of them"
-            )
-        real = mask[:, past : past + length] != 0
-    else:
-        keys = torch.arange(length, device=mask.device) + past
-
-        def seen(queries: slice, keys: Tensor) -> Tensor:
-            found = mask[:, 0, queries].gather(-1, keys.view(1, -1, 1).expand(mask.shape[0], -1, 1)).squeeze(-1)
-            return found if found.dtype == torch.bool else found == 0
-
-        real = seen(slice(None), keys)
-        if bool((real[:, 1:] & real[:, :-1] & ~seen(slice(1, None), keys[:-1])).any()):
-            raise _packed("attention_mask", length)
-    if bool(real.all()):
-        return None
-    count = real.sum(1)
-    first = torch.where(count > 0, real.int().argmax(1), 0)
-    valid = torch.stack([first, first + count], 1)
-    at = torch.arange(length, device=mask.device)
-    if bool((real != ((at >= valid[:, :1]) & (at < valid[:, 1:]))).any()):
-        raise ValueError(
-            "attention_mask: has gaps between the real tokens of a row; with a CMS want them next to each other"
-        )
-    return valid

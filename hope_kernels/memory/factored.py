@@ -13,7 +13,7 @@ call.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
@@ -22,12 +22,12 @@ from torch import Tensor
 
 from hope_kernels.memory import validation as check
 from hope_kernels.memory.factored_chunks import Gates, History, Writing, run
-from hope_kernels.memory.factors import Factors
+from hope_kernels.memory.factors import INPUT_OF_LAYER, Factors, operand_dtype
 from hope_kernels.memory.layout import TableLayout, UniformLayout
 from hope_kernels.memory.networks import SharedNetwork, WeightNetwork
 from hope_kernels.memory.schedule import RaggedSchedule, Schedule, UniformSchedule
 from hope_kernels.memory.spec import MemorySpec
-from hope_kernels.memory.state import MemoryState
+from hope_kernels.memory.state import MemoryState, state_dtype
 
 ALWAYS = sys.maxsize  # more pairs than any sequence has: never merged
 
@@ -87,6 +87,7 @@ class FactoredState:
         pending_k, pending_v: ``[B, P, N, D]``, tokens of the unfinished chunk, zeros after each row's own; None when
             there are none. pending_lr, pending_retention: ``[B, P, N]``, likewise.
         has_retention: whether the stream's calls give that gate; None before the first call.
+        spec: what the memories are; None before the first call.
     """
 
     chunk_size: int
@@ -98,6 +99,7 @@ class FactoredState:
     pending_lr: Tensor | None = None
     pending_retention: Tensor | None = None
     has_retention: bool | None = None
+    spec: MemorySpec | None = None
 
     def detach(self) -> FactoredState:
         """The same state, cut off from the graph that made it."""
@@ -130,6 +132,7 @@ class FactoredState:
         result = {x.name: getattr(self, x.name) for x in fields(self) if x.name != "history"}
         merged, factors = self.history.merged, self.history.factors
         return result | {
+            "spec": None if self.spec is None else self.spec.key,
             "merged": None if merged is None else list(merged),
             "factors": None if factors is None else factors.state_dict(),
             "counts": self.history.counts,
@@ -155,6 +158,8 @@ class FactoredState:
             None if factors is None else Factors.from_state_dict(factors),
             counts,
         )
+        if values["spec"] is not None:
+            values["spec"] = MemorySpec.from_key(values["spec"])
         return FactoredState(**values, history=history)
 
     def _tensors(self) -> list[Tensor]:
@@ -224,7 +229,8 @@ def factored_scan(
             may round differently. Costs one more pass through the network where q and k are one tensor.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; the message names it, what it is and what is wanted.
+        ValueError, TypeError: an argument does not fit, a state of another spec, network, dtype, batch or device among
+            them; the message names it, what it is and what is wanted.
     """
     check.check_spec(spec)
     check.check_chunk_size(chunk_size)
@@ -238,7 +244,7 @@ def factored_scan(
         check.check_valid(valid, k)
     rows, length = k.shape[:2]
     state = FactoredState(chunk_size) if state is None else state
-    _check_state(state, k, chunk_size, retention is not None)
+    _check_state(state, network, spec, k, chunk_size, retention is not None)
     schedule: Schedule
     if valid is None and isinstance(state.pending_count, int):
         schedule = UniformSchedule(rows, length, state.pending_count, chunk_size)
@@ -276,7 +282,10 @@ def factored_scan(
         position = _agreed([p + n for p, n in zip(_per_row(state.position, rows), seen, strict=True)])
     count = schedule.rest if isinstance(schedule, UniformSchedule) else _agreed(schedule.rest)
     return FactoredOutput(
-        output, FactoredState(chunk_size, position, count, history, **unfinished, has_retention=retention is not None)
+        output,
+        FactoredState(
+            chunk_size, position, count, history, **unfinished, has_retention=retention is not None, spec=spec
+        ),
     )
 
 
@@ -289,9 +298,15 @@ def _agreed(values: Sequence[int]) -> int | tuple[int, ...]:
     return values[0] if len(set(values)) == 1 else tuple(values)
 
 
-def _check_state(state: Any, k: Tensor, chunk_size: int, has_retention: bool) -> None:
+def _check_state(
+    state: Any, network: SharedNetwork, spec: MemorySpec, k: Tensor, chunk_size: int, has_retention: bool
+) -> None:
+    """A carried state against the call it meets, as :func:`hope_kernels.memory.validation.check_state`."""
     if not isinstance(state, FactoredState):
         raise TypeError(f"state: got {state!r}; want the FactoredState of an earlier call or None")
+    # The activation is the network's; what the specs say of it is not asked.
+    if state.spec is not None and replace(state.spec, activation=spec.activation) != spec:
+        raise ValueError(f"state: got one of {state.spec}; want one of the call's spec, {spec}")
     if state.pending_k is not None and state.chunk_size != chunk_size:
         raise ValueError(
             f"chunk_size: got {chunk_size}, but the state has tokens pending in a chunk of {state.chunk_size}; "
@@ -300,9 +315,47 @@ def _check_state(state: Any, k: Tensor, chunk_size: int, has_retention: bool) ->
     if state.has_retention is not None and state.has_retention != has_retention:
         came, want = ("a gate", "None") if has_retention else ("None", "a gate")
         raise ValueError(f"retention: got {came}, but the state was made with {want}; want the same in every call")
-    for x in state._tensors():
-        if x.shape[0] != k.shape[0] or x.device != k.device:
-            raise ValueError(f"state: got one of {x.shape[0]} sequences on {x.device}; want {k.shape[0]} on {k.device}")
-        break
-    if state.pending_k is not None and state.pending_k.dtype != k.dtype:
-        raise ValueError(f"state: got pending tokens of {state.pending_k.dtype}; want {k.dtype}, the dtype of k")
+    rows = k.shape[0]
+    for value in (state.position, state.pending_count, state.history.counts):
+        if not isinstance(value, int) and len(value) != rows:
+            raise ValueError(f"state: got one of {len(value)} sequences; want {rows}")
+    for name, x, shape, dtype in _wanted(state, network, spec, k):
+        if x.shape[0] != rows or x.device != k.device:
+            raise ValueError(f"state: got one of {x.shape[0]} sequences on {x.device}; want {rows} on {k.device}")
+        if x.dtype != dtype:
+            raise ValueError(f"state: got {name} of {x.dtype}; want {dtype} with tokens of {k.dtype}")
+        if x.dim() != len(shape) or any(n not in (None, came) for came, n in zip(x.shape, shape, strict=True)):
+            came, want = tuple(x.shape), ", ".join("any" if n is None else str(n) for n in shape)
+            raise ValueError(
+                f"state: got {name} of shape {came}; want ({want}), for {k.shape[2]} heads of {k.shape[3]} features "
+                f"and {network.out_features(0)} behind the network's first layer"
+            )
+
+
+def _wanted(
+    state: FactoredState, network: SharedNetwork, spec: MemorySpec, k: Tensor
+) -> Iterator[tuple[str, Tensor, tuple[int | None, ...], torch.dtype]]:
+    """What each tensor of a state is called, and the shape (None: any) and dtype it has in a call with keys ``k``."""
+    rows, _, heads, dim = k.shape
+    exact, operand = state_dtype(k.dtype), operand_dtype(k)
+    for name in ("k", "v"):
+        if (x := getattr(state, f"pending_{name}")) is not None:
+            yield f"pending tokens {name}", x, (rows, None, heads, dim), k.dtype
+    for name in ("lr", "retention"):
+        if (x := getattr(state, f"pending_{name}")) is not None:
+            yield f"pending {name}", x, (rows, None, heads), exact
+    shapes = spec.weight_shapes(dim, network.out_features(0))
+    merged, factors = state.history.merged, state.history.factors
+    if merged is not None:
+        for name, x, shape in zip(spec.weight_names, merged, shapes, strict=True):
+            yield f"written weights {name}", x, (rows, heads, *shape), exact
+    if factors is None:
+        return
+    distinct = dict(zip(INPUT_OF_LAYER[spec.form], (shape[0] for shape in shapes), strict=True))
+    for x, features in zip(factors.inputs, distinct.values(), strict=True):
+        yield "written tokens", x, (rows, heads, None, features), operand
+    for name, x, shape in zip(spec.weight_names, factors.errors, shapes, strict=True):
+        yield f"written errors of {name}", x, (rows, heads, None, shape[1]), exact
+    yield "written weights of pairs", factors.weights, (rows, heads, None), exact
+    if factors.decay is not None:
+        yield "written retention", factors.decay, (rows, heads), exact

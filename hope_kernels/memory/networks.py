@@ -37,6 +37,10 @@ class SharedNetwork(Protocol):
         """``e W_i^T``, without bias: ``[B, T, N, out]`` in the state dtype to ``[B, T, N, in]`` in any dtype."""
         ...
 
+    def out_features(self, i: int) -> int:
+        """``out`` of layer i, without computing anything."""
+        ...
+
     def bias(self, i: int) -> Tensor | None:
         """``b_i``, broadcastable to ``[N, out]``, or None. It is never written and never decays."""
         ...
@@ -158,6 +162,9 @@ class WeightNetwork:
     def apply_transposed(self, i: int, e: Tensor) -> Tensor:
         return linear(e, self.weights[i].transpose(-1, -2), self.operand)
 
+    def out_features(self, i: int) -> int:
+        return self.weights[i].shape[-1]
+
     def bias(self, i: int) -> None:
         return None
 
@@ -189,6 +196,9 @@ class MergedNetwork:
 
     def apply_transposed(self, i: int, e: Tensor) -> Tensor:
         return linear(e, self.weights[i].transpose(-1, -2), self.operand)
+
+    def out_features(self, i: int) -> int:
+        return self.weights[i].shape[-1]
 
     def bias(self, i: int) -> Tensor | None:
         return self.network.bias(i)

@@ -122,10 +122,7 @@ class HopeModel(nn.Module):
             ValueError, TypeError: ``ids`` is no integer tensor ``[B, T]``, or (on the CPU) has one that is none of
                 the vocabulary.
         """
-        x = self.embed(ids)
-        for block in self.blocks:
-            x = self._run(block, x)
-        return self.norm(x)
+        return self.read(self.embed(ids))[0]
 
     def init_state(self, batch_size: int) -> HopeState:
         """The state before the first token. It refers to the parameters, so gradients reach them."""
@@ -139,11 +136,33 @@ class HopeModel(nn.Module):
         """
         x = self.embed(ids)
         self.check_state(state, ids.shape[0])
+        return self.read(x, state)
+
+    def read(
+        self, x: Tensor, state: HopeState | None = None, layers: list[Tensor] | None = None
+    ) -> tuple[Tensor, HopeState | None]:
+        """Features ``[B, T, dim]`` of tokens ``x [B, T, dim]`` that :meth:`embed` made, and the state after them.
+
+        Args:
+            state: of the tokens before, for as many sequences, and of a model like this one; None for fresh sequences,
+                which leave none.
+            layers: a list that is given what each block reads, and the features.
+        """
         after = []
-        for block, held in zip(self.blocks, state.blocks, strict=True):
-            x, held = self._run(block.stream, x, held)
-            after.append(held)
-        return self.norm(x), HopeState(state.position + ids.shape[1], state.batch_size, tuple(after))
+        for block, held in zip(self.blocks, [None] * len(self.blocks) if state is None else state.blocks, strict=True):
+            if layers is not None:
+                layers.append(x)
+            if held is None:
+                x = self._run(block, x)
+            else:
+                x, held = self._run(block.stream, x, held)
+                after.append(held)
+        features = self.norm(x)
+        if layers is not None:
+            layers.append(features)
+        if state is None:
+            return features, None
+        return features, HopeState(state.position + x.shape[1], state.batch_size, tuple(after))
 
     def load_state(self, state_dict: dict[str, Any]) -> HopeState:
         """A state from :meth:`HopeState.state_dict`.
@@ -197,9 +216,13 @@ class HopeModel(nn.Module):
                 raise ValueError(
                     f"HopeModel: input_ids has ids from {low} to {high}; want 0 to {self.config.vocab_size - 1}"
                 )
+        return self.scale(self.embedding(ids))
+
+    def scale(self, embeddings: Tensor) -> Tensor:
+        """Rows of the embedding, ``[.., dim]``, as blocks read them."""
         # Unit entries, about what the blocks add: of smaller ones little is left behind the first block, and later ones
         # learn late or never which token is where.
-        return self.embedding(ids) * self.config.dim**0.5
+        return embeddings * self.config.dim**0.5
 
     def _run(self, function: Callable[..., Any], *args: Any) -> Any:
         if self.activation_checkpointing and self.training and torch.is_grad_enabled():

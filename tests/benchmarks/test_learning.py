@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
 import re
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.learning import inner_step as sweep  # noqa: E402
 from benchmarks.learning import report as reporting  # noqa: E402
 from benchmarks.learning.models import MODELS, TOLERANCE, Size, config_of, inner_step, parameters_of  # noqa: E402
 from benchmarks.learning.tasks import NO_LABEL, TASKS, Needle, Pairs, Questions, Recall, Text  # noqa: E402
@@ -224,3 +227,33 @@ def test_committed_results_are_whole_and_the_readme_shows_them(task) -> None:
     shown = re.search(rf"<!-- {task}: begin -->\n(.*?)\n<!-- {task}: end -->", readme, re.DOTALL)
     assert shown is not None and shown[1].strip() == reporting.table(report)
     assert (RESULTS / f"learning-{task}.png").stat().st_size > 10_000
+
+
+def test_the_sweep_multiplies_the_bounds_it_names_and_nothing_else() -> None:
+    usual = config_of("Hope", 256, sweep.SIZE)
+    for factor in sweep.FACTORS:
+        mixer, both = (sweep.config_for(factor, 256, levels) for levels in (False, True))
+        assert mixer.lr_max == pytest.approx(0.1 * factor) == both.lr_max and mixer.levels == usual.levels
+        bounds = [(level.step_bound, wider.step_bound) for level, wider in zip(usual.levels, both.levels, strict=True)]
+        assert all(wider == pytest.approx(factor * bound) for bound, wider in bounds) and bounds[0][0] > 0
+        assert replace(both, levels=usual.levels) == mixer and replace(mixer, lr_max=None) == usual
+
+
+def test_a_run_that_breaks_off_is_said_to() -> None:
+    config = replace(sweep.config_for(1.0, 256), lr_max=1e6, value_norm_max=None)
+    run = train("Hope", Text(), sweep.SIZE, Recipe(steps=4, batch=1), 1.0, 0, config=config)
+    assert run.broke_off is not None and sweep.told(run) == f"broke off at step {run.broke_off}"
+    assert sweep.said(dataclasses.asdict(run), "0-256") == "broke off"
+
+
+def test_the_committed_sweep_is_whole_and_the_readme_shows_it() -> None:
+    report = json.loads((RESULTS / "inner-step.json").read_text())
+    assert len(report["seeds"]) >= 2 and [entry["factor"] for entry in report["entries"]] == list(sweep.FACTORS)
+    for entry in report["entries"]:
+        assert entry["config"] == sweep.config_for(entry["factor"], 256, report["levels"]).to_dict()
+        assert [run["seed"] for run in entry["runs"]] == report["seeds"]
+        assert all(len(run["scores"]) == 5 or run["broke_off"] is not None for run in entry["runs"])
+    readme = (ROOT / "benchmarks" / "learning" / "README.md").read_text()
+    shown = re.search(r"<!-- inner-step: begin -->\n(.*?)\n<!-- inner-step: end -->", readme, re.DOTALL)
+    assert shown is not None and shown[1].strip() == sweep.table(report)
+    assert (RESULTS / "inner-step.png").stat().st_size > 10_000

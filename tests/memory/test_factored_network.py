@@ -9,6 +9,7 @@ from torch.func import functional_call
 
 from hope_kernels import MemorySpec
 from hope_kernels.memory.factored import FactoredState, factored_scan
+from hope_kernels.memory.networks import WeightNetwork
 from tests.cases import cotangent
 
 DIM, HIDDEN, SIZE = 6, 9, 4
@@ -41,6 +42,9 @@ class ModuleNetwork:
 
     def apply_transposed(self, i, e):
         return e.to(self.layers[i].weight.dtype) @ self.layers[i].weight
+
+    def out_features(self, i):
+        return self.layers[i].out_features
 
     def bias(self, i):
         return self.layers[i].bias
@@ -252,6 +256,76 @@ def test_a_state_is_checked_against_its_call():
     assert detached.history.factors.count == 12 and not detached.history.factors.errors[0].requires_grad
 
 
+@pytest.mark.parametrize("limit", [2, 1000], ids=["merged", "pairs"])
+@pytest.mark.parametrize("tokens", [12, 14, 3], ids=["none pending", "some pending", "all pending"])
+@pytest.mark.parametrize("form", ["mlp", "glu", "linear"])
+def test_a_state_of_other_sizes_dtype_batch_or_spec_is_refused_before_anything_is_computed(form, tokens, limit):
+    def made(dim=DIM, hidden=HIDDEN, heads=1, dtype=torch.float64, batch=2):
+        shapes = MemorySpec(form).weight_shapes(dim, hidden)
+        network = WeightNetwork(
+            [0.3 * torch.randn(heads, *shape, dtype=dtype) for shape in shapes], dtype, MemorySpec(form, residual=False)
+        )
+        x, v, lr, retention = inputs(batch, tokens, dtype, dim)
+        return network, *(t.expand(batch, tokens, heads, *t.shape[3:]) for t in (x, v, lr, retention))
+
+    def run(made, state=None, spec=MemorySpec(form, residual=False)):  # noqa: B008 (frozen)
+        network, x, v, lr, retention = made
+        options = {"spec": spec, "chunk_size": SIZE, "retention": retention, "limit": limit}
+        return factored_scan(network, x, x, v, lr, state, **options)
+
+    usual = made()
+    state = run(usual).state
+    before = run(usual, state).output
+
+    def refused(match, made, **changes):
+        def compute(*_):
+            raise AssertionError("something was computed")
+
+        made[0].apply = compute
+        with pytest.raises(ValueError, match=match):
+            run(made, state, **changes)
+
+    low = made(dtype=torch.float32)
+    refused(r"state: got .* of torch.float64; want torch.float32 with tokens of torch.float32", low)
+    refused(r"state: got one of 2 sequences on cpu; want 3 on cpu", made(batch=3))
+    refused(r"state: got .* of shape \(.*\); want \(2, .*\), for 2 heads of 6 features", made(heads=2))
+    refused(r"state: got .* of shape \(.*\); want \(2, .*\), for 1 heads of 7 features", made(dim=7))
+    if form != "linear" and tokens > 3:
+        refused(
+            r"state: got .* of shape \(.*9.*\); want \(2, .*10.*\), .* and 10 behind the network's", made(hidden=10)
+        )
+    for changes in ({"residual": True}, {"residual": False, "objective": "dot"}):
+        other = MemorySpec(form, **changes)
+        refused(r"state: got one of MemorySpec\(.*; want one of the call's spec, MemorySpec\(", made(), spec=other)
+    refused(r"got one of MemorySpec\(", made(), spec=MemorySpec("glu" if form == "mlp" else "mlp", residual=False))
+    meta = FactoredState.to(state, "meta")
+    with pytest.raises(ValueError, match="state: got one of 2 sequences on meta; want 2 on cpu"):
+        run(usual, meta)
+    # The activation is the network's, whatever the spec says; and a refused call has changed nothing.
+    assert torch.equal(run(usual, state, MemorySpec(form, "relu2", residual=False)).output, before)
+
+
+def test_rows_at_tokens_of_their_own_are_counted():
+    module = Module("mlp", nn.GELU(), True, torch.float64)
+    x, v, lr, retention = inputs(2, 3)
+    _, state = scan(module, [(0, 3)], x, v, lr, retention, valid=torch.tensor([[0, 3], [0, 1]]))
+    assert state.position == (3, 1)
+    alone = [torch.cat([t, t]) for t in (x, v, lr, retention)]
+    with pytest.raises(ValueError, match="state: got one of 2 sequences; want 4"):
+        scan(module, [(0, 3)], *alone, state=state)
+
+
+def test_a_state_under_autocast_is_of_autocasts_dtype():
+    module = Module("mlp", nn.GELU(), True, torch.float32)
+    tensors = inputs(2, 12, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, state = scan(module, [(0, 8)], *tensors, limit=1000)
+        output, _ = scan(module, [(8, 12)], *tensors, state=state, limit=1000)
+    assert output.isfinite().all()
+    with pytest.raises(ValueError, match=r"got written tokens of torch.bfloat16; want torch.float32 with tokens of"):
+        scan(module, [(8, 12)], *tensors, state=state, limit=1000)
+
+
 @pytest.mark.parametrize("limit", [2, 1000])
 @pytest.mark.parametrize("ragged", [False, True])
 def test_a_stored_state_goes_on_with_the_same_bits(ragged, limit, tmp_path):
@@ -262,7 +336,9 @@ def test_a_stored_state_goes_on_with_the_same_bits(ragged, limit, tmp_path):
     _, state = scan(module, [(0, 14)], *tensors, valid=valid, limit=limit)
     torch.save(state.detach().state_dict(), tmp_path / "state.pt")
     loaded = FactoredState.from_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert (loaded.history.factors is None) == (limit == 2)
+    assert (loaded.history.factors is None) == (limit == 2) and loaded.spec == state.spec == MemorySpec(
+        "mlp", residual=False
+    )
     ends = [scan(module, [(14, 20)], *tensors, s, limit=limit) for s in (state, loaded)]
     assert torch.equal(ends[0][0], ends[1][0]) and ends[0][1].position == ends[1][1].position
     renamed = {"count" if name == "counts" else name: x for name, x in loaded.state_dict().items()}
