@@ -119,7 +119,7 @@ int run_case(const char* name) {
     r.checkpoints[i] = checkpoints[i].data();
     if (momentum) r.momentum[i] = states[3 + i].data(), r.checkpoints[kMaxWeights + i] = checkpoints[3 + i].data();
   }
-  const int64_t room = !has("single") ? 232448 : D == 64 ? 120000 : glu && has("backward") ? 64000 : 58000;
+  const int64_t room = !has("single") ? 232448 : D == 64 ? 120000 : glu && has("backward") ? 66000 : 58000;
   const cuda::Device device{90, room};
   if (has("backward")) {
     // All gradients, over the results of a forward; the checkpoints are zeros.
