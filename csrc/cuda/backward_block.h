@@ -83,7 +83,8 @@ class BackwardBlock : protected ForwardScan<Traits> {
   // W_in^T, or W_out, of the chunk's start: rows of kPitch, those of W_in^T in the order of the state's tiles.
   template <bool kOut>
   __device__ __forceinline__ const Element* weights() const {
-    return reinterpret_cast<const Element*>(shared_ + here_.layout.weights) + (kOut ? Traits::kInputs * Traits::kHidden * Traits::kPitch : 0);
+    return reinterpret_cast<const Element*>(shared_ + here_.layout.weights) +
+           (kOut ? Traits::kInputs * Traits::kHidden * Traits::kPitch : 0);
   }
   __device__ __forceinline__ const Element* weights_in() const { return weights<false>(); }
   __device__ __forceinline__ const Element* weights_out() const { return weights<true>(); }

@@ -102,7 +102,7 @@ class BackwardProducts : protected BackwardBlock<Traits> {
   // Rows of W_in^T, or W_out, that this warp has.
   template <bool kOut>
   static constexpr int kRows = (kOut ? 1 : kInputs) * Traits::kUnits;
-  // A tile of these rows belongs to every which tile of a group.
+  // Tiles of a group from one tile of these rows to the next.
   template <bool kOut>
   static constexpr int kEvery = kOut ? kInputs : 1;
 

@@ -8,12 +8,13 @@
 // Of a glu 60 D H FLOPs, 14 D H to rebuild, 10 H bytes of a key, and half as many bytes of state again.
 //
 // Where things live. A block has 64k registers; the float32 adjoint A of the state takes 2 D H of them (3 D H of a glu), half
-// at 64 x 256, so that the weights W cannot be there too. Chunks are taken in segments, from one checkpoint to the next. The states of a
-// segment are rebuilt by the forward's code, float32 in registers, while A is parked in the workspace; each chunk's first
-// state leaves a 16-bit copy, a slot (every product rounds weights to 16 bits anyhow). Then the segment is walked back with A
-// in registers and the slot's W in shared memory. Both lie as the forward's state does: a warp has its hidden units, and
-// packed to 16 bits the accumulators of A^T are B fragments of A. The adjoint G of the momentum does not fit on chip: it lies
-// in the workspace, float32 and as a 16-bit copy for products, and is read and written by the thread that holds its part of A.
+// at 64 x 256, so that the weights W cannot be there too. Chunks are taken in segments, from one checkpoint to the next. The
+// states of a segment are rebuilt by the forward's code, float32 in registers, while A is parked in the workspace; each
+// chunk's first state leaves a 16-bit copy, a slot (every product rounds weights to 16 bits anyhow). Then the segment is
+// walked back with A in registers and the slot's W in shared memory. Both lie as the forward's state does: a warp has its
+// hidden units, and packed to 16 bits the accumulators of A^T are B fragments of A. The adjoint G of the momentum does not fit
+// on chip: it lies in the workspace, float32 and as a 16-bit copy for products, and is read and written by the thread that
+// holds its part of A.
 //
 // One chunk, u the weights of its tokens in the write with the sign of the step (S_in, S_out: with momentum, its adjoint G
 // has the same products as A, with weights of its own):
@@ -38,7 +39,6 @@ template <class Traits>
 class BackwardScan : private BackwardProducts<Traits> {
   using Products = BackwardProducts<Traits>;
   using Products::activate;
-  using Products::bend;
   using Products::add_adjoint_in;
   using Products::add_adjoint_out;
   using Products::add_to_in;
@@ -47,6 +47,7 @@ class BackwardScan : private BackwardProducts<Traits> {
   using Products::add_weight_out;
   using Products::back_;
   using Products::begin_phase;
+  using Products::bend;
   using Products::by_adjoint_in;
   using Products::by_adjoint_out;
   using Products::by_weight_in;
@@ -236,7 +237,8 @@ class BackwardScan : private BackwardProducts<Traits> {
       // A sum of many numbers of either sign: what rounding took from the slot would be seen in it.
       const Lane lane(thread_);
       const int unit = thread_ / kWarp * Traits::kUnits;
-      const auto in = reinterpret_cast<const uint32_t*>(weights_in() + (kInputs * unit + lane.group) * Traits::kPitch + lane.pair);
+      const auto in =
+          reinterpret_cast<const uint32_t*>(weights_in() + (kInputs * unit + lane.group) * Traits::kPitch + lane.pair);
       const Element* out = weights_out() + (unit + lane.pair) * Traits::kPitch + lane.group;
       const PackedState<Traits> rest = remainder(which);
       each_in(state_, [&](int i, int j, float(&x)[4]) {
