@@ -24,9 +24,15 @@ class BackwardBlock : protected ForwardScan<Traits> {
   using Forward::tile;
   using Forward::turn;
   using Forward::weight;
-  using Group = float[2][4];                            // accumulators of a slice and 16 of this warp's hidden units
-  using PackedUnits = uint32_t[Traits::kUnitTiles][2];  // a slice and all of them, as operands
+  // Accumulators of a slice and the rows of W_in^T of 16 of this warp's hidden units; of a glu gates and ups in turn. What
+  // there is one of for each unit lies in the first of its kInputs tiles.
+  using Group = float[2 * Traits::kInputs][4];
+  // A slice as operands: a number for each of the warp's hidden units, and one for each of their rows of W_in^T.
+  using PackedUnits = uint32_t[Traits::kUnitTiles][2];
+  using PackedInputs = uint32_t[Traits::kInTiles][2];
+  using Parts = KeptParts<Traits>;
   static constexpr int kGroups = Traits::kUnitTiles / 2;
+  static_assert(Traits::kUnitTiles % 2 == 0, "a group is of 16 units");
   // What is known once for the whole scan is in shared memory: what follows from it, addresses above all, would otherwise be
   // held in registers for the whole scan.
   struct Here {
@@ -74,10 +80,11 @@ class BackwardBlock : protected ForwardScan<Traits> {
   __device__ __forceinline__ Element* tensor(BackwardTensor t) const {
     return reinterpret_cast<Element*>(shared_ + here_.layout.tensors[t]);
   }
-  // W_in^T, or W_out, of the chunk's start: [kHidden] rows of kPitch.
+  // W_in^T, or W_out, of the chunk's start: rows of kPitch, those of W_in^T in the order of the state's tiles.
   template <bool kOut>
   __device__ __forceinline__ const Element* weights() const {
-    return reinterpret_cast<const Element*>(shared_ + here_.layout.weights) + (kOut ? Traits::kHidden * Traits::kPitch : 0);
+    return reinterpret_cast<const Element*>(shared_ + here_.layout.weights) +
+           (kOut ? Traits::kInputs * Traits::kHidden * Traits::kPitch : 0);
   }
   __device__ __forceinline__ const Element* weights_in() const { return weights<false>(); }
   __device__ __forceinline__ const Element* weights_out() const { return weights<true>(); }
@@ -98,26 +105,32 @@ class BackwardBlock : protected ForwardScan<Traits> {
     return reinterpret_cast<float4*>(shared_ + here_.layout.partial + set * here_.layout.partial_bytes);
   }
 
-  __device__ __forceinline__ uint4* kept(int slice, KeptPart part) const {
-    constexpr int kCount = Traits::kUnitTiles / 2 * Traits::kThreads;
+  __device__ __forceinline__ uint4* kept(int slice, int part) const {
     char* memory = here_.layout.kept >= 0
                        ? shared_ + here_.layout.kept
                        : static_cast<char*>(here_.workspace.kept);
-    return reinterpret_cast<uint4*>(memory) + (slice * kKeptParts + part) * kCount + thread_;
+    return reinterpret_cast<uint4*>(memory) + (slice * Parts::kCount + part) * Traits::kThreads + thread_;
   }
-  __device__ __forceinline__ void keep(int slice, KeptPart part, int i, const PackedUnits& x) const {
-    kept(slice, part)[i * Traits::kThreads] = uint4{x[2 * i][0], x[2 * i][1], x[2 * i + 1][0], x[2 * i + 1][1]};
+  // Group i of a part of KeptParts.
+  template <int kTiles>
+  __device__ __forceinline__ void keep(int slice, int part, int i, const uint32_t (&x)[kTiles][2]) const {
+    constexpr int kEach = kTiles / kGroups;
+    uint4* to = kept(slice, part);
+#pragma unroll
+    for (int n = kEach * i; n < kEach * (i + 1); n += 2)
+      to[n / 2 * Traits::kThreads] = uint4{x[n][0], x[n][1], x[n + 1][0], x[n + 1][1]};
   }
-  __device__ __forceinline__ void recall(int slice, KeptPart part, PackedUnits& x) const {
+  template <int kTiles>
+  __device__ __forceinline__ void recall(int slice, int part, uint32_t (&x)[kTiles][2]) const {
     const uint4* from = kept(slice, part);
 #pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-      const uint4 y = from[i * Traits::kThreads];
-      x[2 * i][0] = y.x, x[2 * i][1] = y.y, x[2 * i + 1][0] = y.z, x[2 * i + 1][1] = y.w;
+    for (int n = 0; n < kTiles; n += 2) {
+      const uint4 y = from[n / 2 * Traits::kThreads];
+      x[n][0] = y.x, x[n][1] = y.y, x[n + 1][0] = y.z, x[n + 1][1] = y.w;
     }
   }
 
-  static constexpr int64_t kSlotBytes = 2 * Traits::kHidden * Traits::kDim * sizeof(Element);
+  static constexpr int64_t kSlotBytes = kStateSize<Traits> * sizeof(Element);
 
   // This task's part of the workspace.
   __device__ __forceinline__ BackwardWorkspace task_workspace() const {
@@ -161,14 +174,15 @@ class BackwardBlock : protected ForwardScan<Traits> {
     if (chunk == 0) return this->load_initial();
     const int64_t row = place_.checkpoint_row(problem_, back_.rebuild.checkpoints, chunk), D = problem_.dim,
                   H = problem_.hidden;
-    const void* const* saved = back_.result.checkpoints;
-    const MatrixView weights[2] = {contiguous(saved[0], row, D, H), contiguous(saved[1], row, H, D)};
-    if constexpr (Traits::kMomentum) {
-      const MatrixView speeds[2] = {contiguous(saved[kMaxWeights], row, D, H), contiguous(saved[kMaxWeights + 1], row, H, D)};
-      this->load_state(weights, speeds);
-    } else {
-      this->load_state(weights, nullptr);
+    MatrixView weights[Traits::kInputs + 1], speeds[Traits::kInputs + 1];
+#pragma unroll
+    for (int i = 0; i <= Traits::kInputs; ++i) {
+      const int64_t rows = i < Traits::kInputs ? D : H, columns = i < Traits::kInputs ? H : D;
+      weights[i] = contiguous(back_.result.checkpoints[i], row, rows, columns);
+      if constexpr (Traits::kMomentum)
+        speeds[i] = contiguous(back_.result.checkpoints[kMaxWeights + i], row, rows, columns);
     }
+    this->load_state(weights, speeds);
   }
 
   // The states at the start of the segment's chunks into slots 0, 1, ..
@@ -208,9 +222,10 @@ class BackwardBlock : protected ForwardScan<Traits> {
 
   __device__ __forceinline__ void save_slot(int which) {
     const Lane lane(thread_);
-    const int unit = thread_ / kWarp * Traits::kUnits + lane.group;
-    Element* in = slot(which) + unit * Traits::kDim + lane.pair;
-    Element* out = in + Traits::kHidden * Traits::kDim;
+    const int warp = thread_ / kWarp;
+    const auto row = [&](int number) { return slot(which) + (number + lane.group) * Traits::kDim + lane.pair; };
+    Element* in = row(warp * Traits::kInputs * Traits::kUnits);
+    Element* out = row(Traits::kInputs * Traits::kHidden + warp * Traits::kUnits);
     const auto put = [](Element* to, uint32_t pair) { *reinterpret_cast<uint32_t*>(to) = pair; };
     const bool exact = here_.workspace.remainders;
     const PackedState<Traits> rest = remainder(which);
@@ -296,7 +311,7 @@ class BackwardBlock : protected ForwardScan<Traits> {
       constexpr int kParts = Traits::kDim / 8;
       Element* to = reinterpret_cast<Element*>(shared_ + here_.layout.weights);
       const Element* from = slot(slot_before(piece));
-      for (int i = thread_; i < 2 * Traits::kHidden * kParts; i += Traits::kThreads)
+      for (int i = thread_; i < (Traits::kInputs + 1) * Traits::kHidden * kParts; i += Traits::kThreads)
         cp_async_16(to + i / kParts * Traits::kPitch + i % kParts * 8, from + i * 8);
     }
     const int count = this->token_count(piece);

@@ -24,10 +24,10 @@ Status start_backward_kernel(const ScanProblem& problem, const BackwardResult& r
   return launch("the backward scan", shape, scan_backward_kernel<Traits>, params);
 }
 
-template <bool kMomentum>
+template <class Kind, bool kMomentum>
 Status start_backward(const ScanProblem& problem, const BackwardResult& result, const Device& device, void* workspace,
                       void* stream) {
-  return with_types<BackwardKind, kMomentum>(problem, [&](auto traits) {
+  return with_types<Kind, kMomentum>(problem, [&](auto traits) {
     Status started;
     if constexpr (kFits<decltype(traits)>)
       started = start_backward_kernel<decltype(traits)>(problem, result, device, workspace, stream);

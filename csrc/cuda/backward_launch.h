@@ -1,5 +1,5 @@
 // How the backward scan is launched: its shared memory, its workspace and what its kernel is told. Host code only. The kernels
-// with momentum and those without are compiled in a file each.
+// of each form, with momentum and without, are compiled in a file each.
 #pragma once
 
 #include <algorithm>
@@ -10,12 +10,22 @@
 namespace hope::cuda {
 
 // The memories that have a backward.
-using BackwardKind = ScanKind<Form::mlp, Rule::gd>;
+template <Form kForm>
+using BackwardKind = ScanKind<kForm, Rule::gd, false, true>;
+// Calls body(BackwardKind{}) with the problem's.
+template <class Body>
+Status with_backward_kind(const ScanProblem& problem, const Body& body) {
+  return problem.form == Form::glu ? body(BackwardKind<Form::glu>{}) : body(BackwardKind<Form::mlp>{});
+}
+template <class Body>
+Status with_backward_traits(const ScanProblem& problem, const Body& body) {
+  return with_backward_kind(problem, [&](auto kind) { return with_traits<decltype(kind)>(problem, body); });
+}
 
-// Whether registers hold the adjoint of the state and what its products take: beside the largest one there is no room for the
-// products with the adjoint of the momentum, the compiler would put some into local memory.
+// Whether registers hold the adjoint of the state and what its products take: beside the largest ones there is no room for
+// the products with the adjoint of the momentum, the compiler would put some into local memory.
 template <class Traits>
-constexpr bool kFits = Traits::kHidden <= 128 || !Traits::kMomentum;
+constexpr bool kFits = Traits::kStateRegisters <= 64 || !Traits::kMomentum;
 
 // What the kernel keeps in static shared memory, which lies in front of the dynamic.
 constexpr int64_t kStaticBytes = kPlaceBytes + 256;
@@ -64,7 +74,7 @@ int64_t lay_out_workspace(BackwardParams& params, char* start) {
   };
   BackwardWorkspace& w = params.workspace;
   part(w.adjoint, tasks * ParkedState<Traits>::kBytes);
-  part(w.slots, states * (2 * Traits::kHidden * Traits::kDim * 2));
+  part(w.slots, states * (kStateSize<Traits> * 2));
   if (params.result.decay) part(w.remainders, states * PackedState<Traits>::kBytes);
   if (params.layout.kept < 0 && writes_state(params.problem)) part(w.kept, tasks * params.kept_bytes);
   if constexpr (Traits::kMomentum) {
@@ -77,8 +87,8 @@ int64_t lay_out_workspace(BackwardParams& params, char* start) {
   return used;
 }
 
-// `problem` is one that supports_backward accepts, with or without momentum; every (sequence, head) is a task.
-template <bool kMomentum>
+// `problem` is one that supports_backward accepts, of this kind, with or without momentum; every (sequence, head) is a task.
+template <class Kind, bool kMomentum>
 Status start_backward(const ScanProblem& problem, const BackwardResult& result, const Device& device, void* workspace,
                       void* stream);
 

@@ -16,13 +16,17 @@ enum BackwardTensor : int {
   kBackwardTensors = 6
 };
 
-// Parts of what a thread keeps of a slice of keys: the errors of the hidden units, the adjoint of the errors before they are
-// multiplied by the slope, and the adjoint of the pre-activations.
-enum KeptPart : int { kErrors = 0, kDPassed = 1, kDInputs = 2, kKeptParts = 3 };
+// What a thread keeps of a slice of keys: the errors of the products with W_in, the adjoint of the errors of the hidden units,
+// and the adjoint of the products. In units of 16 bytes, two tiles of a slice and eight units: where each begins.
+template <class Traits>
+struct KeptParts {
+  static constexpr int kErrors = 0, kDPassed = Traits::kInTiles / 2, kDInputs = kDPassed + Traits::kUnitTiles / 2,
+                       kCount = kDInputs + Traits::kInTiles / 2;
+};
 
 // Shared memory of one block while chunks are walked back: where its parts start, in bytes.
 struct BackwardLayout {
-  int weights = 0;                                   // 16-bit W_in^T and W_out of the chunk, rows of kPitch
+  int weights = 0;  // 16-bit W_in^T and W_out of the chunk, rows of kPitch; W_in^T in the order of the state's tiles
   int partial = 0, partial_bytes = 0, partials = 0;  // one or two sets of partial sums
   int rows = 0;                                      // gradients of step and momentum step, each warp's part: [2][warp][row]
   int steps = 0;                                     // weights of tokens in the write: [2][row]
@@ -35,14 +39,18 @@ struct BackwardLayout {
 // What the threads of a block keep of a chunk.
 template <class Traits>
 int64_t kept_bytes(int rows) {
-  return int64_t(rows) / kSlice * kKeptParts * Traits::kUnitTiles * 8 * Traits::kThreads;
+  return int64_t(rows) / kSlice * KeptParts<Traits>::kCount * 16 * Traits::kThreads;
 }
+
+// Numbers of the matrices of a state.
+template <class Traits>
+constexpr int kStateSize = (Traits::kInputs + 1) * Traits::kHidden * Traits::kDim;
 
 template <class Traits>
 BackwardLayout backward_layout(int rows, bool writes, bool reads, bool self, int partials, bool kept_shared) {
   BackwardLayout layout;
   layout.weights = 0;
-  layout.partial = 2 * Traits::kHidden * Traits::kPitch * 2;
+  layout.partial = (Traits::kInputs + 1) * Traits::kHidden * Traits::kPitch * 2;
   layout.partials = partials;
   layout.partial_bytes = Traits::kWarps * Traits::kDimTiles * kWarp * 16;
   layout.rows = layout.partial + partials * layout.partial_bytes;
@@ -88,7 +96,7 @@ class PackedState {
 // Parts of the workspace, each for all tasks; null where not needed.
 struct BackwardWorkspace {
   void* adjoint = nullptr;           // ParkedState: while states are rebuilt
-  void* slots = nullptr;             // 16-bit W_in^T and W_out [kHidden, kDim] at the start of each chunk of a segment
+  void* slots = nullptr;  // 16-bit W_in^T and W_out, rows of kDim, at the start of each chunk of a segment
   void* remainders = nullptr;        // PackedState: what rounding took from each slot, for the gradient of the decay
   void* kept = nullptr;              // what threads keep of a chunk's keys
   void* momentum = nullptr;          // ParkedState: while states are rebuilt

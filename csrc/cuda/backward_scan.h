@@ -5,14 +5,16 @@
 // keys are formed three times; 10 D H more to rebuild the states. 16 D bytes of tokens and gradients, and 6 H bytes of what
 // is kept of a key, written once and read once or twice, where that is not in shared memory. Per chunk 8 D H bytes of state,
 // a slot written and read (16 D H where the decay has a gradient); with momentum 52 D H more. Short chunks are bound by that.
+// Of a glu 60 D H FLOPs, 14 D H to rebuild, 10 H bytes of a key, and half as many bytes of state again.
 //
-// Where things live. A block has 64k registers; the float32 adjoint A of the state takes 2 D H of them, half at 64 x 256, so
-// that the weights W cannot be there too. Chunks are taken in segments, from one checkpoint to the next. The states of a
-// segment are rebuilt by the forward's code, float32 in registers, while A is parked in the workspace; each chunk's first
-// state leaves a 16-bit copy, a slot (every product rounds weights to 16 bits anyhow). Then the segment is walked back with A
-// in registers and the slot's W in shared memory. Both lie as the forward's state does: a warp has its hidden units, and
-// packed to 16 bits the accumulators of A^T are B fragments of A. The adjoint G of the momentum does not fit on chip: it lies
-// in the workspace, float32 and as a 16-bit copy for products, and is read and written by the thread that holds its part of A.
+// Where things live. A block has 64k registers; the float32 adjoint A of the state takes 2 D H of them (3 D H of a glu), half
+// at 64 x 256, so that the weights W cannot be there too. Chunks are taken in segments, from one checkpoint to the next. The
+// states of a segment are rebuilt by the forward's code, float32 in registers, while A is parked in the workspace; each
+// chunk's first state leaves a 16-bit copy, a slot (every product rounds weights to 16 bits anyhow). Then the segment is
+// walked back with A in registers and the slot's W in shared memory. Both lie as the forward's state does: a warp has its
+// hidden units, and packed to 16 bits the accumulators of A^T are B fragments of A. The adjoint G of the momentum does not fit
+// on chip: it lies in the workspace, float32 and as a 16-bit copy for products, and is read and written by the thread that
+// holds its part of A.
 //
 // One chunk, u the weights of its tokens in the write with the sign of the step (S_in, S_out: with momentum, its adjoint G
 // has the same products as A, with weights of its own):
@@ -22,6 +24,9 @@
 //   (3) d_z += (d_delta W_out^T) act'(z); d_K = d_z W_in^T + (u e) A_in^T (+ d_delta)  summed
 //       A_out <- decay A_out + delta^T d_p + d_delta^T h  (transposed as it is held)
 //   (4) A_in <- decay A_in + d_z^T K; then queries, which read the chunk's first state: their part of both.
+// A glu has two of z, e, t, d_e and d_z, for its gates and what they gate, whose W_in and A_in lie in one matrix, tile by tile
+// in turn; h = act(gate) up. The slope act'(z) is dh/dz by each of the two, act''(z) the matrix of second derivatives, and d_p
+// the sum over both.
 // Steps walk the chunk in slices of 16 tokens; what (2) leaves for (3) and (3) for (4) is a thread's own, 16 bits a number,
 // in shared memory where that has room. All sums have a fixed order.
 #pragma once
@@ -42,6 +47,7 @@ class BackwardScan : private BackwardProducts<Traits> {
   using Products::add_weight_out;
   using Products::back_;
   using Products::begin_phase;
+  using Products::bend;
   using Products::by_adjoint_in;
   using Products::by_adjoint_out;
   using Products::by_weight_in;
@@ -51,6 +57,7 @@ class BackwardScan : private BackwardProducts<Traits> {
   using Products::clear_written;
   using Products::copy;
   using Products::cuts;
+  using Products::each_input;
   using Products::each_unit;
   using typename Products::Element;
   using Products::enter;
@@ -60,6 +67,7 @@ class BackwardScan : private BackwardProducts<Traits> {
   using Products::here_;
   using Products::keep;
   using Products::kGroups;
+  using Products::kInputs;
   using Products::live;
   using Products::load_adjoint;
   using Products::load_piece;
@@ -70,7 +78,9 @@ class BackwardScan : private BackwardProducts<Traits> {
   using Products::of_chunk;
   using Products::pack;
   using Products::packed;
+  using typename Products::PackedInputs;
   using typename Products::PackedUnits;
+  using typename Products::Parts;
   using Products::pair_at;
   using Products::place_;
   using Products::predicts;
@@ -85,6 +95,7 @@ class BackwardScan : private BackwardProducts<Traits> {
   using Products::slices;
   using Products::slot;
   using Products::slot_before;
+  using Products::spread;
   using Products::state_;
   using typename Products::StateTiles;
   using Products::steps;
@@ -95,6 +106,7 @@ class BackwardScan : private BackwardProducts<Traits> {
   using Products::task_workspace;
   using Products::tensor;
   using Products::thread_;
+  using Products::unpack;
   using Products::unpacked;
   using Products::weigh;
   using Products::weight;
@@ -110,8 +122,9 @@ class BackwardScan : private BackwardProducts<Traits> {
     if (thread_ == 0) {
       block_shared<Place>() = place_of(back_.problem, blockIdx.x, back_.rebuild.span);
       here_ = Here{back_.layout, task_workspace(), 1.0f, {}, 0, 0};
-      here_.live[0] = here_.live[1] = result.grad_weights[0].data || result.grad_weights[1].data ||
-                                      result.grad_momentum[0].data || result.grad_momentum[1].data;
+      bool live = false;
+      for (int i = 0; i <= kInputs; ++i) live |= result.grad_weights[i].data || result.grad_momentum[i].data;
+      here_.live[0] = here_.live[1] = live;
       enter(place_.pieces - 1);
     }
     __syncthreads();  // the place is known
@@ -164,19 +177,20 @@ class BackwardScan : private BackwardProducts<Traits> {
     __syncthreads();  // the sums before these were read
 #pragma unroll 1
     for (int s = first; s < end; ++s) {
-      PackedUnits hidden, d_inputs;
+      PackedUnits hidden;
+      PackedInputs d_inputs;
 #pragma unroll
       for (int i = 0; i < kGroups; ++i) {
-        Group h, slope, d_hidden;
+        Group h, slopes, d_hidden;
         by_weight_in(h, rows, s, i);
-        activate(h, slope);
+        activate(h, slopes);
         pack(hidden, i, h, sign, sign);
         by_weight_out(d_hidden, upstream, s, i);
-        each_unit([&](int n, int e, int) { d_hidden[n][e] *= sign * slope[n][e]; });
+        spread(d_hidden, [&](int n, int e, float y) { return y * (sign * slopes[n][e]); });
         pack(d_inputs, i, d_hidden);
       }
       add_to_out(hidden, upstream, s);
-      PackedUnits turned;
+      PackedInputs turned;
       copy(turned, d_inputs);
       add_to_in(turned, rows, s);
       sum_parts(
@@ -205,8 +219,8 @@ class BackwardScan : private BackwardProducts<Traits> {
     begin_phase();
 #pragma unroll 1
     for (int s = 0; s < slices(); ++s) {
-      PackedUnits d_inputs;
-      recall(s, kDInputs, d_inputs);
+      PackedInputs d_inputs;
+      recall(s, Parts::kDInputs, d_inputs);
       add_to_in(d_inputs, tensor(kChunkKeys), s);
     }
   }
@@ -223,7 +237,8 @@ class BackwardScan : private BackwardProducts<Traits> {
       // A sum of many numbers of either sign: what rounding took from the slot would be seen in it.
       const Lane lane(thread_);
       const int unit = thread_ / kWarp * Traits::kUnits;
-      const auto in = reinterpret_cast<const uint32_t*>(weights_in() + (unit + lane.group) * Traits::kPitch + lane.pair);
+      const auto in =
+          reinterpret_cast<const uint32_t*>(weights_in() + (kInputs * unit + lane.group) * Traits::kPitch + lane.pair);
       const Element* out = weights_out() + (unit + lane.pair) * Traits::kPitch + lane.group;
       const PackedState<Traits> rest = remainder(which);
       each_in(state_, [&](int i, int j, float(&x)[4]) {
@@ -310,33 +325,37 @@ class BackwardScan : private BackwardProducts<Traits> {
         of_step[r] = steps(0)[s * kSlice + lane.group + 8 * r];
         if constexpr (Traits::kMomentum) of_momentum[r] = steps(1)[s * kSlice + lane.group + 8 * r];
       }
-      PackedUnits errors, d_passed, d_inputs, hidden;
+      PackedInputs errors, d_inputs;
+      PackedUnits d_passed, hidden;
 #pragma unroll
       for (int i = 0; i < kGroups; ++i) {
-        Group h, slope, curve, error, x;
+        Group h, slopes, curves, error, x;
         by_weight_in(h, keys, s, i);
-        activate(h, slope, curve);
+        activate(h, slopes, curves);
         by_weight_out(error, delta, s, i);
-        each_unit([&](int n, int e, int) { curve[n][e] *= error[n][e], error[n][e] *= slope[n][e]; });
+        spread(error, [&](int n, int e, float y) {
+          curves[n][e] *= y;
+          return y * slopes[n][e];
+        });
         // With momentum they are multiplied by either weight when they are used.
         if constexpr (Traits::kMomentum)
           pack(errors, i, error);
         else
           pack(errors, i, error, of_step[0], of_step[1]);
         by_adjoint_in(x, keys, s, i, adjoint);
-        each_unit([&](int n, int e, int r) {
+        each_input([&](int n, int e, int r) {
           d_step[r] = fmaf(x[n][e], error[n][e], d_step[r]);
           x[n][e] *= of_step[r];
         });
         if constexpr (Traits::kMomentum) {
           Group y;
           by_adjoint_in(y, keys, s, i, speed);
-          each_unit([&](int n, int e, int r) {
+          each_input([&](int n, int e, int r) {
             d_momentum_step[r] = fmaf(y[n][e], error[n][e], d_momentum_step[r]);
             x[n][e] = fmaf(of_momentum[r], y[n][e], x[n][e]);
           });
         }
-        each_unit([&](int n, int e, int) { curve[n][e] *= x[n][e], x[n][e] *= slope[n][e]; });
+        bend(curves, x, slopes);
         pack(d_passed, i, x);
         by_adjoint_out(x, delta, s, i, adjoint);
         each_unit([&](int n, int e, int r) {
@@ -354,11 +373,11 @@ class BackwardScan : private BackwardProducts<Traits> {
         } else {
           pack(hidden, i, h, of_step[0], of_step[1]);
         }
-        each_unit([&](int n, int e, int) { x[n][e] = fmaf(x[n][e], slope[n][e], curve[n][e]); });
+        spread(x, [&](int n, int e, float y) { return fmaf(y, slopes[n][e], curves[n][e]); });
         pack(d_inputs, i, x);
-        keep(s, kErrors, i, errors);
-        keep(s, kDPassed, i, d_passed);
-        keep(s, kDInputs, i, d_inputs);
+        keep(s, Parts::kErrors, i, errors);
+        keep(s, Parts::kDPassed, i, d_passed);
+        keep(s, Parts::kDInputs, i, d_inputs);
       }
       sum_rows(0, s, d_step);
       PackedUnits hidden_momentum;
@@ -421,37 +440,32 @@ class BackwardScan : private BackwardProducts<Traits> {
     const bool predicted = predicts();
 #pragma unroll 1
     for (int s = 0; s < slices(); ++s) {
-      PackedUnits d_inputs;
-      recall(s, kDInputs, d_inputs);
+      PackedInputs d_inputs;
+      recall(s, Parts::kDInputs, d_inputs);
       if (predicted) {
         PackedUnits hidden;
 #pragma unroll
         for (int i = 0; i < kGroups; ++i) {
-          Group h, slope, x;
+          Group h, slopes, x;
           by_weight_in(h, keys, s, i);
-          activate(h, slope);
+          activate(h, slopes);
           pack(hidden, i, h);
           by_weight_out(x, d_delta, s, i);
-#pragma unroll
-          for (int n = 0; n < 2; ++n)
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-              const float2 direct = Numbers::unpack(d_inputs[2 * i + n][r]);
-              x[n][2 * r] = fmaf(x[n][2 * r], slope[n][2 * r], direct.x);
-              x[n][2 * r + 1] = fmaf(x[n][2 * r + 1], slope[n][2 * r + 1], direct.y);
-            }
+          Group direct;
+          unpack(direct, d_inputs, i);
+          spread(x, [&](int n, int e, float y) { return fmaf(y, slopes[n][e], direct[n][e]); });
           pack(d_inputs, i, x);
-          keep(s, kDInputs, i, d_inputs);
+          keep(s, Parts::kDInputs, i, d_inputs);
         }
         add_to_out(hidden, d_delta, s);
       }
       {
         PackedUnits d_passed;
-        recall(s, kDPassed, d_passed);
+        recall(s, Parts::kDPassed, d_passed);
         add_to_out(d_passed, delta, s);
       }
-      PackedUnits errors, errors_momentum;
-      recall(s, kErrors, errors);
+      PackedInputs errors, errors_momentum;
+      recall(s, Parts::kErrors, errors);
       if constexpr (Traits::kMomentum) {
         copy(errors_momentum, errors);
         weigh(errors_momentum, 1, s);

@@ -8,12 +8,13 @@ namespace {
 
 // Why the class of a problem that has a forward has no backward.
 Status supports_class(const ScanProblem& p) {
-  if (p.form != Form::mlp) return refused("the CUDA scan's backward computes mlp memories only");
   if (p.rule != Rule::gd) return refused("the CUDA scan's backward computes the rule gd only");
-  if (clustered(p))
-    return refused("the CUDA scan's backward keeps the adjoint in the registers of one block: dim at most 64, hidden at "
-                   "most 256");
-  return {};
+  const bool glu = p.form == Form::glu;
+  if (p.dim <= 64 && p.hidden <= (glu ? 128 : 256)) return {};
+  return refused(glu ? "the CUDA scan's backward keeps the adjoint in the registers of one block: of a glu dim at most 64, "
+                       "hidden at most 128"
+                     : "the CUDA scan's backward keeps the adjoint in the registers of one block: dim at most 64, hidden at "
+                       "most 256");
 }
 
 Status supports_gradients(const ScanProblem& p, const BackwardResult& r) {
@@ -36,10 +37,12 @@ Status supports_backward(const ScanProblem& problem, const BackwardResult& resul
   if (status.code == StatusCode::ok) status = supports_class(problem);
   if (status.code == StatusCode::ok) status = supports_gradients(problem, result);
   if (status.code != StatusCode::ok) return status;
-  return with_traits<BackwardKind>(problem, [&](auto traits) {
+  return with_backward_traits(problem, [&](auto traits) {
     using Traits = decltype(traits);
     if (!kFits<Traits>)
-      return refused("the CUDA scan's backward has no registers for momentum at this size: hidden at most 128");
+      return refused(Traits::kForm == Form::glu
+                         ? "the CUDA scan's backward has no registers for momentum at this size: of a glu dim at most 32"
+                         : "the CUDA scan's backward has no registers for momentum at this size: hidden at most 128");
     const BackwardParams params = make_backward_params<Traits>(problem, result, device);
     return params.layout.bytes ? Status{}
                                : refused("the CUDA scan's backward keeps a chunk in shared memory: chunk_size is too large");
@@ -48,7 +51,7 @@ Status supports_backward(const ScanProblem& problem, const BackwardResult& resul
 
 int64_t backward_workspace(const ScanProblem& problem, const BackwardResult& result, const Device& device) {
   int64_t bytes = 0;
-  with_traits<BackwardKind>(problem, [&](auto traits) {
+  with_backward_traits(problem, [&](auto traits) {
     BackwardParams params = make_backward_params<decltype(traits)>(problem, result, device);
     bytes = lay_out_workspace<decltype(traits)>(params, nullptr);
     return Status{};
@@ -63,8 +66,11 @@ Status scan_backward(const ScanProblem& problem, const BackwardResult& result, c
   const int64_t tasks = problem.sequence_count * problem.heads;
   if (tasks == 0) return {};
   if (!workspace) return {StatusCode::invalid_argument, "the workspace is missing"};
-  return problem.momentum_step ? start_backward<true>(problem, result, device, workspace, stream)
-                               : start_backward<false>(problem, result, device, workspace, stream);
+  return with_backward_kind(problem, [&](auto kind) {
+    using Kind = decltype(kind);
+    return problem.momentum_step ? start_backward<Kind, true>(problem, result, device, workspace, stream)
+                                 : start_backward<Kind, false>(problem, result, device, workspace, stream);
+  });
 }
 
 }  // namespace hope::cuda

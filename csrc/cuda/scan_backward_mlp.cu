@@ -3,6 +3,7 @@
 
 namespace hope::cuda {
 
-template Status start_backward<false>(const ScanProblem&, const BackwardResult&, const Device&, void*, void*);
+template Status start_backward<BackwardKind<Form::mlp>, false>(
+    const ScanProblem&, const BackwardResult&, const Device&, void*, void*);
 
 }  // namespace hope::cuda

@@ -3,6 +3,7 @@
 
 namespace hope::cuda {
 
-template Status start_backward<true>(const ScanProblem&, const BackwardResult&, const Device&, void*, void*);
+template Status start_backward<BackwardKind<Form::mlp>, true>(
+    const ScanProblem&, const BackwardResult&, const Device&, void*, void*);
 
 }  // namespace hope::cuda

@@ -72,11 +72,12 @@ inline bool clustered(const ScanProblem& problem) {
 }
 
 // What kernels are compiled for, file by file.
-template <Form kForm_, Rule kRule_, bool kCluster_ = false>
+template <Form kForm_, Rule kRule_, bool kCluster_ = false, bool kBackward_ = false>
 struct ScanKind {
   static constexpr Form kForm = kForm_;
   static constexpr Rule kRule = kRule_;
   static constexpr bool kCluster = kCluster_;
+  static constexpr bool kBackward = kBackward_;  // has no clusters: the largest memory of one block is among those without
 };
 // Calls body(ScanKind{}) with the problem's.
 template <class Body>
@@ -102,6 +103,8 @@ Status with_sizes(const ScanProblem& problem, const Body& body) {
   } else if constexpr (Kind::kCluster) {
     return body(ScanTraits<kType, 128, 128, kMomentum, kForm, true, kRule>{});
   } else if constexpr (kForm == Form::glu) {
+    if constexpr (Kind::kBackward)
+      if (D > 32) return body(ScanTraits<kType, 64, 128, kMomentum, kForm, false, kRule>{});
     return body(ScanTraits<kType, 32, 128, kMomentum, kForm, false, kRule>{});
   } else {
     if (D <= 32 && H <= 128) return body(ScanTraits<kType, 32, 128, kMomentum, kForm, false, kRule>{});

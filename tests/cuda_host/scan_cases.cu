@@ -28,10 +28,10 @@ Status start_case(const ScanProblem& problem, const ForwardResult& result, const
   });
 }
 
-template <bool kMomentum>
+template <class Kind, bool kMomentum>
 Status start_case(const ScanProblem& problem, const BackwardResult& result, const Device& device, void* workspace,
                   void* stream) {
-  return with_types<BackwardKind, kMomentum>(problem, [&](auto traits) {
+  return with_types<Kind, kMomentum>(problem, [&](auto traits) {
     if constexpr (kAmongCases<decltype(traits)>)
       return start_backward_kernel<decltype(traits)>(problem, result, device, workspace, stream);
     return no_case();
@@ -55,13 +55,15 @@ FORWARD_CASES(Form::glu, Rule::gd, true)
 FORWARD_CASES(Form::glu, Rule::dgd, false)
 FORWARD_CASES(Form::glu, Rule::dgd, true)
 
-#define BACKWARD_CASES(kMomentum)                                                                                     \
+#define BACKWARD_CASES(kForm, kMomentum)                                                                              \
   template <>                                                                                                         \
-  Status start_backward<kMomentum>(const ScanProblem& problem, const BackwardResult& result, const Device& device,    \
-                                   void* workspace, void* stream) {                                                   \
-    return start_case<kMomentum>(problem, result, device, workspace, stream);                                         \
+  Status start_backward<BackwardKind<kForm>, kMomentum>(const ScanProblem& problem, const BackwardResult& result,     \
+                                                        const Device& device, void* workspace, void* stream) {        \
+    return start_case<BackwardKind<kForm>, kMomentum>(problem, result, device, workspace, stream);                    \
   }
-BACKWARD_CASES(false)
-BACKWARD_CASES(true)
+BACKWARD_CASES(Form::mlp, false)
+BACKWARD_CASES(Form::mlp, true)
+BACKWARD_CASES(Form::glu, false)
+BACKWARD_CASES(Form::glu, true)
 
 }  // namespace hope::cuda

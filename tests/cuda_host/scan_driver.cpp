@@ -70,7 +70,7 @@ int scan_backward(const ScanProblem* problem, const BackwardResult* result, cons
 
 // One head of one sequence: `chunks` chunks of 20 tokens, three of them pending, and two tokens behind. Words of the name:
 // "small" for a memory of 32 x 128 instead of 64 x 256, "cluster" for one that takes two blocks, "single" for shared memory
-// that has room for one stage, "glu", "dgd", "momentum", "self", "write" for no queries, "short" for chunks of one slice,
+// that has room for one stage (backward: one set of partial sums), "glu", "dgd", "momentum", "self", "write" for no queries, "short" for chunks of one slice,
 // "backward" for that.
 int run_case(const char* name) {
   const std::string words = name;
@@ -119,7 +119,7 @@ int run_case(const char* name) {
     r.checkpoints[i] = checkpoints[i].data();
     if (momentum) r.momentum[i] = states[3 + i].data(), r.checkpoints[kMaxWeights + i] = checkpoints[3 + i].data();
   }
-  const int64_t room = !has("single") ? 232448 : D == 64 ? 120000 : 58000;
+  const int64_t room = !has("single") ? 232448 : D == 64 ? 120000 : glu && has("backward") ? 66000 : 58000;
   const cuda::Device device{90, room};
   if (has("backward")) {
     // All gradients, over the results of a forward; the checkpoints are zeros.
@@ -135,7 +135,7 @@ int run_case(const char* name) {
       b.momentum_step = gates[1].data();
       b.momentum_carry = factors[1].data(), b.momentum_decay = factors[2].data();
     }
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i <= inputs; ++i) {
       b.checkpoints[i] = checkpoints[i].data(), b.checkpoints[kMaxWeights + i] = checkpoints[3 + i].data();
       b.grad_weights[i] = p.weights[i];
       b.weights[i] = states[i].data();

@@ -13,7 +13,9 @@ from hope_kernels.backends.interface import ScanGradients
 from tests.cases import Evaluation, Problem, assert_within_budget, evaluate, evaluate_package, make_problem
 from tests.cuda_host import build, scan
 from tests.cuda_host.forward_cases import (
+    FORMS,
     HALVES,
+    ONE_FORM,
     ONE_HALF,
     assert_identical,
     exact,
@@ -26,7 +28,7 @@ from tests.cuda_host.forward_cases import (
 from tests.golden_cases import GOLDEN, load_golden
 
 pytestmark = needs_host_layer
-QUICK_GOLDEN = ["mlp_carried_state", "mlp_gd_momentum"]
+QUICK_GOLDEN = ["mlp_carried_state", "mlp_gd_momentum", "glu_gd_dot_momentum"]
 KERNEL = [build.ROOT / "csrc/cuda" / f"backward_{part}.h" for part in ("block", "products", "scan")]
 
 
@@ -47,15 +49,21 @@ def flat(gradients: ScanGradients) -> dict[str, Tensor]:
 # ---- values ----------------------------------------------------------------------------------------------------------
 
 SIZES = [
-    # dim, hidden, chunk_size, tokens
-    (64, 256, 16, 53),
-    (64, 256, 40, 85),
-    (64, 256, 64, 133),  # what threads keep of a chunk is in the workspace
-    (32, 128, 16, 83),  # five chunks, two checkpoints
-    (64, 128, 40, 85),
-    (5, 6, 4, 11),
-    (17, 129, 7, 24),
-    (33, 20, 1, 5),
+    # form, dim, hidden, chunk_size, tokens
+    ("mlp", 64, 256, 16, 53),
+    ("mlp", 64, 256, 40, 85),
+    ("mlp", 64, 256, 64, 133),  # what threads keep of a chunk is in the workspace
+    ("mlp", 32, 128, 16, 83),  # five chunks, two checkpoints
+    ("mlp", 64, 128, 40, 85),
+    ("mlp", 5, 6, 4, 11),
+    ("mlp", 17, 129, 7, 24),
+    ("mlp", 33, 20, 1, 5),
+    ("glu", 32, 128, 16, 83),
+    ("glu", 64, 128, 40, 85),
+    ("glu", 64, 128, 96, 197),  # what threads keep of a chunk is in the workspace
+    ("glu", 5, 6, 4, 11),
+    ("glu", 17, 100, 7, 24),
+    ("glu", 33, 20, 1, 5),
 ]
 
 
@@ -64,13 +72,13 @@ SIZES = [
 @pytest.mark.parametrize("momentum", [False, True], ids=["plain", "momentum"])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_any_size_that_fits_stays_within_twice_the_eager_error(host, sizes, momentum, dtype):
-    dim, hidden, chunk_size, tokens = sizes
+    form, dim, hidden, chunk_size, tokens = sizes
     sizes = {"dim": dim, "hidden": hidden, "chunk_size": chunk_size, "tokens": tokens}
     sizes |= {"batch": 1, "heads": 1 if dim * hidden > 4096 else 2}
     problem = make_problem(
-        MemorySpec("mlp"), retention=True, momentum=momentum, initial_momentum=momentum, max_lr=0.1, **sizes
+        MemorySpec(form), retention=True, momentum=momentum, initial_momentum=momentum, max_lr=0.1, **sizes
     )
-    if hidden > 128 and momentum:
+    if momentum and (dim > 32 if form == "glu" else hidden > 128):
         with pytest.raises(scan.Refused, match="no registers for momentum at this size"):
             evaluate_package(problem.cast(dtype), "cpu")
     else:
@@ -78,7 +86,8 @@ def test_any_size_that_fits_stays_within_twice_the_eager_error(host, sizes, mome
 
 
 ALL_SPECS = [
-    MemorySpec("mlp", activation, residual=activation in ("gelu_tanh", "relu2"), objective=objective)
+    MemorySpec(form, activation, residual=activation in ("gelu_tanh", "relu2"), objective=objective)
+    for form in ("mlp", "glu")
     for objective in ("l2", "dot", "error", "self")
     for activation in ("gelu_tanh", "gelu", "silu", "relu2")
 ]
@@ -86,7 +95,7 @@ ALL_SPECS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda spec: f"{spec.objective}-{spec.activation}")
+@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda spec: f"{spec.form}-{spec.objective}-{spec.activation}")
 def test_every_objective_and_activation(host, spec, dtype):
     for momentum in (False, True):
         assert_close_to_truth(small(spec, batch=1, momentum=momentum), dtype)
@@ -99,8 +108,10 @@ def test_every_objective_and_activation(host, spec, dtype):
         (MemorySpec("mlp", "silu", residual=False, objective="self"), True, torch.bfloat16),
         (MemorySpec("mlp", "gelu", objective="dot"), True, torch.float16),
         (MemorySpec("mlp", "relu2", objective="error"), False, torch.bfloat16),
+        (MemorySpec("glu"), False, torch.bfloat16),
+        (MemorySpec("glu", "silu", residual=False, objective="self"), True, torch.float16),
     ],
-    ids=["l2", "self", "dot", "error"],
+    ids=["l2", "self", "dot", "error", "glu-l2", "glu-self"],
 )
 def test_an_objective_with_some_activation(host, spec, momentum, dtype):
     assert_close_to_truth(small(spec, batch=1, momentum=momentum, initial_momentum=momentum), dtype)
@@ -109,7 +120,7 @@ def test_an_objective_with_some_activation(host, spec, momentum, dtype):
 @pytest.mark.parametrize("dtype", ONE_HALF, ids=str)
 @pytest.mark.parametrize(
     "name",
-    [n if n in QUICK_GOLDEN else slow(n) for n in GOLDEN if n.startswith("mlp") and "dgd" not in n],
+    [n if n in QUICK_GOLDEN else slow(n) for n in GOLDEN if n.startswith(("mlp", "glu")) and "dgd" not in n],
 )
 def test_golden_cases(host, name, dtype):
     """The truth is the stored one: tokens and weights are rounded to `dtype` first for the eager path as for this one,
@@ -141,19 +152,22 @@ def test_golden_cases(host, name, dtype):
 # ---- ways to call ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("form", ONE_FORM)
 @pytest.mark.parametrize("bptt_chunks", [1, 2])
-def test_gradients_stop_where_the_state_is_detached(host, bptt_chunks):
-    problem = small(MemorySpec("mlp"), batch=1, tokens=86, momentum=True)
+def test_gradients_stop_where_the_state_is_detached(host, bptt_chunks, form):
+    problem = small(MemorySpec(form), batch=1, tokens=86, momentum=True)
     assert_close_to_truth(problem, torch.bfloat16, bptt_chunks=bptt_chunks)
 
 
-def test_gradients_flow_through_carried_states_and_pending_tokens(host):
-    problem = small(MemorySpec("mlp"), batch=2, momentum=True)
+@pytest.mark.parametrize("form", ONE_FORM)
+def test_gradients_flow_through_carried_states_and_pending_tokens(host, form):
+    problem = small(MemorySpec(form), batch=2, momentum=True)
     assert_close_to_truth(problem, torch.bfloat16, lengths=[3, 7, 1, 35])
 
 
-def test_tokens_of_any_stride_and_alignment(host):
-    problem = small(MemorySpec("mlp"), batch=2).cast(torch.bfloat16)
+@pytest.mark.parametrize("form", ONE_FORM)
+def test_tokens_of_any_stride_and_alignment(host, form):
+    problem = small(MemorySpec(form), batch=2).cast(torch.bfloat16)
 
     def spread(name: str, t: Tensor) -> Tensor:
         if name not in ("q", "k", "v"):
@@ -170,11 +184,13 @@ def test_tokens_of_any_stride_and_alignment(host):
     assert_identical(flat(host.again()), expected)
 
 
+@pytest.mark.parametrize("form", ONE_FORM)
 @pytest.mark.parametrize("kind", ["packed", slow("padded")])
-def test_packed_and_padded_sequences_are_what_they_are_alone(host, kind):
-    problem = small(MemorySpec("mlp"), batch=4, momentum=True, shared=False).cast(torch.bfloat16)
+def test_packed_and_padded_sequences_are_what_they_are_alone(host, kind, form):
+    problem = small(MemorySpec(form), batch=4, momentum=True, shared=False).cast(torch.bfloat16)
     rows = [(0, 46), (3, 22), (40, 46), (7, 7)]
-    names = [name for name in problem.tensors if not name.startswith("weight")]
+    weight_names = [name for name in problem.tensors if name.startswith("weight")]
+    names = [name for name in problem.tensors if name not in weight_names]
 
     def loss(output: Tensor, state) -> Tensor:
         return output.float().square().sum() + sum(w.square().sum() for w in (*state.weights, *(state.momentum or ())))
@@ -193,7 +209,7 @@ def test_packed_and_padded_sequences_are_what_they_are_alone(host, kind):
             **options,
         )
         found = torch.autograd.grad(loss(output, state), [*leaves.values(), *weights], materialize_grads=True)
-        return dict(zip([*leaves, "weight0", "weight1"], found, strict=True))
+        return dict(zip([*leaves, *weight_names], found, strict=True))
 
     tensors = {name: problem[name] for name in names}
     if kind == "padded":
@@ -216,7 +232,7 @@ def test_packed_and_padded_sequences_are_what_they_are_alone(host, kind):
                 assert torch.equal(outside, torch.zeros_like(outside)), name
             here = found[name][b, start:end] if kind == "padded" else found[name][0, first : first + end - start]
             assert torch.equal(here, alone[name][0]), f"{name} of sequence {b}"
-        for name in ("weight0", "weight1"):
+        for name in weight_names:
             if end - start < problem.chunk_size:
                 # Alone such a sequence writes nothing, and what reaches its final state is added outside the kernel.
                 torch.testing.assert_close(found[name][b], alone[name][0], rtol=1e-5, atol=1e-6)
@@ -225,8 +241,9 @@ def test_packed_and_padded_sequences_are_what_they_are_alone(host, kind):
         first += end - start
 
 
-def test_reads_alone_and_writes_alone(host):
-    problem = small(MemorySpec("mlp"), batch=1, tokens=150).cast(torch.bfloat16)
+@pytest.mark.parametrize("form", ONE_FORM)
+def test_reads_alone_and_writes_alone(host, form):
+    problem = small(MemorySpec(form), batch=1, tokens=150).cast(torch.bfloat16)
 
     def read(part: Problem, backend: str) -> Evaluation:
         return evaluate(part, lambda p: {"output": memory_read(p["q"], p.weights, spec=p.spec, backend=backend)})
@@ -249,8 +266,9 @@ def test_reads_alone_and_writes_alone(host):
 
 
 @pytest.mark.slow
-def test_what_is_absent_counts_as_zero_and_what_is_unwanted_changes_nothing(host):
-    problem = small(MemorySpec("mlp"), batch=1, momentum=True, initial_momentum=True, tokens=86).cast(torch.bfloat16)
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_absent_counts_as_zero_and_what_is_unwanted_changes_nothing(host, form):
+    problem = small(MemorySpec(form), batch=1, momentum=True, initial_momentum=True, tokens=86).cast(torch.bfloat16)
     evaluate_package(problem, "cpu", lengths=[3, 83])
     assert len(host.gradients) == 2
     host.gradients.clear()
@@ -260,7 +278,8 @@ def test_what_is_absent_counts_as_zero_and_what_is_unwanted_changes_nothing(host
     assert_identical(flat(host.again()), expected)
     for unwanted in ("q", "k", "v", "step", "decay", "momentum_carry", "weights", "momentum"):
         found = flat(host.again(unwanted=(unwanted,)))
-        names = {f"{unwanted}{i}" for i in range(2)} if unwanted in ("weights", "momentum") else {unwanted}
+        matrices = len(problem.weights) if unwanted in ("weights", "momentum") else 0
+        names = {f"{unwanted}{i}" for i in range(matrices)} or {unwanted}
         for name, x in found.items():
             assert x.isnan().all() if name in names else torch.equal(x, expected[name]), (unwanted, name)
     output, weights, momentum = upstream
@@ -278,17 +297,19 @@ def test_what_is_absent_counts_as_zero_and_what_is_unwanted_changes_nothing(host
         assert_identical(flat(host.again()), expected_without)
 
 
-def test_two_runs_stages_and_places_give_the_same_bits(host):
+@pytest.mark.parametrize(("form", "least"), [("mlp", 64_000), ("glu", 67_000)])
+def test_two_runs_stages_and_places_give_the_same_bits(host, form, least):
     """The device decides how many sets of partial sums there are and where threads keep what."""
-    problem = small(MemorySpec("mlp", objective="self"), batch=1, momentum=True).cast(torch.float16)
+    problem = small(MemorySpec(form, objective="self"), batch=1, momentum=True).cast(torch.float16)
     evaluate_package(problem, "cpu")
     expected = flat(host.gradients[0])
-    for device in ({}, {"architecture": 80}, {"shared_memory": 90_000}, {"shared_memory": 64_000}):
+    for device in ({}, {"architecture": 80}, {"shared_memory": 90_000}, {"shared_memory": least}):
         assert_identical(flat(host.again(**device)), expected)
 
 
-def test_a_row_does_not_depend_on_its_neighbours_even_if_they_are_nan(host):
-    problem = small(MemorySpec("mlp"), batch=2, shared=False).cast(torch.bfloat16)
+@pytest.mark.parametrize("form", ONE_FORM)
+def test_a_row_does_not_depend_on_its_neighbours_even_if_they_are_nan(host, form):
+    problem = small(MemorySpec(form), batch=2, shared=False).cast(torch.bfloat16)
     whole = evaluate_package(problem, "cpu")
     problem["k"][1, 5] = torch.nan
     spoiled = evaluate_package(problem, "cpu")
@@ -298,9 +319,10 @@ def test_a_row_does_not_depend_on_its_neighbours_even_if_they_are_nan(host):
 
 
 @pytest.mark.slow
-def test_a_table_with_wild_values_reaches_nothing_outside_the_tensors(host, library):
+@pytest.mark.parametrize("form", FORMS)
+def test_a_table_with_wild_values_reaches_nothing_outside_the_tensors(host, library, form):
     """Every tensor lies between NaN: a number read from outside spoils a result."""
-    problem = small(MemorySpec("mlp"), batch=2).cast(torch.bfloat16)
+    problem = small(MemorySpec(form), batch=2).cast(torch.bfloat16)
     with torch.enable_grad():
         leaves = problem.map(lambda _, t: t.requires_grad_())
         gates = {"retention": leaves["retention"], "valid": torch.tensor([[0, 46], [3, 40]], dtype=torch.int32)}
@@ -346,11 +368,13 @@ def test_what_is_not_covered_is_refused_with_the_reason(host):
 @pytest.mark.parametrize(
     ("spec", "sizes", "reason"),
     [
-        (MemorySpec("glu"), {}, "backward computes mlp memories only"),
         (MemorySpec("mlp", rule="dgd"), {}, "backward computes the rule gd only"),
         (MemorySpec("mlp"), {"dim": 65}, "backward keeps the adjoint in the registers of one block"),
         (MemorySpec("mlp"), {"hidden": 257}, "backward keeps the adjoint in the registers of one block"),
-        (MemorySpec("mlp"), {"hidden": 129, "momentum": True}, "no registers for momentum at this size"),
+        (MemorySpec("mlp"), {"hidden": 129, "momentum": True}, "no registers for momentum at this size: hidden"),
+        (MemorySpec("glu"), {"dim": 65}, "one block: of a glu dim at most 64"),
+        (MemorySpec("glu"), {"hidden": 129}, "of a glu dim at most 64, hidden at most 128"),
+        (MemorySpec("glu"), {"dim": 33, "momentum": True}, "no registers for momentum at this size: of a glu dim"),
     ],
     ids=str,
 )
@@ -363,6 +387,7 @@ def test_what_only_the_forward_covers_is_refused_with_the_reason(host, spec, siz
 # ---- barriers --------------------------------------------------------------------------------------------------------
 
 CASES = ["small short backward", "small single backward", "small self backward", "small momentum backward"]
+GLU_CASES = [f"glu {case}" for case in CASES]
 
 
 def written_barriers() -> list[str]:
@@ -372,7 +397,7 @@ def written_barriers() -> list[str]:
 
 @pytest.mark.slow
 @needs_thread_sanitizer
-@pytest.mark.parametrize("case", [*CASES, "backward"])
+@pytest.mark.parametrize("case", [*CASES, *GLU_CASES, "backward"])
 def test_no_thread_sees_what_no_barrier_has_ordered(sanitized, case):
     assert build.races(sanitized, case) == []
 
@@ -385,13 +410,14 @@ def test_the_smallest_case_is_free_of_races_and_the_last_barrier_is_missed(sanit
 
 @pytest.mark.slow
 @needs_thread_sanitizer
-def test_without_any_one_of_its_barriers_the_kernel_races(sanitized, tmp_path):
-    passed = {case: build.barriers(sanitized, tmp_path / "barriers", case) for case in CASES}
+@pytest.mark.parametrize("cases", [CASES, GLU_CASES], ids=FORMS)
+def test_without_any_one_of_its_barriers_the_kernel_races(sanitized, tmp_path, cases):
+    passed = {case: build.barriers(sanitized, tmp_path / "barriers", case) for case in cases}
     written = written_barriers()
     reached = {barrier for barriers in passed.values() for barrier in barriers}
     assert set(written) <= reached
     for barrier in written:
-        cases = [case for case, barriers in passed.items() if barrier in barriers]
-        assert any(build.races(sanitized, case, without=barrier) for case in cases), (
+        through = [case for case, barriers in passed.items() if barrier in barriers]
+        assert any(build.races(sanitized, case, without=barrier) for case in through), (
             f"taking out {barrier} goes unnoticed"
         )
