@@ -18,31 +18,36 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
-from hope_kernels.bench.call_overhead import OverheadRow, measure
+from hope_kernels.bench.call_overhead import OverheadRow, ReadRow, measure, measure_reads
 from hope_kernels.bench.machine import stamp
 
 REPORT = Path(__file__).parent / "results" / "call-overhead.json"
 
 
-def show(rows: list[OverheadRow]) -> None:
-    """The rows as a table."""
+def show(rows: list[OverheadRow], reads: list[ReadRow]) -> None:
+    """The rows as tables."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table("call", "median us", "least us", "spread", title=f"one token, {torch.get_num_threads()} threads")
     for row in rows:
         table.add_row(row.call, f"{row.median_us:.1f}", f"{row.minimum_us:.1f}", f"{row.spread:.0%}")
-    Console().print(table)
+    large = Table("memory_read", "MB of weights", "median us", "GB/s", "GB/s of their sum", title="large memories")
+    for row in reads:
+        numbers = (row.weight_bytes / 1e6, row.median_us, row.gbytes, row.summed)
+        large.add_row(row.sizes, *(f"{number:.1f}" for number in numbers))
+    Console().print(table, large)
 
 
 def main(
     samples: Annotated[int, typer.Option(min=1, help="Samples of 64 calls each, after the warm-up.")] = 100,
     report: Annotated[Path, typer.Option(help="JSON to write.")] = REPORT,
 ) -> None:
-    """Time one-token calls of memories so small that their arithmetic is nothing."""
-    rows = measure(samples)
-    show(rows)
-    report.write_text(json.dumps(stamp("call overhead") | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    """Time one-token calls of memories so small that their arithmetic is nothing, and reads of large ones."""
+    rows, reads = measure(samples), measure_reads()
+    show(rows, reads)
+    found = {"rows": [asdict(row) for row in rows], "reads": [asdict(row) for row in reads]}
+    report.write_text(json.dumps(stamp("call overhead") | found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 One sequence, one head, 16 features and 16 hidden units: 512 multiply-adds a read, which take the core a fraction of a
 microsecond. The rest is Python: checks, the choice of an engine, describing the call to it, the new state.
+
+Beside that, reads of one token from memories so large that their weights come from main memory: how near they are to
+the time it takes to look at those weights once.
 """
 
 from __future__ import annotations
@@ -25,6 +28,9 @@ DIM = HIDDEN = 16
 CHUNK = 64
 STACK = (1, 16, 64, None)
 CALLS_IN_A_ROW = 64  # as one sample: a call alone is too short for the clock, and a stream completes each of its chunks
+
+# Sequences, heads, D, H of memories whose weights exceed most caches.
+LARGE_READS = ((1, 1, 768, 3072), (8, 1, 768, 3072), (1, 1, 2048, 8192), (256, 4, 64, 256))
 
 # What is timed: each returns its output, or the weights it wrote.
 Call = Callable[[], Tensor]
@@ -153,3 +159,62 @@ def measure(samples: int = 100) -> list[OverheadRow]:
         )
         for name, timing in timings.items()
     ]
+
+
+@dataclass(frozen=True)
+class ReadRow:
+    """``memory_read`` of one token for each of ``batch`` sequences, every one with weights of its own (``sizes``).
+
+    ``gbytes`` are GB/s of weights; ``summed`` the same of PyTorch's sum over those very weights, in the same rounds.
+    """
+
+    sizes: str
+    weight_bytes: int
+    median_us: float
+    spread: float
+    gbytes: float
+    summed: float
+    samples: int
+
+
+@torch.inference_mode()
+def measure_reads(samples: int = 25, shapes: Iterable[tuple[int, int, int, int]] = LARGE_READS) -> list[ReadRow]:
+    """One-token reads of large memories on all of torch's threads, each beside a sum over its weights.
+
+    Raises:
+        RuntimeError: a read does not give what the reference does.
+    """
+    rows = []
+    for batch, heads, dim, hidden in shapes:
+        problem = make_problem(SPEC, batch=batch, tokens=1, heads=heads, dim=dim, hidden=hidden, chunk_size=1)
+        state = MemoryState.initial(problem.weights, spec=SPEC, chunk_size=1, batch_size=batch)
+        _, state = memory_scan(  # a write: from now on each sequence has weights of its own
+            problem.q, problem.k, problem.v, problem.lr, state, spec=SPEC, chunk_size=1, backend="cpu"
+        )
+
+        def read(backend: str = "cpu", q: Tensor = problem.q, state: MemoryState = state) -> Tensor:
+            return memory_read(q, state, spec=SPEC, backend=backend)
+
+        sizes = f"B{batch} N{heads} D{dim} H{hidden}"
+        apart = difference({"output": read()}, {"output": read("reference")})
+        if not apart <= AGREEMENT[torch.float32]:
+            raise RuntimeError(f"memory_read at {sizes} differs from the reference by {apart:.1e}")
+
+        def look(weights: tuple[Tensor, ...] = state.weights) -> None:
+            for weight in weights:
+                weight.sum()
+
+        timings = time_side_by_side({"read": read, "sum": look}, repeats=samples, warmup=3)
+        size = sum(weight.numel() * weight.element_size() for weight in state.weights)
+        rows.append(
+            ReadRow(
+                sizes=sizes,
+                weight_bytes=size,
+                median_us=1e6 * timings["read"].median,
+                spread=timings["read"].spread,
+                gbytes=size / timings["read"].median / 1e9,
+                summed=size / timings["sum"].median / 1e9,
+                samples=samples,
+            )
+        )
+    return rows
