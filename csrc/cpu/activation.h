@@ -23,7 +23,7 @@ HOPE_INLINE vfloat exp2_bounded(vfloat t) {
   p = p * f + 2.4022238e-1f;
   p = p * f + 6.9314686e-1f;
   p = p * f + 1.0f;
-  return (vfloat)((vint32)p + ((vint32)shifted << 23));
+  return (vfloat)((vuint32)p + ((vuint32)shifted << 23));  // unsigned: what padding holds may overflow
 }
 
 // s = sigmoid(x / log2(e)), c = 1 - s, each to full relative accuracy; x comes scaled by log2(e). Beyond |x| = 125 both stay

@@ -40,6 +40,7 @@ constexpr int kTileRows = 6;
 typedef float vfloat __attribute__((vector_size(HOPE_VECTOR_BYTES)));
 typedef double vdouble __attribute__((vector_size(HOPE_VECTOR_BYTES)));
 typedef int32_t vint32 __attribute__((vector_size(HOPE_VECTOR_BYTES)));
+typedef uint32_t vuint32 __attribute__((vector_size(HOPE_VECTOR_BYTES)));
 typedef int64_t vint64 __attribute__((vector_size(HOPE_VECTOR_BYTES)));
 typedef float vfloat_u __attribute__((vector_size(HOPE_VECTOR_BYTES), aligned(4), may_alias));
 typedef double vdouble_u __attribute__((vector_size(HOPE_VECTOR_BYTES), aligned(8), may_alias));
