@@ -44,12 +44,16 @@ _passed: set[tuple[Any, ...]] = set()
 
 
 def unwatched() -> bool:
-    """Whether operators that this thread calls run their implementations and nothing else, as far as modes go."""
+    """Whether operators that this thread calls run their implementations and nothing else, as far as modes go.
+
+    One observer cannot be asked after: ``torch.profiler.ExecutionTraceObserver`` by itself, outside of a profiler.
+    """
     return (
         not torch.compiler.is_compiling()
         and _dispatch_tls_local_include_set().raw_repr() in _NO_MODE
         and not torch._C._len_torch_function_stack()
-        and not torch.autograd._profiler_enabled()
+        and not torch.autograd._profiler_enabled()  # of this thread
+        and not torch.autograd.profiler._is_profiler_enabled  # of all threads
         and forward_ad._current_level < 0
     )
 
@@ -148,5 +152,8 @@ def remember(call: Signature | None) -> None:
 
 
 def forget() -> None:
-    """No call has passed: for whoever changes what backends there are or what they take."""
+    """No call has passed: for whoever changes what backends there are or what they take.
+
+    That is what :func:`hope_kernels.backends.select` asks, and the plan's thresholds; the package changes neither.
+    """
     _passed.clear()

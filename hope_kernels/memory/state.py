@@ -148,7 +148,7 @@ class MemoryState:
         """The same state with other values in some fields: ``dataclasses.replace`` in a tenth of its 7 microseconds."""
         if torch.compiler.is_compiling():
             return replace(self, **changes)
-        other = object.__new__(MemoryState)
+        other = object.__new__(type(self))
         other.__dict__.update(self.__dict__, **changes)
         return other
 

@@ -7,6 +7,7 @@ What a call gives through the registered operator, checked as a whole, is what i
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -248,11 +249,25 @@ def functional():
     return torch._from_functional_tensor(read(torch._to_functional_tensor(P["q"])))
 
 
+def profiled_with_all_threads() -> Any:
+    """The operators that a profiler of the whole process sees of its own thread's call and of another's."""
+    settings = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], experimental_config=settings
+    ) as profiler:
+        read()
+        thread = threading.Thread(target=read)
+        thread.start()
+        thread.join()
+    return sorted((event.key, event.count) for event in profiler.key_averages() if "hope_kernels" in event.key)
+
+
 WATCHERS: dict[str, Callable[[], Any]] = {
     "dispatch mode": in_a_dispatch_mode,
     "function mode": in_a_function_mode,
     "default device": on_a_default_device,
     "profiler": profiled,
+    "profiler of all threads": profiled_with_all_threads,
     "fake tensors": fake,
     "make_fx": proxied,
     "vmap": lambda: torch.vmap(read)(P["q"][None]),

@@ -281,3 +281,16 @@ def test_weights_take_the_dtype_of_the_state_once_the_tokens_tell_it():
     gates = {name: problem.get(name) for name in ("retention", "momentum")}
     state = memory_scan(*tokens, weights, spec=SPEC, chunk_size=4, **gates, backend="reference").state
     assert all(w.dtype == torch.float64 for w in state.weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class Named(MemoryState):
+    """A state of a class of its own."""
+
+
+def test_a_state_of_another_class_stays_of_that_class():
+    spec, weights = MemorySpec(), [torch.randn(1, 3, 5), torch.randn(1, 5, 3)]
+    first = MemoryState.initial(weights, spec=spec, chunk_size=2, batch_size=1)
+    state = Named(**{field.name: getattr(first, field.name) for field in dataclasses.fields(first)})
+    k, lr = torch.randn(1, 3, 1, 3), torch.full((1, 3, 1), 0.1)
+    assert type(memory_scan(k, k, k, lr, state, spec=spec, chunk_size=2).state) is Named
