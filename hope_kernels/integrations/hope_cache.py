@@ -121,6 +121,12 @@ class HopeCache(Cache):
             self._recording = True
             self._forget()
 
+    def deactivate_past_recording(self) -> None:
+        """Keep no more, and forget what was kept: nothing read so far can be taken back."""
+        if self._recording:
+            self._recording = False
+            self._forget()
+
     def reset(self) -> None:
         """Nothing has been read, by no sequence."""
         self._groups, self._columns, self._removable = [], 0, 0
@@ -229,7 +235,7 @@ class HopeCache(Cache):
         if group.again is not None:
             state = model.read(group.again, state)[1]
             group.again = None
-            group.base = state
+            group.base = state if self._recording else None
         features, group.state = model.read(x, state, layers)
         if self._recording:
             group.since.append(x)
@@ -239,7 +245,7 @@ class HopeCache(Cache):
         """What was read so far stays read."""
         self._removable = 0
         for group in self._groups:
-            group.base, group.since = group.state, []
+            group.base, group.since = group.state if self._recording else None, []
 
     def _select(self, indices: list[int]) -> None:
         if not self._groups:
