@@ -62,7 +62,8 @@ class HopeCache(Cache):
     :meth:`detach` cuts off.
 
     What was read can be taken back (:meth:`crop`) where :meth:`activate_past_recording` was called before, as assisted
-    generation does: the tokens since the last ``crop`` are then kept, with the state before them.
+    generation does: the tokens since the last ``crop`` are then kept, with the state before them, until
+    :meth:`deactivate_past_recording`.
     """
 
     def __init__(self) -> None:
