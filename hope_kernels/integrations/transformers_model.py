@@ -215,7 +215,8 @@ class TransformersHopePreTrainedModel(PreTrainedModel):
             raise TypeError(f"past_key_values: got a {type(past_key_values).__name__}; want a HopeCache, or None")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if (use_cache or past_key_values is not None) and isinstance(self.model.blocks[0].mixer_norm.weight, DTensor):
+        stateful = (use_cache or past_key_values is not None) and not torch.compiler.is_compiling()
+        if stateful and isinstance(self.model.blocks[0].mixer_norm.weight, DTensor):
             raise ValueError(
                 "use_cache, past_key_values: the parameters are sharded, and states refer to whole ones; want "
                 "use_cache=False and no cache"
