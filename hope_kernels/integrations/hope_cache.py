@@ -62,7 +62,8 @@ class HopeCache(Cache):
     :meth:`detach` cuts off.
 
     What was read can be taken back (:meth:`crop`) where :meth:`activate_past_recording` was called before, as assisted
-    generation does: the tokens since the last ``crop`` are then kept, with the state before them.
+    generation does: the tokens since the last ``crop`` are then kept, with the state before them, until
+    :meth:`deactivate_past_recording`.
     """
 
     def __init__(self) -> None:
@@ -119,6 +120,12 @@ class HopeCache(Cache):
         """Keep from now on what :meth:`crop` needs."""
         if not self._recording:
             self._recording = True
+            self._forget()
+
+    def deactivate_past_recording(self) -> None:
+        """Keep no more, and forget what was kept: nothing read so far can be taken back."""
+        if self._recording:
+            self._recording = False
             self._forget()
 
     def reset(self) -> None:
@@ -229,7 +236,7 @@ class HopeCache(Cache):
         if group.again is not None:
             state = model.read(group.again, state)[1]
             group.again = None
-            group.base = state
+            group.base = state if self._recording else None
         features, group.state = model.read(x, state, layers)
         if self._recording:
             group.since.append(x)
@@ -239,7 +246,7 @@ class HopeCache(Cache):
         """What was read so far stays read."""
         self._removable = 0
         for group in self._groups:
-            group.base, group.since = group.state, []
+            group.base, group.since = group.state if self._recording else None, []
 
     def _select(self, indices: list[int]) -> None:
         if not self._groups:

@@ -8,16 +8,37 @@ import torch
 from torch import Tensor
 
 
-def check_not_packed(packed: bool, positions: Tensor | None, length: int) -> None:
+def check_not_packed(packed: bool, positions: Tensor | None, length: int, valid: Tensor | None = None) -> None:
     """That a row holds one sequence; a memory would carry what one of them wrote into the next.
+
+    Args:
+        packed: whether something else said that it holds several.
+        positions: of the tokens, ``[T]`` or ``[B, T]``; others are not looked at.
+        length: T, tokens of this call.
+        valid: ``[B, 2]``, first and one past the last real token of each row; None: all are real.
 
     Raises:
         ValueError: it holds several.
     """
-    if isinstance(positions, Tensor) and positions.dim() == 2 and length > 1:
-        packed = packed or bool((positions.diff() != 1).any())
-    if packed:
+    if packed or not _steps_by(1, positions, length, valid):
         raise _packed("position_ids", length)
+
+
+def check_one_sequence(seq_idx: Tensor | None, length: int, valid: Tensor | None = None) -> None:
+    """The same of the number ``[T]`` or ``[B, T]`` of the sequence that each token is of."""
+    if not _steps_by(0, seq_idx, length, valid):
+        raise _packed("seq_idx", length)
+
+
+def _steps_by(step: int, numbers: Tensor | None, length: int, valid: Tensor | None) -> bool:
+    """Whether numbers of tokens grow by ``step`` from each real token to the next, as far as they are known."""
+    if not isinstance(numbers, Tensor) or numbers.dim() not in (1, 2) or numbers.shape[-1] != length or length < 2:
+        return True
+    wrong = numbers.diff() != step
+    if valid is not None:
+        at = torch.arange(1, length, device=valid.device)
+        wrong = wrong.to(valid.device) & (at > valid[:, :1]) & (at < valid[:, 1:])
+    return not bool(wrong.any())
 
 
 def _packed(argument: str, length: int) -> ValueError:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 try:
@@ -23,6 +24,7 @@ try:
         PreTrainedModel,
     )
     from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 except ImportError as error:
     raise ImportError(
         f"a Hope model of transformers needs transformers 5.22 or newer: pip install 'hope_kernels[integrations]' "
@@ -30,9 +32,10 @@ except ImportError as error:
     ) from error
 
 from hope_kernels.integrations.hope_cache import HopeCache, read_fresh
-from hope_kernels.integrations.masks import check_not_packed, real_tokens
+from hope_kernels.integrations.masks import check_not_packed, check_one_sequence, real_tokens
 from hope_kernels.layers import CMSLevel
 from hope_kernels.models import HopeConfig, HopeForCausalLM, HopeModel
+from hope_kernels.models.hope import IGNORED_LABEL, checked_labels
 from hope_kernels.models.pretrained import MODEL_TYPE
 
 __all__ = ["HopeCache", "TransformersHopeConfig", "TransformersHopeForCausalLM", "TransformersHopeModel"]
@@ -85,6 +88,8 @@ class TransformersHopeConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if isinstance(self.levels, list | tuple):  # dictionaries, before an error prints the config
+            self.levels = [dataclasses.asdict(x) if isinstance(x, CMSLevel) else x for x in self.levels]
         super().__post_init__(**kwargs)
         self.levels = self.to_hope().to_dict()["levels"]
 
@@ -93,6 +98,10 @@ class TransformersHopeConfig(PreTrainedConfig):
         """The deviation of fresh embeddings, for tokens that ``resize_token_embeddings`` adds."""
         return self.dim**-0.5
 
+    @initializer_range.setter
+    def initializer_range(self, value: float) -> None:
+        raise ValueError(f"initializer_range: got {value}; it follows from dim, dim**-0.5: want it left out")
+
     def to_hope(self) -> HopeConfig:
         """The same as a :class:`hope_kernels.models.HopeConfig`.
 
@@ -100,10 +109,6 @@ class TransformersHopeConfig(PreTrainedConfig):
             ValueError, TypeError: a field is out of range.
         """
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(HopeConfig)}
-        if isinstance(values["levels"], list | tuple):
-            values["levels"] = [
-                dataclasses.asdict(level) if isinstance(level, CMSLevel) else level for level in values["levels"]
-            ]
         return HopeConfig.from_dict(values)
 
     @classmethod
@@ -126,12 +131,30 @@ class TransformersHopePreTrainedModel(PreTrainedModel):
     base_model_prefix = ""
     supports_gradient_checkpointing = True
     _input_embed_layer = "embedding"
-    _no_split_modules = ("HopeModel",)  # what moves inputs between devices sits on calls of modules; states go past it
+    _no_split_modules = ("HopeBlock",)  # what is sharded: the one part whose own call does all that it does
     _skip_keys_device_placement = ("past_key_values",)
     _supports_context_parallel = False  # a state runs along the sequence
 
     config: TransformersHopeConfig
     model: HopeModel
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in the library; see its documentation for the arguments.
+
+        Raises:
+            ValueError: ``device_map`` puts parts of the model on several devices or offloads them: states pass by
+                the calls of modules, which is where the library moves tensors between devices.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+        if len(places) > 1 or "disk" in places:
+            raise ValueError(
+                f"device_map: the model would lie on {sorted(places)}; want one device, such as device_map='cpu' or "
+                "device_map='cuda:0'"
+            )
+        return loaded
 
     def init_weights(self) -> None:
         """Nothing: the model's own constructors drew them, and its one tied weight is one parameter."""
@@ -192,11 +215,16 @@ class TransformersHopePreTrainedModel(PreTrainedModel):
             raise TypeError(f"past_key_values: got a {type(past_key_values).__name__}; want a HopeCache, or None")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
+        stateful = (use_cache or past_key_values is not None) and not torch.compiler.is_compiling()
+        if stateful and isinstance(self.model.blocks[0].mixer_norm.weight, DTensor):
+            raise ValueError(
+                "use_cache, past_key_values: the parameters are sharded, and states refer to whole ones; want "
+                "use_cache=False and no cache"
+            )
         x = self.model.embed(input_ids) if inputs_embeds is None else self._embedded(inputs_embeds)
-        whole = attention_mask is None and past_key_values is None
-        packed = options.get("cu_seq_lens_q") is not None
-        check_not_packed(packed, position_ids if whole else None, x.shape[1])
         valid = self._valid(attention_mask, past_key_values, *x.shape[:2])
+        check_not_packed(options.get("cu_seq_lens_q") is not None, position_ids, x.shape[1], valid)
+        check_one_sequence(options.get("seq_idx"), x.shape[1], valid)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         layers: list[Tensor] | None = [] if output_hidden_states else None
@@ -278,7 +306,7 @@ class TransformersHopeModel(TransformersHopePreTrainedModel):
             output_attentions: there are none.
             output_hidden_states: whether what each block reads is returned, and the features.
             return_dict: False returns a tuple.
-            **kwargs: of the loss; ``cu_seq_lens_q`` is refused.
+            **kwargs: of the loss; ``cu_seq_lens_q`` is refused, and so is ``seq_idx`` that changes within a row.
 
         Raises:
             ValueError, TypeError: naming the argument that does not fit.
@@ -356,8 +384,9 @@ class TransformersHopeForCausalLM(TransformersHopePreTrainedModel, GenerationMix
         """Logits ``[B, T, vocab_size]`` of the token behind each of ``input_ids [B, T]``.
 
         Args:
-            labels: ``[B, T]``, ``input_ids`` once more or -100 where there is no loss; they are shifted here, as in
-                every model of the library (and not in :class:`hope_kernels.models.HopeForCausalLM`).
+            labels: integers ``[B, T]``, ``input_ids`` once more or -100 where there is no loss; they are shifted here,
+                as in every model of the library (and not in :class:`hope_kernels.models.HopeForCausalLM`). The loss
+                is 0 where there are none.
             logits_to_keep: of the last so many tokens, or of the places in a tensor; 0 of all.
             **kwargs: ``num_items_in_batch``, by which the loss is divided in place of the number of labels.
             The others as in :meth:`TransformersHopeModel.forward`.
@@ -380,11 +409,29 @@ class TransformersHopeForCausalLM(TransformersHopePreTrainedModel, GenerationMix
         logits = self.logits(read.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self._loss(logits, labels, kwargs)
         output = CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=read.past_key_values, hidden_states=read.hidden_states
         )
         return output if _wants_dict(return_dict, self.config) else output.to_tuple()
+
+    def _loss(self, logits: Tensor, labels: Tensor, options: dict[str, Any]) -> Tensor:
+        """The library's loss with its options, and 0 where no label counts."""
+        ignored, shifted = options.get("ignore_index", IGNORED_LABEL), options.get("shift_labels")
+        labels = checked_labels(type(self).__name__, labels, logits, ignored)
+        if options.get("num_items_in_batch") is None:
+            count = ((labels[:, 1:] if shifted is None else shifted) != ignored).sum()
+            options = options | {"num_items_in_batch": count.clamp_min(1)}
+        return self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **options)
+
+    def _prepare_attention_mask_for_generation(
+        self, inputs_tensor: Tensor, generation_config: Any, model_kwargs: dict[str, Any]
+    ) -> Tensor:
+        mask = super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
+        if generation_config.is_assistant:  # told nothing where the caller's mask is of ones alone
+            return torch.ones_like(mask)
+        # The id of padding between other tokens is one of the text.
+        return ((mask.cumsum(1) > 0) & (mask.flip(1).cumsum(1).flip(1) > 0)).to(mask)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -392,7 +439,28 @@ class TransformersHopeForCausalLM(TransformersHopePreTrainedModel, GenerationMix
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic"):
             raise ValueError(f"cache_implementation: got {kind!r}; a Hope model's cache is a HopeCache: want None")
-        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+        if generation_config.assistant_early_exit is not None:
+            raise ValueError(
+                f"assistant_early_exit: got {generation_config.assistant_early_exit}; a Hope model writes with all of "
+                "its blocks: want None, and an assistant_model or prompt_lookup_num_tokens"
+            )
+        mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
+        if mask is not None and bool((mask[:, -1] == 0).any()):
+            raise ValueError(
+                "attention_mask: the last token of a prompt is padding, and text goes on behind it; generate wants "
+                "prompts padded on the left"
+            )
+        if isinstance(cache, HopeCache):
+            # The library leaves masks of ones out, and reads a prompt once more of which it has nothing left to read.
+            length = generation_config._mask_length if mask is None else mask.shape[1]
+            if length <= cache.get_seq_length():
+                raise ValueError(
+                    f"past_key_values: holds {cache.get_seq_length()} tokens, and input_ids has {length}; want the "
+                    "whole text, with at least one new token"
+                )
+            if not generation_config.is_assistant:
+                cache.deactivate_past_recording()  # of an earlier assisted call; another one starts its own
+        if cache is not None or generation_config.use_cache is False:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
             return
         cache = model_kwargs["past_key_values"] = HopeCache()
@@ -418,3 +486,5 @@ def _wants_dict(return_dict: bool | None, config: TransformersHopeConfig) -> boo
 AutoConfig.register(MODEL_TYPE, TransformersHopeConfig, exist_ok=True)
 AutoModel.register(TransformersHopeConfig, TransformersHopeModel, exist_ok=True)
 AutoModelForCausalLM.register(TransformersHopeConfig, TransformersHopeForCausalLM, exist_ok=True)
+# By this table, which registering leaves as it is, Trainer knows whose labels its label smoothing has to shift.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MODEL_TYPE] = TransformersHopeForCausalLM.__name__

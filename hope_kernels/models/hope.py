@@ -23,6 +23,7 @@ from hope_kernels.models import generation, pretrained
 from hope_kernels.models.config import HopeConfig
 from hope_kernels.models.state import BlockState, HopeState
 
+IGNORED_LABEL = -100  # where no token follows: there is no loss
 _MIXER_STATES = {"attention": AttentionState, "titans": TitansState, "neural_memory": TitansState}
 
 
@@ -360,21 +361,32 @@ class HopeForCausalLM(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        if not isinstance(labels, Tensor):
-            raise TypeError(f"HopeForCausalLM: labels is a {type(labels).__name__}; want an integer tensor [B, T]")
-        if labels.shape != logits.shape[:-1] or labels.is_floating_point():
-            raise ValueError(
-                f"HopeForCausalLM: labels is {labels.dtype} of shape {tuple(labels.shape)}; want integers of shape "
-                f"{tuple(logits.shape[:-1])}, as input_ids"
-            )
-        labels = labels.long()
-        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-            there = labels[labels != -100]
-            if there.numel() and not 0 <= int(there.min()) <= int(there.max()) < logits.shape[-1]:
-                raise ValueError(
-                    f"HopeForCausalLM: labels has ids from {int(there.min())} to {int(there.max())}; want 0 to "
-                    f"{logits.shape[-1] - 1}, or -100 where there is none"
-                )
+        labels = checked_labels("HopeForCausalLM", labels, logits)
         dtype = torch.promote_types(logits.dtype, torch.float32)
         total = F.cross_entropy(logits.flatten(0, 1).to(dtype), labels.flatten(), reduction="sum")
-        return total / (labels != -100).sum().clamp_min(1)
+        return total / (labels != IGNORED_LABEL).sum().clamp_min(1)
+
+
+def checked_labels(model: str, labels: Tensor, logits: Tensor, ignored: int = IGNORED_LABEL) -> Tensor:
+    """Labels ``[B, T]`` of logits ``[B, T, vocab_size]`` as int64.
+
+    Raises:
+        ValueError, TypeError: they are no integers of that shape or (on the CPU) none of the vocabulary; it begins
+            with the name of the model.
+    """
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{model}: labels is a {type(labels).__name__}; want an integer tensor [B, T]")
+    if labels.shape != logits.shape[:-1] or labels.is_floating_point():
+        raise ValueError(
+            f"{model}: labels is {labels.dtype} of shape {tuple(labels.shape)}; want integers of shape "
+            f"{tuple(logits.shape[:-1])}, as input_ids"
+        )
+    labels = labels.long()
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        there = labels[labels != ignored]
+        if there.numel() and not 0 <= int(there.min()) <= int(there.max()) < logits.shape[-1]:
+            raise ValueError(
+                f"{model}: labels has ids from {int(there.min())} to {int(there.max())}; want 0 to "
+                f"{logits.shape[-1] - 1}, or {ignored} where there is none"
+            )
+    return labels

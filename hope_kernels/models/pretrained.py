@@ -59,6 +59,12 @@ def load(
     found = values.pop("model_type", None) if isinstance(values, dict) else None
     if found != MODEL_TYPE:
         raise ValueError(f"from_pretrained: {folder / CONFIG} has model_type {found!r}; want {MODEL_TYPE!r}")
+    if "transformers_version" in values:
+        raise ValueError(
+            f"from_pretrained: {folder} was written by transformers; want "
+            "transformers.AutoModelForCausalLM.from_pretrained(folder).to_hope(), behind an import of "
+            "hope_kernels.integrations.transformers_model"
+        )
     missing = [field.name for field in dataclasses.fields(HopeConfig) if field.name not in values]
     if missing:
         raise ValueError(f"from_pretrained: {folder / CONFIG} lacks {missing}")

@@ -27,9 +27,11 @@ __all__ = [
     "TransformersHopeModel",
     "gradients",
     "make",
+    "make_writer",
     "padded",
     "rows_of",
     "transformers",
+    "varied",
 ]
 
 TIGHT = {"rtol": 1e-9, "atol": 1e-11}
@@ -39,6 +41,23 @@ def make(mixer: str = "titans", **changes) -> tuple[TransformersHopeForCausalLM,
     """A model in the library's form, in inference mode, and in its own; they share their parameters."""
     hope = make_model(mixer, **changes)
     return TransformersHopeForCausalLM.from_hope(hope).eval(), hope
+
+
+def make_writer(mixer: str = "titans", **changes) -> tuple[TransformersHopeForCausalLM, HopeForCausalLM]:
+    """The same of a model that writes many tokens, and others behind another prompt; :func:`make`'s repeats one."""
+    model, hope = make(mixer, tie_embeddings=False, **changes)
+    random = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        hope.model.embedding.weight.normal_(std=0.4, generator=random)
+        hope.model.norm.weight.fill_(1.0)
+        hope.head.weight.normal_(generator=random)
+    return model, hope
+
+
+def varied(text: torch.Tensor) -> torch.Tensor:
+    """A text, once it was seen that a wrong state would have changed it: it has four tokens or more."""
+    assert len(text.unique()) >= 4, text
+    return text
 
 
 def padded(rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:

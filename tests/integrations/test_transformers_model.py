@@ -22,9 +22,11 @@ from tests.integrations.hope_support import (
     TransformersHopeModel,
     gradients,
     make,
+    make_writer,
     padded,
     rows_of,
     transformers,
+    varied,
 )
 from tests.models.common import MIXERS, VOCABULARY, config_of, ids_of
 
@@ -58,6 +60,8 @@ def test_a_config_has_the_same_defaults_and_takes_either_name_and_levels_of_eith
         TransformersHopeConfig(levels=[{"chunk": 3}])
     with pytest.raises(TypeError, match="levels is 3"):
         TransformersHopeConfig(levels=3)
+    with pytest.raises(ValueError, match=r"initializer_range: got 0\.02; it follows from dim"):
+        TransformersHopeConfig(initializer_range=0.02)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -79,6 +83,8 @@ def test_checkpoints_of_either_kind_are_read_by_the_library_under_the_same_names
         assert type(bare) is TransformersHopeModel and not any(report.values()), report
         ids = ids_of(2, 7)
         torch.testing.assert_close(bare(ids).last_hidden_state, hope.model(ids), **TIGHT)
+    with pytest.raises(ValueError, match=r"written by transformers; want .*from_pretrained\(folder\).to_hope\(\)"):
+        HopeForCausalLM.from_pretrained(tmp_path / "library")
     # And back: what the library stored becomes the very file that the model would have written itself.
     again.to_hope().save_pretrained(tmp_path / "back")
     for name in ("config.json", "model.safetensors"):
@@ -97,11 +103,12 @@ def test_loading_takes_a_dtype_and_a_backend(tmp_path):
     assert {p.dtype for p in auto.from_config(model.config, dtype=torch.float32).parameters()} == {torch.float32}
     with pytest.raises(ValueError, match="backend"):
         auto.from_pretrained(tmp_path, backend="abacus")
-    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed (hope_kernels[integrations])")
-    devices = accelerate.infer_auto_device_map(
-        hope, max_memory={0: 9000, "cpu": "1GB"}, no_split_module_classes=list(low._no_split_modules)
-    )
-    assert devices and not any(name.startswith("model.") for name in devices), "the Hope model stays on one device"
+    pytest.importorskip("accelerate", reason="accelerate is not installed (hope_kernels[integrations])")
+    parts = {"model.embedding": "cpu", "model.blocks.0": "cpu", "model.blocks.1": "disk", "model.norm": "cpu"}
+    with pytest.raises(ValueError, match=r"device_map: the model would lie on \['cpu', 'disk'\]; want one device"):
+        auto.from_pretrained(tmp_path, device_map=parts, offload_folder=str(tmp_path / "disk"))
+    one = auto.from_pretrained(tmp_path, device_map="cpu")
+    assert torch.equal(one(ids_of(1, 4)).logits, model(ids_of(1, 4)).logits)
 
 
 def test_parameters_that_a_checkpoint_lacks_begin_as_in_a_fresh_model(tmp_path):
@@ -198,6 +205,17 @@ def test_arguments_that_do_not_fit_are_named():
         model(ids, position_ids=torch.tensor([[0, 1, 0, 1]]))
     with pytest.raises(ValueError, match="position_ids: several sequences are packed"):
         model(ids, cu_seq_lens_q=torch.tensor([0, 2, 4]))
+    rows = torch.tensor([[0, 1, 2, 3], [0, 1, 0, 1]])
+    for told in ({"attention_mask": torch.ones(2, 4)}, {"past_key_values": HopeCache()}, {}):
+        for positions in (rows, rows[1]):
+            with pytest.raises(ValueError, match="position_ids: several sequences are packed into one row of 4"):
+                model(ids, position_ids=positions, **told)
+        for seq_idx in (rows // 2, torch.tensor([0, 0, 1, 1])):
+            with pytest.raises(ValueError, match="seq_idx: several sequences are packed into one row of 4 tokens"):
+                model(ids, seq_idx=seq_idx, **told)
+    # One sequence per row: what stands at its padding is no other sequence's.
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
+    model(ids, attention_mask=mask, position_ids=torch.tensor([[1, 1, 0, 1], [5, 6, 7, 0]]), seq_idx=1 - mask)
     with pytest.raises(ValueError, match="input_ids has ids from 11 to 11; want 0 to 10"):
         model(torch.full((1, 2), 11))
 
@@ -255,11 +273,12 @@ def test_a_row_of_padding_alone_and_under_autocast():
 
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_greedy_and_drawn_tokens_are_those_of_the_models_own_generate(mixer):
-    model, hope = make(mixer)
+    model, hope = make_writer(mixer)
     ids = ids_of(2, 5)
+    want = hope.generate(ids, 8, temperature=0)
+    varied(want[:, 5:])
     for use_cache in (True, False):
-        found = model.generate(ids, **GREEDY, use_cache=use_cache)
-        assert torch.equal(found, hope.generate(ids, 8, temperature=0))
+        assert torch.equal(model.generate(ids, **GREEDY, use_cache=use_cache), want)
     torch.manual_seed(3)
     want = hope.generate(ids, 12, temperature=0.8, top_k=9, top_p=0.9)
     torch.manual_seed(3)
@@ -269,10 +288,13 @@ def test_greedy_and_drawn_tokens_are_those_of_the_models_own_generate(mixer):
 
 @pytest.mark.parametrize("mixer", ["titans", "attention"])
 def test_generate_from_padded_prompts_equals_each_prompt_alone(mixer):
-    model, hope = make(mixer)
+    model, hope = make_writer(mixer)
     rows = rows_of(7, 2, 7)
     ids, mask = padded(rows, "left")
     wanted = [hope.generate(prompt[None], 5, temperature=0)[0, len(prompt) :] for prompt in rows]
+    varied(torch.cat(wanted))
+    unmasked = model.generate(ids, do_sample=False, max_new_tokens=5)[1, 7:]
+    assert not torch.equal(unmasked, wanted[1]), "padding that is read shows"
     for options in ({}, {"prefill_chunk_size": 3}, {"use_cache": False}):
         found = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=5, **options)
         for row, want in enumerate(wanted):
@@ -281,7 +303,7 @@ def test_generate_from_padded_prompts_equals_each_prompt_alone(mixer):
 
 @pytest.mark.parametrize("mixer", ["titans", "neural_memory", "attention"])
 def test_beams_are_those_of_a_search_without_a_cache(mixer):
-    model, _ = make(mixer)
+    model, _ = make_writer(mixer)
     ids, mask = padded(rows_of(6, 3), "left")
     options = GREEDY | {"num_beams": 3, "num_return_sequences": 2, "attention_mask": mask, "return_dict_in_generate": 1}
     found = model.generate(ids, **options, output_scores=True)
@@ -292,8 +314,8 @@ def test_beams_are_those_of_a_search_without_a_cache(mixer):
 
 
 def test_assisted_generation_takes_rejected_tokens_back(monkeypatch):
-    model, hope = make()
-    helper, _ = make("neural_memory")
+    model, hope = make_writer()
+    helper, _ = make_writer("neural_memory")
     helper.generation_config.update(num_assistant_tokens=4, assistant_confidence_threshold=0.0)
     taken_back, crop = {}, HopeCache.crop
 
@@ -304,6 +326,7 @@ def test_assisted_generation_takes_rejected_tokens_back(monkeypatch):
     monkeypatch.setattr(HopeCache, "crop", watched)
     ids = ids_of(1, 6)
     want = hope.generate(ids, 20, temperature=0)
+    varied(want[:, 6:])
     options = {"do_sample": False, "max_new_tokens": 20}
     assert torch.equal(model.generate(ids, **options, prompt_lookup_num_tokens=3), want)
     assert len(taken_back) == 1 and min(taken_back.values()) > 0
@@ -313,12 +336,63 @@ def test_assisted_generation_takes_rejected_tokens_back(monkeypatch):
 
 
 def test_a_second_turn_goes_on_with_the_cache_of_the_first():
-    model, hope = make()
+    model, hope = make_writer()
     ids = ids_of(2, 5)
     first = model.generate(ids, **GREEDY, return_dict_in_generate=True)
-    text = torch.cat([first.sequences, ids_of(2, 3, seed=4)], 1)
+    more = ids_of(2, 3, seed=4)
+    text = torch.cat([first.sequences, more], 1)
+    want = hope.generate(text, 8, temperature=0)
+    alone = hope.generate(more, 8, temperature=0)[:, 3:]
+    assert not torch.equal(varied(want[:, 16:]), alone), "the first turn shows in the second"
     found = model.generate(text, **GREEDY, past_key_values=first.past_key_values)
-    assert torch.equal(found, hope.generate(text, 8, temperature=0))
+    assert torch.equal(found, want)
+
+
+def test_a_cache_that_holds_all_of_the_prompt_is_refused():
+    model, _ = make()
+    ids = ids_of(2, 5)
+    cache = model(ids, use_cache=True).past_key_values
+    for length in (5, 3):
+        match = f"past_key_values: holds 5 tokens, and input_ids has {length}; want the whole text, with at least one"
+        with pytest.raises(ValueError, match=match):
+            model.generate(ids[:, :length], **GREEDY, past_key_values=cache)
+    assert cache.get_seq_length() == 5
+
+
+def test_prompts_padded_on_the_right_are_refused():
+    model, _ = make()
+    ids, mask = padded(rows_of(6, 3), "right")
+    for use_cache in (True, False):
+        with pytest.raises(ValueError, match="generate wants prompts padded on the left"):
+            model.generate(ids, attention_mask=mask, **GREEDY, use_cache=use_cache)
+
+
+def test_a_cache_records_no_longer_than_the_assisted_call():
+    model, hope = make_writer()
+    ids = ids_of(1, 6)
+    first = model.generate(ids, **GREEDY, prompt_lookup_num_tokens=3, return_dict_in_generate=True)
+    cache = first.past_key_values
+    assert cache.is_croppable
+    found = model.generate(F.pad(first.sequences, (0, 1), value=4), **GREEDY, past_key_values=cache)
+    assert torch.equal(found, hope.generate(found[:, :15], 8, temperature=0))
+    assert not cache.is_croppable and not any(group.since or group.base for group in cache._groups)
+
+
+def test_the_id_of_padding_may_be_a_token_of_the_prompt():
+    model, hope = make_writer()
+    helper, _ = make_writer("neural_memory")
+    options = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": 3}
+    for prompt in ([1, 3, 5, 2], [3, 1, 5, 3]):
+        ids = torch.tensor([prompt])
+        want = hope.generate(ids, 6, temperature=0)
+        for more in ({}, {"prompt_lookup_num_tokens": 2}, {"assistant_model": helper}):
+            assert torch.equal(model.generate(ids, attention_mask=torch.ones_like(ids), **options, **more), want)
+    # Untold, padding is what stands at the ends.
+    ids = torch.tensor([[3, 3, 1, 3, 5]])
+    want = hope.generate(ids[:, 2:], 6, temperature=0)
+    assert torch.equal(model.generate(ids, **options)[:, 2:], want)
+    with pytest.raises(ValueError, match="generate wants prompts padded on the left"):
+        model.generate(torch.tensor([[1, 5, 3]]), **options)
 
 
 def test_sequences_end_and_embeddings_may_be_the_prompt():
@@ -337,6 +411,8 @@ def test_generation_that_a_hope_model_cannot_do_is_refused():
     for kind in ("static", "quantized", "offloaded"):
         with pytest.raises(ValueError, match=f"cache_implementation: got '{kind}'"):
             model.generate(ids_of(1, 3), **GREEDY, cache_implementation=kind)
+    with pytest.raises(ValueError, match="assistant_early_exit: got 1; a Hope model writes with all of its blocks"):
+        model.generate(ids_of(1, 3), **GREEDY, assistant_early_exit=1)
     with pytest.raises(NotImplementedError, match="packs all sequences into one row"):
         model.generate(ids_of(1, 3), **GREEDY, cache_implementation="paged")
 
