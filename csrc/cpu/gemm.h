@@ -122,8 +122,8 @@ constexpr TileFunction<T, E> kTiles[kTileRows][4] = {
 
 // Runs tiles over rows [0, rows) and `vectors` vectors of one panel of C.
 template <class T, bool kTransposed, class E>
-void tile_rows(Upcoming* upcoming, const Strip<E>& a, idx row_step, const E* b, idx ldb, const T* cin, idx ldcin, T* c, idx ldc, idx rows,
-               idx vectors, T alpha, T beta) {
+void tile_rows(Upcoming* upcoming, const Strip<E>& a, idx row_step, const E* b, idx ldb, const T* cin, idx ldcin, T* c,
+               idx ldc, idx rows, idx vectors, T alpha, T beta) {
   const idx count = ceil_div(rows, kTileRows);
   if (count == 0) return;
   // Few rows leave registers for wider tiles, which hide the latency of the multiply-adds.

@@ -8,8 +8,7 @@ longer sequence has in common with a shorter one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ from hope_kernels.bench.peak_memory import measure_peak_memory
 from hope_kernels.bench.problems import Problem, shape_problem
 from hope_kernels.bench.shapes import MODES, Shape
 from hope_kernels.bench.speed import DisagreementError, Notify
-from hope_kernels.bench.timing import Timing, time_side_by_side
+from hope_kernels.bench.timing import Timing, thread_count, time_side_by_side
 
 
 @dataclass
@@ -127,16 +126,6 @@ def thread_counts(most: int) -> list[int]:
     return sorted({1 << i for i in range(most.bit_length()) if 1 << i <= most} | {most})
 
 
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _on(count: int, call: Callable[[], Results]) -> Callable[[], Results]:
     """``call`` on so many threads."""
 
@@ -192,7 +181,7 @@ def measure_scaling(
         raise ValueError(f"lengths is {lengths}; want numbers of tokens from 1 on")
     setting = _Setting(Implementation(backend), dtype, repeats, seed)
     report = ScalingReport([], [], {}, {})
-    with _threads(counts[0]):
+    with thread_count(counts[0]):
         notify("the machine's limits")
         for count in counts:
             torch.set_num_threads(count)
@@ -224,7 +213,7 @@ def _measure_threads(
     problem = shape_problem(shape, dtype=setting.dtype, seed=setting.seed)
     call = make_call(setting.engine, problem, mode)
     name = f"{setting.engine.name} at {shape.name} ({shape.sizes}), {mode}"
-    with _threads(1):
+    with thread_count(1):
         expected = call()
         setting.check(name, expected, problem, mode)
         for count in counts[1:]:

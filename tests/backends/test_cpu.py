@@ -11,8 +11,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from hope_kernels import MemorySpec, available_backends, memory_read, memory_scan
 from hope_kernels.backends.interface import ScanProblem
+from hope_kernels.bench.timing import thread_count
 from tests.cases import (
     Evaluation,
     Problem,
@@ -57,16 +56,6 @@ def spec_id(spec: MemorySpec) -> str:
 def problem_for(spec: MemorySpec, **sizes) -> Problem:
     """Every gate the rule has; gates small enough for long chunks to stay bounded."""
     return make_problem(spec, retention=True, momentum=spec.rule == "gd", **({"max_lr": 0.1} | sizes))
-
-
-@contextmanager
-def thread_count(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def assert_identical(found: Evaluation, expected: Evaluation) -> None:
