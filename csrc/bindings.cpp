@@ -8,6 +8,8 @@ namespace py = pybind11;
 namespace {
 
 using hope::ScanProblem;
+using hope::bindings::FactoredTables;
+using hope::bindings::Items;
 using hope::bindings::raise;
 using hope::bindings::read_backward;
 using hope::bindings::read_forward;
@@ -36,6 +38,74 @@ void scan_backward(const py::tuple& vocabulary, const py::tuple& sizes, const py
   {
     py::gil_scoped_release release;
     status = hope::cpu::scan_backward(problem, result);
+  }
+  raise(status);
+}
+
+int64_t factored_kept_bytes(const py::tuple& vocabulary, const py::tuple& sizes) {
+  const py::tuple none = py::make_tuple(py::none(), py::none());
+  const py::tuple empty = py::make_tuple(py::tuple(), py::tuple(), py::none(), py::none(), py::tuple(), py::none());
+  return hope::cpu::factored_kept_bytes(FactoredTables(vocabulary, sizes, none, empty, 1).chunk());
+}
+
+// results: output, stride, hidden, errors.
+void factored_forward(const py::tuple& vocabulary, const py::tuple& sizes, const py::tuple& tokens, const py::tuple& memory,
+                      const py::tuple& results, int threads) {
+  const FactoredTables tables(vocabulary, sizes, tokens, memory, threads);
+  hope::FactoredResult result{};
+  Items r(results.ptr(), "results", 4);
+  result.output = r.tokens();
+  result.stride = r.number();
+  result.hidden = r.pointer();
+  r.pointers(result.errors, "errors");
+  hope::Status status;
+  {
+    py::gil_scoped_release release;
+    status = hope::cpu::factored_forward(tables.chunk(), result);
+  }
+  raise(status);
+}
+
+// given: gradients of output, hidden and errors; results: those of x and target, of weights, a and gamma.
+void factored_backward(const py::tuple& vocabulary, const py::tuple& sizes, const py::tuple& tokens,
+                       const py::tuple& memory, const py::tuple& given, const py::tuple& results, int threads) {
+  const FactoredTables tables(vocabulary, sizes, tokens, memory, threads);
+  hope::FactoredGradients gradients{};
+  Items g(given.ptr(), "given", 3);
+  gradients.grad_output = g.tokens();
+  gradients.grad_hidden = g.pointer();
+  g.pointers(gradients.grad_errors, "gradients of errors");
+  Items r(results.ptr(), "results", 5);
+  gradients.x = r.tokens();
+  gradients.target = r.tokens();
+  r.pointers(gradients.weights, "gradients of weights");
+  gradients.scale = r.pointer();
+  gradients.decay = r.pointer();
+  hope::Status status;
+  {
+    py::gil_scoped_release release;
+    status = hope::cpu::factored_backward(tables.chunk(), gradients);
+  }
+  raise(status);
+}
+
+// from: address, dtype, matrices, rows, columns, elements between matrices, between rows; to: address, elements between rows.
+void transpose_matrices(const py::tuple& from, const py::tuple& to, int threads) {
+  Items f(from.ptr(), "from", 7);
+  hope::MatrixView view;
+  view.data = f.pointer();
+  view.dtype = static_cast<hope::DType>(f.number());
+  const int64_t matrices = f.number(), rows = f.number(), columns = f.number();
+  view.head = f.number();
+  view.in = f.number();
+  view.out = 1;
+  Items t(to.ptr(), "to", 2);
+  void* target = t.pointer();
+  const int64_t stride = t.number();
+  hope::Status status;
+  {
+    py::gil_scoped_release release;
+    status = hope::cpu::transpose_matrices(view, matrices, rows, columns, target, stride, threads);
   }
   raise(status);
 }
@@ -73,6 +143,10 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "The compiled engines of hope_kernels.";
   m.def("scan_forward", &scan_forward, "Run a chunked scan; see hope_kernels.backends.cpu.");
   m.def("scan_backward", &scan_backward, "Adjoint of a chunked scan; see hope_kernels.backends.cpu.");
+  m.def("factored_kept_bytes", &factored_kept_bytes, "Bytes that a chunk of the factored plan keeps for its backward.");
+  m.def("factored_forward", &factored_forward, "One chunk of the factored plan; see hope_kernels.memory.factored_ops.");
+  m.def("factored_backward", &factored_backward, "Its adjoint.");
+  m.def("transpose_matrices", &transpose_matrices, "Transposed copies of matrices.");
   m.def("level_update", &level_update, "Update tensors of several levels; see hope_kernels.backends.cpu.");
   m.def("isa", &isa, "Instruction set in use: the newest this processor has, or the one HOPE_KERNELS_CPU_ISA names.");
   m.def("isas", &isas, "Instruction sets this build and this processor share, newest first.");

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "factored.h"
 #include "level_update.h"
 #include "memory.h"
 
@@ -89,9 +90,9 @@ class Items {
     return memory;
   }
   template <class Pointer>
-  void pointers(Pointer* found, const char* name) {
+  void pointers(Pointer* found, const char* name, Py_ssize_t most = hope::kMaxWeights) {
     Items items(next(), name);
-    if (items.size_ > hope::kMaxWeights) throw py::type_error(std::string(name) + " has too many matrices");
+    if (items.size_ > most) throw py::type_error(std::string(name) + " has too many matrices");
     for (Py_ssize_t i = 0; i < items.size_; ++i) found[i] = static_cast<Pointer>(items.pointer());
   }
 
@@ -195,6 +196,65 @@ inline BackwardResult read_backward(const py::tuple& given, const py::tuple& res
   r.pointers(result.momentum, "momentum gradients");
   return result;
 }
+
+// A chunk of the factored plan, from the tuples of hope_kernels/memory/factored_ops.py. Owns the table of blocks.
+class FactoredTables {
+ public:
+  // sizes: batch, rows, heads, dim, hidden, whether the rows are written. memory: weights, their transposes, a, gamma, blocks,
+  // kept (None or address, bytes for each task). A block: count, stride, turned stride, and six tuples of addresses.
+  FactoredTables(const py::tuple& vocabulary, const py::tuple& sizes, const py::tuple& tokens, const py::tuple& memory,
+                 int threads) {
+    Items v(vocabulary.ptr(), "vocabulary", 6);
+    chunk_.form = static_cast<Form>(v.number());
+    chunk_.activation = static_cast<Activation>(v.number());
+    chunk_.objective = static_cast<Objective>(v.number());
+    v.number();  // the rule: gd
+    chunk_.residual = static_cast<int32_t>(v.number());
+    chunk_.dtype = static_cast<DType>(v.number());
+    Items s(sizes.ptr(), "sizes", 6);
+    chunk_.batch = s.number();
+    chunk_.rows = s.number();
+    chunk_.heads = s.number();
+    chunk_.dim = s.number();
+    chunk_.hidden = s.number();
+    chunk_.writes = static_cast<int32_t>(s.number());
+    chunk_.threads = threads;
+    Items t(tokens.ptr(), "tokens", 2);
+    chunk_.x = t.tokens();
+    chunk_.target = t.tokens();
+    Items m(memory.ptr(), "memory", 6);
+    m.pointers(chunk_.weights, "weights");
+    m.pointers(chunk_.turned_weights, "transposed weights");
+    chunk_.scale = m.pointer();
+    chunk_.decay = m.pointer();
+    PyObject* blocks = m.next();
+    Items b(blocks, "blocks");
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(blocks); ++i) {
+      Items items(b.next(), "a block", 9);
+      PairBlock block{};
+      block.count = items.number();
+      block.stride = items.number();
+      block.turned_stride = items.number();
+      items.pointers(block.inputs, "inputs", kMaxInputs);
+      items.pointers(block.errors, "errors");
+      items.pointers(block.turned_inputs, "transposed inputs", kMaxInputs);
+      items.pointers(block.turned_errors, "transposed errors");
+      items.pointers(block.grad_inputs, "gradients of inputs", kMaxInputs);
+      items.pointers(block.grad_errors, "gradients of errors");
+      blocks_.push_back(block);
+    }
+    const SegmentMemory kept = m.segment();
+    chunk_.kept = kept.data;
+    chunk_.kept_bytes = kept.bytes;
+    chunk_.blocks = blocks_.data();
+    chunk_.block_count = int64_t(blocks_.size());
+  }
+  const FactoredChunk& chunk() const { return chunk_; }
+
+ private:
+  std::vector<PairBlock> blocks_;
+  FactoredChunk chunk_{};
+};
 
 // An update's tables, from one tuple per tensor (addresses or None of parameter, gradient, accumulator, first, second, copy;
 // elements, level, dtypes of gradient and copy, decay) and one per level (rule, due, nesterov, lr, beta1, beta2, eps,

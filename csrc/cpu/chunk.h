@@ -26,8 +26,8 @@ struct Activations {
   Mat<T> turned;               // W_out^T
   DeltaRule<T> rule;
 
-  // `keep`: the backward needs what the forward may overwrite.
-  void layout(Arena& arena, const Net& net, idx rows, idx keys, bool keep) {
+  // `keep`: the backward needs what the forward may overwrite. `turns`: products with W_out^T make a copy of it.
+  void layout(Arena& arena, const Net& net, idx rows, idx keys, bool keep, bool turns = true) {
     const bool hidden_layer = net.has_hidden(), glu = net.form == Form::glu;
     const Axis &d = net.dim_axis, &h = net.hidden_axis;
     if (keep && hidden_layer && keys > 0) curve = arena.matrix<T>(keys, h);
@@ -46,7 +46,7 @@ struct Activations {
         for (int i = 0; i < net.inputs; ++i) error[i] = arena.matrix<T>(keys, h);
         error_hidden = keep ? arena.matrix<T>(keys, h) : error[net.inputs - 1];
       }
-      if (keys > 0 || keep) turned = arena.matrix<T>(net.dim, h);
+      if (turns && (keys > 0 || keep)) turned = arena.matrix<T>(net.dim, h);
     } else {
       z[0] = out;
       error[0] = delta;

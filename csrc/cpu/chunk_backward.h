@@ -33,14 +33,14 @@ struct Adjoints {
   Mat<T> turned;            // transposed adjoints and weights
   T* partial;               // one number per row of a weight
 
-  void layout(Arena& arena, const Net& net, idx rows, idx keys) {
+  void layout(Arena& arena, const Net& net, idx rows, idx keys, bool turns = true) {
     const Axis &d = net.dim_axis, &h = net.hidden_axis;
     const idx widest = max(net.dim, net.hidden);
     d_x = arena.matrix<T>(rows, d);
     d_out = arena.matrix<T>(rows, d);
     // Any weight or adjoint transposed: [D, H], [H, D] or [D, D], whichever padding makes largest.
     const bool wide = net.hidden * d.width * d.panels > net.dim * h.width * h.panels;
-    turned = wide ? arena.matrix<T>(net.hidden, d) : arena.matrix<T>(net.dim, h);
+    if (turns) turned = wide ? arena.matrix<T>(net.hidden, d) : arena.matrix<T>(net.dim, h);
     if (net.has_hidden()) {
       d_hidden = arena.matrix<T>(rows, h);
       for (int i = 0; i < net.inputs; ++i) d_z[i] = arena.matrix<T>(rows, h);

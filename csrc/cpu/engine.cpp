@@ -131,6 +131,70 @@ Status scan_backward(const ScanProblem& problem, const BackwardResult& result) {
   return run(problem, result, &Variant::scan_backward);
 }
 
+namespace {
+
+Status check_factored(const FactoredChunk& chunk, bool backward) {
+  const auto invalid = [](const char* message) { return Status{StatusCode::invalid_argument, message}; };
+  if (chunk.threads < 1) return invalid("threads must be positive");
+  if (chunk.batch < 0 || chunk.rows < 0 || chunk.heads < 0 || chunk.block_count < 0)
+    return invalid("sizes must not be negative");
+  if (chunk.dtype != DType::float32 && chunk.dtype != DType::float64)
+    return invalid("the factored plan's kernels take float32 and float64");
+  if (chunk.dim < 1 || chunk.dim % kFactoredMultiple != 0) return invalid("dim must be a multiple of 16");
+  if (chunk.form != Form::linear && (chunk.hidden < 1 || chunk.hidden % kFactoredMultiple != 0))
+    return invalid("hidden must be a multiple of 16");
+  if (!chunk.x.data || (chunk.writes && !chunk.target.data)) return invalid("tokens are missing");
+  for (int i = 0; i < weight_count(chunk.form); ++i)
+    if (!chunk.weights[i] || (backward && !chunk.turned_weights[i])) return invalid("a weight is missing");
+  for (int64_t j = 0; j < chunk.block_count; ++j)
+    if (const PairBlock& block = chunk.blocks[j]; block.count > 0) {
+      if (!chunk.scale) return invalid("the pairs' weights are missing");
+      for (int i = 0; i < weight_count(chunk.form); ++i)
+        if (!block.errors[i] || (backward && !block.turned_errors[i])) return invalid("errors of pairs are missing");
+      for (int i = 0; i < (chunk.form == Form::linear ? 1 : kMaxInputs); ++i)
+        if (!block.inputs[i] || (backward && !block.turned_inputs[i])) return invalid("inputs of pairs are missing");
+    }
+  return {};
+}
+
+template <class Result>
+Status run(const FactoredChunk& chunk, const Result& result, bool backward,
+           Status (*Variant::*pass)(const FactoredChunk&, const Result&)) {
+  const char* reason = "";
+  const Variant* chosen = variant(&reason);
+  if (!chosen) return {StatusCode::unsupported, reason};
+  const Status status = check_factored(chunk, backward);
+  if (status.code != StatusCode::ok) return status;
+  if (chunk.batch == 0 || chunk.heads == 0 || chunk.rows == 0) return {};
+  return (chosen->*pass)(chunk, result);
+}
+
+}  // namespace
+
+int64_t factored_kept_bytes(const FactoredChunk& chunk) {
+  const Variant* chosen = variant();
+  return chosen && chunk.rows > 0 && chunk.dim > 0 ? chosen->factored_kept_bytes(chunk) : 0;
+}
+
+Status factored_forward(const FactoredChunk& chunk, const FactoredResult& result) {
+  return run(chunk, result, false, &Variant::factored_forward);
+}
+
+Status factored_backward(const FactoredChunk& chunk, const FactoredGradients& gradients) {
+  return run(chunk, gradients, true, &Variant::factored_backward);
+}
+
+Status transpose_matrices(const MatrixView& from, int64_t matrices, int64_t rows, int64_t columns, void* to, int64_t stride,
+                          int threads) {
+  const char* reason = "";
+  const Variant* chosen = variant(&reason);
+  if (!chosen) return {StatusCode::unsupported, reason};
+  if (columns % kFactoredMultiple != 0 || stride % kFactoredMultiple != 0 || stride < rows || threads < 1)
+    return {StatusCode::invalid_argument, "columns and stride must be multiples of 16, and a row must hold `rows` elements"};
+  if (matrices > 0 && rows > 0) chosen->transpose_matrices(from, matrices, rows, columns, to, stride, threads);
+  return {};
+}
+
 Status level_update(const LevelUpdateProblem& problem, int threads) {
   const char* reason = "";
   const Variant* chosen = variant(&reason);

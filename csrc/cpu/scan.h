@@ -502,23 +502,15 @@ class Task {
 // kMemoryRows of them, the time to read the weights.
 constexpr idx kSharedWork = idx(1) << 22, kMemoryRows = 16;
 
-// Runs `body(task)` for every (sequence, head): whole tasks side by side, or, where that would leave threads idle and the
-// products are large, one task after the other with all threads inside its products.
-template <class T, class F>
-Status run_tasks(const ScanProblem& problem, bool backward, const SegmentMemory& segment, F&& body) {
-  const Net net = make_net<T>(problem);
-  const idx tasks = problem.sequence_count * problem.heads;
-  const bool writes = problem.chunks > 0 && problem.k.data;
-  const idx rows = max(1, min(writes ? problem.chunk_size : kReadRows, problem.tokens));
+// Whether `units` pieces of work would leave threads idle while the products of one, of so many rows, are large enough to share.
+inline bool shares_products(const Net& net, idx rows, idx units, int threads) {
   const bool large = max(rows, kMemoryRows) * net.dim * net.hidden >= kSharedWork;
-  const bool inside = large && problem.threads > 1 && tasks % problem.threads != 0 && tasks < 4 * problem.threads;
-  const Team team{inside ? problem.threads : 1};
-  Arena count;
-  Task<T> any(problem, net, team, Place(problem, 0, 0), segment);
-  any.layout(count, backward);
-  if (segment.data && (problem.sequences || segment.bytes < any.segment_bytes()))
-    return {StatusCode::invalid_argument, "the memory for the last segment is too small, or given with a table"};
-  const size_t bytes = count.used();
+  return large && threads > 1 && units % threads != 0 && units < 4 * threads;
+}
+
+// Runs body(scratch, unit) for every unit: one after the other, all threads inside its products, or whole units side by side.
+template <class F>
+Status with_scratch(int threads, bool inside, idx units, size_t bytes, F&& body) {
   int failed = 0;
   auto run = [&](int64_t i) {
     void* memory = thread_scratch(bytes);
@@ -526,20 +518,39 @@ Status run_tasks(const ScanProblem& problem, bool backward, const SegmentMemory&
       __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
       return;
     }
+    body(memory, i);
+    trim_thread_scratch();
+  };
+  if (inside) {
+    for (idx i = 0; i < units; ++i) run(i);
+  } else {
+    parallel_for(
+        threads, units, [](void* context, int64_t i) { (*static_cast<decltype(run)*>(context))(i); }, &run);
+  }
+  if (failed) return {StatusCode::out_of_memory, "not enough memory for the scratch space of a chunked scan"};
+  return {};
+}
+
+// Runs `body(task)` for every (sequence, head).
+template <class T, class F>
+Status run_tasks(const ScanProblem& problem, bool backward, const SegmentMemory& segment, F&& body) {
+  const Net net = make_net<T>(problem);
+  const idx tasks = problem.sequence_count * problem.heads;
+  const bool writes = problem.chunks > 0 && problem.k.data;
+  const idx rows = max(1, min(writes ? problem.chunk_size : kReadRows, problem.tokens));
+  const bool inside = shares_products(net, rows, tasks, problem.threads);
+  const Team team{inside ? problem.threads : 1};
+  Arena count;
+  Task<T> any(problem, net, team, Place(problem, 0, 0), segment);
+  any.layout(count, backward);
+  if (segment.data && (problem.sequences || segment.bytes < any.segment_bytes()))
+    return {StatusCode::invalid_argument, "the memory for the last segment is too small, or given with a table"};
+  return with_scratch(problem.threads, inside, tasks, count.used(), [&](void* memory, idx i) {
     Arena arena(memory);
     Task<T> task(problem, net, team, Place(problem, i / problem.heads, i % problem.heads), segment);
     task.layout(arena, backward);
     body(task);
-    trim_thread_scratch();
-  };
-  if (inside) {
-    for (idx i = 0; i < tasks; ++i) run(i);
-  } else {
-    parallel_for(
-        problem.threads, tasks, [](void* context, int64_t i) { (*static_cast<decltype(run)*>(context))(i); }, &run);
-  }
-  if (failed) return {StatusCode::out_of_memory, "not enough memory for the scratch space of a chunked scan"};
-  return {};
+  });
 }
 
 }  // namespace hope::cpu::HOPE_ISA

@@ -1,7 +1,7 @@
 // The kernels for one instruction set: CMake compiles this file once per set, with its flags and its HOPE_ISA.
 #include "engine.h"
+#include "factored.h"
 #include "level_update.h"
-#include "scan.h"
 
 namespace hope::cpu::HOPE_ISA {
 namespace {
@@ -22,6 +22,53 @@ Status scan_forward(const ScanProblem& problem, const ForwardResult& result) {
 
 Status scan_backward(const ScanProblem& problem, const BackwardResult& result) {
   return problem.dtype == DType::float64 ? backward<double>(problem, result) : backward<float>(problem, result);
+}
+
+Status factored_forward(const FactoredChunk& chunk, const FactoredResult& result) {
+  const auto run = [&](auto& task) { task.forward(result); };
+  return chunk.dtype == DType::float64 ? run_factored<double>(chunk, false, run) : run_factored<float>(chunk, false, run);
+}
+
+Status factored_backward(const FactoredChunk& chunk, const FactoredGradients& gradients) {
+  const auto run = [&](auto& task) { task.backward(gradients); };
+  return chunk.dtype == DType::float64 ? run_factored<double>(chunk, true, run) : run_factored<float>(chunk, true, run);
+}
+
+template <class T>
+int64_t kept_bytes(const FactoredChunk& chunk) {
+  const Net net = make_factored_net(chunk, {});
+  Arena count;
+  FactoredTask<T> any(chunk, net, Team{}, 0, 0);
+  any.layout(count, false);
+  return any.kept_bytes() * FactoredTask<T>::piece_count(chunk);
+}
+
+int64_t factored_kept_bytes(const FactoredChunk& chunk) {
+  return chunk.dtype == DType::float64 ? kept_bytes<double>(chunk) : kept_bytes<float>(chunk);
+}
+
+template <class T>
+void transpose_all(const MatrixView& from, idx matrices, idx rows, idx columns, T* to, idx stride, int threads) {
+  const Team team{matrices < threads ? threads : 1};
+  auto one = [&](int64_t m) {
+    const T* source = static_cast<const T*>(from.data) + m * from.head;
+    transpose(team, in_place<T>(to + m * columns * stride, 0, columns, rows, stride),
+              in_place<T>(source, 0, rows, columns, from.in));
+  };
+  if (team.threads > 1) {
+    for (idx m = 0; m < matrices; ++m) one(m);
+  } else {
+    parallel_for(
+        threads, matrices, [](void* context, int64_t m) { (*static_cast<decltype(one)*>(context))(m); }, &one);
+  }
+}
+
+void transpose_matrices(const MatrixView& from, int64_t matrices, int64_t rows, int64_t columns, void* to, int64_t stride,
+                        int threads) {
+  if (from.dtype == DType::float64)
+    transpose_all(from, matrices, rows, columns, static_cast<double*>(to), stride, threads);
+  else
+    transpose_all(from, matrices, rows, columns, static_cast<float*>(to), stride, threads);
 }
 
 double multiply_add(int64_t rounds, float* sink) {
@@ -47,6 +94,7 @@ double multiply_add(int64_t rounds, float* sink) {
 #define HOPE_TEXT_(x) #x
 #define HOPE_TEXT(x) HOPE_TEXT_(x)
 extern const Variant kVariant;
-const Variant kVariant = {HOPE_TEXT(HOPE_ISA), scan_forward, scan_backward, level_update, multiply_add};
+const Variant kVariant = {HOPE_TEXT(HOPE_ISA), scan_forward, scan_backward, factored_kept_bytes, factored_forward,
+                          factored_backward, transpose_matrices, level_update, multiply_add};
 
 }  // namespace hope::cpu::HOPE_ISA

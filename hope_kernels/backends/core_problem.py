@@ -58,7 +58,8 @@ def pointers(tensors: list[Tensor]) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=512)
-def _vocabulary(spec: MemorySpec, dtype: torch.dtype) -> tuple[int, ...]:
+def vocabulary(spec: MemorySpec, dtype: torch.dtype) -> tuple[int, ...]:
+    """What a memory is and the tokens' dtype, in the core's numbers."""
     return (
         FORMS[spec.form],
         ACTIVATIONS[spec.activation],
@@ -100,7 +101,7 @@ class CoreProblem:
         self.device, self.dtype = tokens.device, tokens.dtype
         self.batch, self.length, self.heads, self.dim = tokens.shape
         self.sequence_count = self.batch if table is None else table.shape[0]
-        self.vocabulary = _vocabulary(problem.spec, self.dtype)
+        self.vocabulary = vocabulary(problem.spec, self.dtype)
         self.sizes = (
             self.batch,
             self.length,

@@ -52,6 +52,18 @@ def status() -> BackendStatus:
     return _load()[1]
 
 
+def core() -> ModuleType:
+    """The compiled module.
+
+    Raises:
+        RuntimeError: it is not there; the message says why.
+    """
+    module, state = _load()
+    if module is None:
+        raise RuntimeError(f"backend 'cpu' is not available: {state.reason}")
+    return module
+
+
 def refuses(request: ScanRequest) -> str | None:
     """None when this engine can run such calls, else the reason it cannot."""
     state = status()
@@ -107,13 +119,11 @@ def scan_forward(problem: ScanProblem, *, save: bool) -> tuple[Tensor, list[Tens
     As :meth:`hope_kernels.backends.interface.Backend.scan_forward` says. Scratch is one state and one chunk of
     activations per thread.
     """
-    core, state = _load()
-    if core is None:
-        raise RuntimeError(f"backend 'cpu' is not available: {state.reason}")
+    module = core()
     described = CoreProblem(problem)
     results, arguments = described.forward_results(saved_shapes(problem) if save else [])
     if described.sequence_count:  # empty tensors have no address, and there is nothing to do
-        core.scan_forward(*described.arguments, arguments, torch.get_num_threads())
+        module.scan_forward(*described.arguments, arguments, torch.get_num_threads())
     return results
 
 
@@ -130,16 +140,14 @@ def scan_backward(
     the last segment may be saved) and walks its chunks in reverse: scratch per thread is that many states and one
     chunk of activations. A chunk that no gradient reaches through what it wrote is only read.
     """
-    core, state = _load()
-    if core is None:
-        raise RuntimeError(f"backend 'cpu' is not available: {state.reason}")
+    module = core()
     described = CoreProblem(problem)
     saved = [x.contiguous() for x in saved]
     grad_output = readable(grad_output)
     results, arguments = described.gradients()
     if described.sequence_count:
         upstream = described.upstream(saved, grad_output, grad_weights, grad_momentum)
-        core.scan_backward(*described.arguments, upstream, arguments, torch.get_num_threads())
+        module.scan_backward(*described.arguments, upstream, arguments, torch.get_num_threads())
     return results
 
 
@@ -153,11 +161,9 @@ def refuses_level_update(device: torch.device) -> str | None:
 
 def level_update(problem: UpdateProblem) -> Tensor:
     """Updates in place and returns the norms ``[levels]``, as ``hope_kernels.optim`` says."""
-    core, state = _load()
-    if core is None:
-        raise RuntimeError(f"backend 'cpu' is not available: {state.reason}")
+    module = core()
     norms = torch.empty(len(problem.levels))
-    core.level_update(
+    module.level_update(
         *problem.tables(), problem.grad_scale, problem.max_norm or 0.0, norms.data_ptr(), torch.get_num_threads()
     )
     return norms

@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hope_kernels.memory import factored_ops
 from hope_kernels.memory import validation as check
-from hope_kernels.memory.factored_chunks import Gates, History, Writing, run
+from hope_kernels.memory.factored_chunks import ChunkKernels, Gates, History, Writing, run
 from hope_kernels.memory.factors import INPUT_OF_LAYER, Factors, operand_dtype
 from hope_kernels.memory.layout import TableLayout, UniformLayout
 from hope_kernels.memory.networks import SharedNetwork, WeightNetwork
@@ -36,11 +37,16 @@ ALWAYS = sys.maxsize  # more pairs than any sequence has: never merged
 
 
 def scan_problem(
-    tokens: tuple[Tensor, Tensor, Tensor], gates: Gates, state: MemoryState, layout: UniformLayout | TableLayout
+    tokens: tuple[Tensor, Tensor, Tensor],
+    gates: Gates,
+    state: MemoryState,
+    layout: UniformLayout | TableLayout,
+    backend: str,
 ) -> tuple[Tensor, Factors | None]:
     """A checked ``memory_scan`` by the factored plan: output ``[B, T, N, D]``, dtype of q, and all pairs after it.
 
     A ``q`` without tokens makes it a write of all the others. Rows at different positions are looked at on the host.
+    ``backend`` names the kernels, without ``:factored``.
     """
     q, k, v = tokens
     network = WeightNetwork(state.stored_weights, k.dtype, state.spec)
@@ -53,16 +59,30 @@ def scan_problem(
     history = History(factors=state.factors, counts=_counts(state))
     before = (state.pending_k, state.pending_v, (state.pending_lr, state.pending_retention))
     with torch.autocast(k.device.type, enabled=False):
-        output, history = run(network, state.spec, schedule, history, (q, k, v), gates, before, limit=ALWAYS)
+        kernels = None
+        if isinstance(schedule, UniformSchedule):
+            kernels = _kernels(backend, network, tokens, schedule.written)
+        output, history = run(
+            network, state.spec, schedule, history, (q, k, v), gates, before, limit=ALWAYS, kernels=kernels
+        )
     return output.to(q.dtype), history.factors
 
 
-def read(q: Tensor, state: MemoryState) -> Tensor:
-    """``f_W(q)`` of a factored state (or one that has nothing written), in the dtype of q."""
+def read(q: Tensor, state: MemoryState, backend: str) -> Tensor:
+    """``f_W(q)`` of a factored state (or one that has nothing written), in the dtype of q; ``backend`` as above."""
     network = WeightNetwork(state.stored_weights, q.dtype, state.spec)
     with torch.autocast(q.device.type, enabled=False):
-        writing = Writing(network, state.spec, History(factors=state.factors, counts=_counts(state)), q.shape[0], q)
-        return writing.read(q).to(q.dtype)
+        history, kernels = History(factors=state.factors, counts=_counts(state)), _kernels(backend, network, (q,), 0)
+        return Writing(network, state.spec, history, q.shape[0], q, kernels).read(q).to(q.dtype)
+
+
+def _kernels(
+    backend: str, network: WeightNetwork, tokens: Sequence[Tensor], written: int
+) -> ChunkKernels | None:
+    """Those of a backend for such chunks, ``written`` tokens in all; None for the matrix library."""
+    if backend == "cpu" and factored_ops.takes(network.weights, tokens):
+        return factored_ops.Chunks(network.weights, network.spec, tokens[0].dtype, written)
+    return None
 
 
 def _counts(state: MemoryState) -> int | tuple[int, ...]:

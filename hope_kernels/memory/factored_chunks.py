@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.utils.checkpoint
@@ -143,11 +143,29 @@ def _recomputed(function: Callable[..., Any], *tensors: Any) -> Any:
 # All chunks of a call
 
 
+class ChunkKernels(Protocol):
+    """Compiled kernels in the place of :func:`_evaluate` and :func:`_write`, for all sequences at once."""
+
+    def read(self, pairs: Pairs | None, q: Tensor) -> Tensor: ...
+
+    def write(self, pairs: Pairs | None, k: Tensor, v: Tensor) -> tuple[Tensor, ...]: ...
+
+    def joined(self, blocks: Sequence[Block]) -> Sequence[Block]: ...
+
+
 class Writing:
     """What sequences have written as a scan goes on, in a block of pairs ``[B, N, C, .]`` for each chunk."""
 
-    def __init__(self, network: SharedNetwork, spec: MemorySpec, history: History, rows: int, k: Tensor) -> None:
-        self.shared, self.spec, self.rows, self.operand = network, spec, rows, operand_dtype(k)
+    def __init__(
+        self,
+        network: SharedNetwork,
+        spec: MemorySpec,
+        history: History,
+        rows: int,
+        k: Tensor,
+        kernels: ChunkKernels | None = None,
+    ) -> None:
+        self.shared, self.spec, self.rows, self.operand, self.kernels = network, spec, rows, operand_dtype(k), kernels
         self.merged = history.merged
         self.network = network if self.merged is None else with_weights(network, self.merged, self.operand)
         self.blocks: list[Block] = []
@@ -173,12 +191,16 @@ class Writing:
 
     def read(self, q: Tensor) -> Tensor:
         """``f_W(q)`` now."""
+        if self.kernels is not None:
+            return self.kernels.read(self.pairs(), q)
         return _evaluate(self.network, self.spec, self.pairs(), q).output
 
     def write(self, segment: Segment, k: Tensor, v: Tensor, gates: Sequence[Tensor | None]) -> Tensor:
         """Write tokens ``[., C, N, D]`` and gates of those that complete a segment; returns ``f_W(k)`` before."""
         pairs, rows = self.pairs(), None
-        if segment.rows is None:
+        if self.kernels is not None and segment.rows is None:
+            output, *found = self.kernels.write(pairs, k, v)
+        elif segment.rows is None:
             output, *found = _write(self.network, self.spec, pairs, k, v, self.operand)
         else:
             rows = torch.tensor(segment.rows).to(k.device, non_blocking=True)
@@ -229,7 +251,8 @@ class Writing:
         def join(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
             return tuple(x[0] if len(x) == 1 else torch.cat(x, 2) for x in zip(*parts, strict=True))
 
-        inputs, errors = zip(*self.blocks, strict=True)
+        blocks = self.blocks if self.kernels is None else self.kernels.joined(self.blocks)
+        inputs, errors = zip(*blocks, strict=True)
         return Factors(join(inputs), join(errors), self.weights, self.decay)
 
     def merge_beyond(self, limit: int | None) -> None:
@@ -313,6 +336,7 @@ def run(
     *,
     limit: int | None,
     one_base_product: bool = False,
+    kernels: ChunkKernels | None = None,
 ) -> tuple[Tensor, History]:
     """A scan over the segments of a schedule: output ``[B, T, N, D]`` as the network rounds it, and the new history.
 
@@ -321,9 +345,10 @@ def run(
         gates: of the new tokens; ``pending``: k, v and gates of the tokens before them.
         limit: merge as soon as there are more pairs than this; None for :func:`merge_after`'s rule.
         one_base_product: see :func:`factored_scan`.
+        kernels: for chunks that all sequences complete; None for the matrix library. Never with what is merged.
     """
     q, k, v = tokens
-    writing = Writing(network, spec, history, schedule.rows, k)
+    writing = Writing(network, spec, history, schedule.rows, k, kernels)
     outputs: list[Tensor] = []
     starts: list[Pairs | None] = []
     for segment in schedule.segments:

@@ -43,19 +43,31 @@ _MOST = 1024
 _passed: set[tuple[Any, ...]] = set()
 
 
+def without_modes() -> bool:
+    """Whether no trace, mode or transform of this thread wants to see the operators it calls."""
+    return (
+        not torch.compiler.is_compiling()
+        and _dispatch_tls_local_include_set().raw_repr() in _NO_MODE
+        and not torch._C._len_torch_function_stack()
+        and forward_ad._current_level < 0
+    )
+
+
 def unwatched() -> bool:
     """Whether operators that this thread calls run their implementations and nothing else, as far as modes go.
 
     One observer cannot be asked after: ``torch.profiler.ExecutionTraceObserver`` by itself, outside of a profiler.
     """
     return (
-        not torch.compiler.is_compiling()
-        and _dispatch_tls_local_include_set().raw_repr() in _NO_MODE
-        and not torch._C._len_torch_function_stack()
+        without_modes()
         and not torch.autograd._profiler_enabled()  # of this thread
         and not torch.autograd.profiler._is_profiler_enabled  # of all threads
-        and forward_ad._current_level < 0
     )
+
+
+def is_ordinary(x: Any) -> bool:
+    """Whether a tensor is one of the CPU that nobody else wants to see: no subclass, no wrapper of a transform."""
+    return type(x) in _TYPES and _dispatch_keys(x).raw_repr() in _ORDINARY
 
 
 class Signature(NamedTuple):
