@@ -1,5 +1,6 @@
-// Runs the CPU engine over random scans and updates, for sanitizers to watch: `driver CASES [SEED [FILE]]`. FILE receives a
-// line for each result, by which two builds of the engine can be compared: case, name, element type, sum, sum of magnitudes.
+// Runs the CPU engine over random scans, updates and chunks of the factored plan, for sanitizers to watch:
+// `driver CASES [SEED [FILE]]`. FILE receives a line for each result, by which two builds of the engine can be compared: case,
+// name, element type, sum, sum of magnitudes.
 //
 // Every array is an allocation of its own and exactly as large as the description says, so that AddressSanitizer sees the
 // first element read or written outside. Results that are not wanted are absent, those that are must be complete: a value
@@ -430,6 +431,112 @@ std::vector<Array> update(uint64_t seed, int threads) {
   return arrays;
 }
 
+// A chunk of the factored plan, forward and backward, on pairs in tensors of their own and in slices of larger ones.
+std::vector<Array> factored(uint64_t seed, int threads) {
+  Random random(seed);
+  FactoredChunk chunk{};
+  chunk.form = Form(random.whole(0, 2));
+  chunk.activation = Activation(random.whole(0, 3));
+  chunk.objective = Objective(random.whole(0, 3));
+  chunk.residual = int32_t(random.whole(0, 1));
+  chunk.dtype = random.chance(0.7) ? DType::float32 : DType::float64;
+  chunk.writes = random.chance(0.7);
+  chunk.threads = threads;
+  const bool large = random.chance(0.06);  // threads share one product
+  chunk.batch = random.whole(1, 3), chunk.heads = large ? 1 : random.whole(1, 3);
+  chunk.rows = large ? 128 : chunk.writes ? random.one_of({1, 4, 5, 16, 33}) : random.one_of({1, 4, 7, 130});
+  chunk.dim = large ? 128 : random.one_of({16, 32, 80});
+  chunk.hidden = chunk.form == Form::linear ? chunk.dim : large ? 512 : random.one_of({16, 48, 96});
+  const int64_t tasks = chunk.batch * chunk.heads, D = chunk.dim, H = chunk.hidden;
+  const int count = weight_count(chunk.form), inputs = count == 1 ? 1 : 2;
+  const auto source = [&](int i) { return count > 1 && i + 1 == count ? 1 : 0; };
+  const auto inner = [&](int i) { return source(i) == 1 ? H : D; };
+  const auto outer = [&](int i) { return count == 1 || i + 1 == count ? D : H; };
+
+  std::vector<Array> given, results;
+  const auto filled = [&](int64_t size, double middle, double scale) {
+    Array array(chunk.dtype, size);
+    for (int64_t i = 0; i < size; ++i) array.set(i, middle + scale * random.normal());
+    given.push_back(array);
+    return array.data();
+  };
+  const auto empty = [&](int64_t size, double value) {
+    Array array(chunk.dtype, size);
+    for (int64_t i = 0; i < size; ++i) array.set(i, value);
+    results.push_back(array);
+    return array.data();
+  };
+  const auto expect = [&](const char* what, Status status) {
+    if (status.code != StatusCode::ok) fail("factored " + std::to_string(seed) + ", " + what + ": " + status.message);
+  };
+  const auto turned = [&](const void* from, int64_t matrices, int64_t rows, int64_t columns, int64_t between) {
+    const int64_t stride = (rows + kFactoredMultiple - 1) / kFactoredMultiple * kFactoredMultiple;
+    Array array(chunk.dtype, matrices * columns * stride);
+    given.push_back(array);
+    const MatrixView view{const_cast<void*>(from), chunk.dtype, 0, between, columns, 1};
+    expect("transposes", cpu::transpose_matrices(view, matrices, rows, columns, array.data(), stride, threads));
+    return array.data();
+  };
+  const TokenView tokens{nullptr, chunk.rows * chunk.heads * D, chunk.heads * D, D};
+  const auto at = [&](void* data) { return TokenView{data, tokens.row, tokens.token, tokens.head}; };
+  const int64_t all = chunk.batch * tokens.row;
+  const double small = 0.5 / std::sqrt(double(D));
+
+  chunk.x = at(filled(all, 0, small));
+  if (chunk.writes) chunk.target = at(filled(all, 0, small));
+  for (int i = 0; i < count; ++i) {
+    chunk.weights[i] = filled(chunk.heads * inner(i) * outer(i), 0, 0.5 / std::sqrt(double(inner(i))));
+    chunk.turned_weights[i] = turned(chunk.weights[i], chunk.heads, inner(i), outer(i), inner(i) * outer(i));
+  }
+  std::vector<PairBlock> blocks(size_t(random.whole(0, 3)));
+  int64_t pairs = 0;
+  for (PairBlock& block : blocks) {
+    block.count = random.one_of({1, 7, 16, 33});
+    block.stride = block.count + (random.chance(0.5) ? 5 : 0);
+    block.turned_stride = (block.count + kFactoredMultiple - 1) / kFactoredMultiple * kFactoredMultiple;
+    pairs += block.count;
+    const auto matrix = [&](int64_t features, const void*& data, const void*& transposed, void*& grad) {
+      data = filled(((tasks - 1) * block.stride + block.count) * features, 0, small);
+      transposed = turned(data, tasks, block.count, features, block.stride * features);
+      if (random.chance(0.8)) grad = empty(tasks * block.count * features, NAN);
+    };
+    for (int s = 0; s < inputs; ++s) matrix(s ? H : D, block.inputs[s], block.turned_inputs[s], block.grad_inputs[s]);
+    for (int i = 0; i < count; ++i) matrix(outer(i), block.errors[i], block.turned_errors[i], block.grad_errors[i]);
+  }
+  chunk.blocks = blocks.data(), chunk.block_count = int64_t(blocks.size());
+  if (pairs > 0) chunk.scale = filled(tasks * pairs, 0.1, 0.05);
+  if (random.chance(0.5)) chunk.decay = filled(tasks, 0.9, 0.05);
+
+  chunk.kept_bytes = cpu::factored_kept_bytes(chunk);
+  Array kept(DType::float32, (tasks * chunk.kept_bytes + 3) / 4);
+  chunk.kept = kept.data();
+  FactoredResult result{};
+  FactoredGradients grads{};
+  result.output = at(empty(all, NAN));
+  result.stride = chunk.rows;
+  if (chunk.writes && inputs > 1) result.hidden = empty(tasks * chunk.rows * H, NAN);
+  for (int i = 0; chunk.writes && i < count; ++i) result.errors[i] = empty(tasks * chunk.rows * outer(i), NAN);
+  expect("forward", cpu::factored_forward(chunk, result));
+
+  if (random.chance(0.8)) grads.grad_output = at(filled(all, 0, 1));
+  if (chunk.writes && random.chance(0.8)) {
+    if (inputs > 1 && random.chance(0.8)) grads.grad_hidden = filled(tasks * chunk.rows * H, 0, 1);
+    for (int i = 0; i < count; ++i)
+      if (random.chance(0.8)) grads.grad_errors[i] = filled(tasks * chunk.rows * outer(i), 0, 1);
+  }
+  grads.x = at(empty(all, NAN));
+  if (chunk.writes) grads.target = at(empty(all, NAN));
+  for (int i = 0; i < count; ++i)
+    if (random.chance(0.8)) grads.weights[i] = empty(chunk.heads * inner(i) * outer(i), NAN);
+  if (pairs > 0) grads.scale = empty(tasks * pairs, 0);
+  if (chunk.decay) grads.decay = empty(tasks, 0);
+  expect("backward", cpu::factored_backward(chunk, grads));
+  for (const Array& array : results)
+    for (int64_t i = 0; i < array.count(); ++i)
+      if (array.nan(i)) fail("factored " + std::to_string(seed) + ": a result was not written, or is NaN");
+  return results;
+}
+
 // NaN stands for what nothing had to write.
 void write_sums(std::FILE* file, uint64_t seed, const Case& made) {
   static const char* const kNames[] = {"float32", "float64", "bfloat16", "float16"};
@@ -464,9 +571,13 @@ int main(int count, char** arguments) {
         fail("case " + std::to_string(seed) + " (" + alone.description + "): " + alone.results[r].name +
              " depends on the number of threads");
     if (sums) write_sums(sums, seed, alone);
-    const std::vector<Array> one = update(seed, 1), several = update(seed, 3);
-    for (size_t r = 0; r < one.size(); ++r)
-      if (!one[r].same_bits(several[r])) fail("update " + std::to_string(seed) + " depends on the number of threads");
+    const auto same = [&](const char* what, const std::vector<Array>& one, const std::vector<Array>& several) {
+      for (size_t r = 0; r < one.size(); ++r)
+        if (!one[r].same_bits(several[r]))
+          fail(what + (" " + std::to_string(seed)) + " depends on the number of threads");
+    };
+    same("update", update(seed, 1), update(seed, 3));
+    same("factored", factored(seed, 1), factored(seed, 3));
   }
   if (sums && std::fclose(sums) != 0) fail("the sums were not written");
   std::printf("%d cases passed\n", cases);
