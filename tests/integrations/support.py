@@ -6,6 +6,7 @@ import copy
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 
 import pytest
@@ -134,22 +135,38 @@ def with_oracle(model: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     return plain, parameters
 
 
-def in_a_process_group(function: Callable[[], None]) -> None:
-    """Runs a function of a test module as the only process of a gloo group, in a process of its own.
+def in_a_process_group(function: Callable[[], None], ranks: int = 1) -> None:
+    """Runs a function of a test module in every process of a gloo group, each a process of its own.
 
     There gloo's threads cannot meet the end of the interpreter, nor hold up the tests that follow. The loopback
     interface is named so that no host name is looked up.
     """
     code = f"""
-import os, torch.distributed as dist
+import os, sys, torch.distributed as dist
 from {function.__module__} import {function.__name__}
-dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+rank, store = int(sys.argv[1]), dist.FileStore(sys.argv[2], {ranks})
+dist.init_process_group("gloo", store=store, rank=rank, world_size={ranks})
 {function.__name__}()
+dist.barrier()
 print("done", flush=True)
 os._exit(0)
 """
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
-    found = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert found.stdout.endswith("done\n"), found.stderr
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", code, str(rank), f"{folder}/store"],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(ranks)
+        ]
+        try:
+            found = [process.communicate(timeout=300) for process in processes]
+        finally:  # a group that lost one of its processes waits for ever
+            for process in processes:
+                process.kill()
+    for output, errors in found:
+        assert output.endswith("done\n"), errors

@@ -264,25 +264,32 @@ def test_autocast_starts_exactly_too():
 
 
 def shard_train_and_compare():
+    """Each process trains on rows of its own; the gradients are those of one model on all of them."""
+    import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+
+    rank, ranks = dist.get_rank(), dist.get_world_size()
 
     model, ids = switch_on(add_cms(make(), levels=[2, 4])), tokens(2, 9)
     want = copy.deepcopy(model)
     want(ids, labels=ids).loss.backward()
-    mesh = init_device_mesh("cpu", (1,))
+    mesh, own = init_device_mesh("cpu", (ranks,)), ids[rank::ranks]
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    loss = model(ids, labels=ids).loss
+    sharded = [p.to_local().shape != p.shape for p in model.parameters()]
+    assert any(sharded) == (ranks > 1)
+    loss = model(own, labels=own).loss
     loss.backward()
     whole = dict(want.named_parameters())
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad.full_tensor(), whole[name].grad)
     optimizer = torch.optim.AdamW([p for _, p in cms_parameters(model)], lr=0.01)
     optimizer.step()
-    assert model(ids, labels=ids).loss.item() != loss.item()
+    assert model(own, labels=own).loss.item() != loss.item()
 
 
-def test_fsdp2_shards_a_model_with_memories():
-    in_a_process_group(shard_train_and_compare)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_fsdp2_shards_a_model_with_memories(ranks):
+    in_a_process_group(shard_train_and_compare, ranks)
