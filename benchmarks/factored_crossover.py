@@ -54,12 +54,14 @@ SEQUENCES = (4, 1)
 
 
 def dense_flops(shape: Shape, mode: str) -> int:
-    """Operations of a dense scan over whole chunks by the convention of :func:`products_per_token`, also for q = k.
+    """Operations of a dense scan over whole chunks by the convention of :func:`products_per_token`.
 
-    The backward of an output's loss skips the last chunk's write, 13 of the convention's 18 products: nothing reads it.
+    The engine reads with the keys' own pass where q = k: 2 products fewer. The backward of an output's loss skips the
+    last chunk's write, 13 of the convention's 18 products: nothing reads it.
     """
     backward = mode == "forward+backward"
-    products = products_per_token("mlp", mode if backward else "forward") * shape.tokens
+    each = products_per_token("mlp", mode if backward else "forward") - (2 if mode == SHARED else 0)
+    products = each * shape.tokens
     if backward:
         products -= 13 * shape.chunk_size
     return 2 * shape.dim * shape.hidden * products * shape.batch * shape.heads

@@ -1,9 +1,9 @@
 """The factored plan's chunks in the compiled core: what one chunk reads and writes, forward and backward, a call each.
 
-A scan by the factored plan is a loop over chunks (:mod:`hope_kernels.memory.factored_chunks`), and its pairs are tensors
-whose gradients autograd adds up; the products and the passes between them are one call of ``csrc/cpu/factored.h`` here.
-It takes float32 and float64 tokens on the CPU, and D and H that are multiples of 16; everything else is the matrix
-library's, 16-bit tokens among it.
+A scan by the factored plan is a loop over chunks (:mod:`hope_kernels.memory.factored_chunks`), and its pairs are
+tensors whose gradients autograd adds up; the products and the passes between them are one call of
+``csrc/cpu/factored.h`` here. It takes float32 and float64 tokens on the CPU, and D and H that are multiples of 16;
+everything else is the matrix library's, 16-bit tokens among it.
 """
 
 from __future__ import annotations
@@ -185,9 +185,9 @@ def _packed(x: Tensor) -> Tensor:
 
 
 class _Chunk(torch.autograd.Function):
-    """Arguments: the chunks, whether a graph is made, room for the pairs or None, and then x, target, a, gamma, the weights
-    and of each block the inputs and the errors. Results: the output and, if there are targets and no room, the hidden
-    features and the errors of each layer."""
+    """Arguments: the chunks, whether a graph is made, room for the pairs or None, and then x, target, a, gamma, the
+    weights and of each block the inputs and the errors. Results: the output and, if there are targets and no room, the
+    hidden features and the errors of each layer."""
 
     @staticmethod
     def forward(

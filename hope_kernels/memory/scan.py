@@ -80,8 +80,8 @@ def memory_scan(
         backend: ``"reference"``, ``"cpu"``, ``"triton"``, ``"cuda"``, obeyed or refused; None for the fastest. With
             ``":factored"`` behind it what is written is kept as pairs on shared initial weights, for as long as calls
             say so; a bare name merges such a state. None does either by a rule (:mod:`hope_kernels.memory.plan`): the
-            factored plan for large memories in chunks of at least 128 tokens, never under ``torch.compile``. That plan
-            is made of library products: over batch sizes, lengths and splits it is equal to rounding, not bit for bit.
+            factored plan for large memories in chunks of at least 128 tokens, never under ``torch.compile``. Over
+            splits, and in library products over batch sizes, that plan is equal to rounding, not bit for bit.
 
     Returns:
         ``output [B, T, N, D]`` in the dtype of ``q`` and the new :class:`MemoryState`.

@@ -104,8 +104,9 @@ def test_weights_and_tokens_of_any_strides(layout):
     got = evaluate_package(problem.map(other), FACTORED)
     for name, want in plain.values.items():
         torch.testing.assert_close(got.values[name], want, rtol=0, atol=0)
+    rtol = 1e-6 if layout == "float32" else 1e-12  # of weights: sums over chunks that autograd forms in its own order
     for name, want in plain.gradients.items():
-        torch.testing.assert_close(got.gradients[name].double(), want, rtol=1e-6 if layout == "float32" else 0, atol=1e-7)
+        torch.testing.assert_close(got.gradients[name].double(), want, rtol=rtol, atol=rtol / 10)
 
 
 @FORMS
@@ -141,10 +142,11 @@ def test_without_gradients_a_stream_has_the_same_bits_and_its_pairs_lie_behind_o
 
     (one, plain), (other, kept) = stream(problem), stream(graded)
     assert torch.equal(one, other.detach())
-    for a, b in zip(plain.factors.inputs + plain.factors.errors, kept.factors.inputs + kept.factors.errors, strict=True):
+    whole = _continue(problem, problem.memory(), FACTORED).state
+    found = [state.factors.inputs + state.factors.errors for state in (plain, kept, whole)]
+    for a, b in zip(*found[:2], strict=True):
         assert torch.equal(a, b.detach())
-    written = _continue(problem, problem.memory(), FACTORED).state.factors
-    assert all(x.is_contiguous() and x.shape[2] == 18 for x in written.inputs + written.errors)
+    assert all(x.is_contiguous() and x.shape[2] == 18 for x in found[2])
 
 
 def test_a_second_backward_and_gradients_of_some_tensors_alone():
