@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hope_kernels.backends import pair_engine
 from hope_kernels.memory import validation as check
 from hope_kernels.memory.factored_chunks import Gates, History, Writing, run
 from hope_kernels.memory.factors import INPUT_OF_LAYER, Factors, operand_dtype
@@ -36,10 +37,15 @@ ALWAYS = sys.maxsize  # more pairs than any sequence has: never merged
 
 
 def scan_problem(
-    tokens: tuple[Tensor, Tensor, Tensor], gates: Gates, state: MemoryState, layout: UniformLayout | TableLayout
+    tokens: tuple[Tensor, Tensor, Tensor],
+    gates: Gates,
+    state: MemoryState,
+    layout: UniformLayout | TableLayout,
+    backend: str,
 ) -> tuple[Tensor, Factors | None]:
     """A checked ``memory_scan`` by the factored plan: output ``[B, T, N, D]``, dtype of q, and all pairs after it.
 
+    ``backend``: the name of the one chosen, which may have kernels for pairs.
     A ``q`` without tokens makes it a write of all the others. Rows at different positions are looked at on the host.
     """
     q, k, v = tokens
@@ -53,15 +59,20 @@ def scan_problem(
     history = History(factors=state.factors, counts=_counts(state))
     before = (state.pending_k, state.pending_v, (state.pending_lr, state.pending_retention))
     with torch.autocast(k.device.type, enabled=False):
-        output, history = run(network, state.spec, schedule, history, (q, k, v), gates, before, limit=ALWAYS)
+        engine = pair_engine(backend, k.device, k.dtype)
+        output, history = run(
+            network, state.spec, schedule, history, (q, k, v), gates, before, limit=ALWAYS, engine=engine
+        )
     return output.to(q.dtype), history.factors
 
 
-def read(q: Tensor, state: MemoryState) -> Tensor:
-    """``f_W(q)`` of a factored state (or one that has nothing written), in the dtype of q."""
+def read(q: Tensor, state: MemoryState, backend: str) -> Tensor:
+    """``f_W(q)`` of a factored state (or one that has nothing written), in the dtype of q; ``backend``: as above."""
     network = WeightNetwork(state.stored_weights, q.dtype, state.spec)
     with torch.autocast(q.device.type, enabled=False):
-        writing = Writing(network, state.spec, History(factors=state.factors, counts=_counts(state)), q.shape[0], q)
+        history = History(factors=state.factors, counts=_counts(state))
+        engine = pair_engine(backend, q.device, q.dtype)
+        writing = Writing(network, state.spec, history, q.shape[0], q, engine)
         return writing.read(q).to(q.dtype)
 
 
@@ -269,6 +280,7 @@ def factored_scan(
         (state.pending_k, state.pending_v, (state.pending_lr, state.pending_retention)),
         limit=limit,
         one_base_product=one_base_product,
+        engine=pair_engine(None, k.device, operand_dtype(k)),
     )
     fresh = {"k": k, "v": v, "lr": lr, "retention": retention}
     unfinished = {

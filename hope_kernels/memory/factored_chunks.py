@@ -19,6 +19,7 @@ from torch import Tensor
 from hope_kernels.backends.interface import state_dtype
 from hope_kernels.memory.coefficients import chunk_coefficients
 from hope_kernels.memory.factors import INPUT_OF_LAYER, Block, Factors, Pairs, merge_after, operand_dtype
+from hope_kernels.memory.joined_pairs import Grown, PairEngine
 from hope_kernels.memory.networks import SharedNetwork, times_slope, with_weights
 from hope_kernels.memory.schedule import RaggedSchedule, Schedule, Segment
 from hope_kernels.memory.spec import MemorySpec
@@ -144,13 +145,28 @@ def _recomputed(function: Callable[..., Any], *tensors: Any) -> Any:
 
 
 class Writing:
-    """What sequences have written as a scan goes on, in a block of pairs ``[B, N, C, .]`` for each chunk."""
+    """What sequences have written as a scan goes on, in a block of pairs ``[B, N, C, .]`` for each chunk.
 
-    def __init__(self, network: SharedNetwork, spec: MemorySpec, history: History, rows: int, k: Tensor) -> None:
+    An engine's kernels take one block: with an ``engine`` there is one that grows. ``to_come``: pairs of each sequence
+    that are going to be written.
+    """
+
+    def __init__(
+        self,
+        network: SharedNetwork,
+        spec: MemorySpec,
+        history: History,
+        rows: int,
+        k: Tensor,
+        engine: PairEngine | None,
+        to_come: int = 0,
+    ) -> None:
+        self.engine, self.to_come = engine, to_come
         self.shared, self.spec, self.rows, self.operand = network, spec, rows, operand_dtype(k)
         self.merged = history.merged
         self.network = network if self.merged is None else with_weights(network, self.merged, self.operand)
         self.blocks: list[Block] = []
+        self.grown: list[Grown] = []  # of the one block, where there is an engine
         self.weights: Tensor | None = None
         self.decay: Tensor | None = None
         # Slots of each sequence's pairs, or their number where all sequences have all of them.
@@ -169,7 +185,7 @@ class Writing:
         """All that is written by now."""
         if self.weights is None:
             return None
-        return Pairs(self.spec.form, tuple(self.blocks), self.weights, self.decay, self.operand)
+        return Pairs(self.spec.form, tuple(self.blocks), self.weights, self.decay, self.operand, self.engine)
 
     def read(self, q: Tensor) -> Tensor:
         """``f_W(q)`` now."""
@@ -214,6 +230,11 @@ class Writing:
             for s in range(self.rows) if rows is None else rows:
                 self.slots[s] += new
         inputs = len(set(INPUT_OF_LAYER[self.spec.form]))
+        if self.engine is not None:
+            self.to_come -= step.shape[2]
+            self.grown = self.grown or [Grown(x) for x in self._pair_tensors() or [None] * len(found)]
+            found = [grown.append(x, to_come=self.to_come) for grown, x in zip(self.grown, found, strict=True)]
+            self.blocks = []
         self.blocks.append((tuple(found[:inputs]), tuple(found[inputs:])))
         if self.weights is None:
             self.weights, self.decay = step, decay
@@ -222,12 +243,16 @@ class Writing:
             self.weights = torch.cat([kept, step], 2)
             self.decay = None if decay is None else self.decay * decay
 
+    def _pair_tensors(self) -> list[Tensor]:
+        """Inputs and errors of all blocks."""
+        return [x for block in self.blocks for part in block for x in part]
+
     def _factors(self) -> Factors | None:
         if self.weights is None:
             return None
 
         def join(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-            return tuple(x[0] if len(x) == 1 else torch.cat(x, 2) for x in zip(*parts, strict=True))
+            return tuple(x[0].contiguous() if len(x) == 1 else torch.cat(x, 2) for x in zip(*parts, strict=True))
 
         inputs, errors = zip(*self.blocks, strict=True)
         return Factors(join(inputs), join(errors), self.weights, self.decay)
@@ -245,7 +270,7 @@ class Writing:
         base = [self.network.weight(i) for i in range(self.spec.weight_count)]
         self.merged = tuple(_recomputed(lambda: factors.merged(base, self.spec)))
         self.network = with_weights(self.shared, self.merged, self.operand)
-        self.blocks, self.weights, self.decay, self.slots = [], None, None, None
+        self.blocks, self.grown, self.weights, self.decay, self.slots = [], [], None, None, None
 
     def history(self) -> History:
         factors = self._factors()
@@ -313,6 +338,7 @@ def run(
     *,
     limit: int | None,
     one_base_product: bool = False,
+    engine: PairEngine | None = None,
 ) -> tuple[Tensor, History]:
     """A scan over the segments of a schedule: output ``[B, T, N, D]`` as the network rounds it, and the new history.
 
@@ -321,9 +347,11 @@ def run(
         gates: of the new tokens; ``pending``: k, v and gates of the tokens before them.
         limit: merge as soon as there are more pairs than this; None for :func:`merge_after`'s rule.
         one_base_product: see :func:`factored_scan`.
+        engine: whose kernels multiply with pairs; None for the matrix library.
     """
     q, k, v = tokens
-    writing = Writing(network, spec, history, schedule.rows, k)
+    to_come = schedule.chunk_size * sum(segment.writes for segment in schedule.segments)
+    writing = Writing(network, spec, history, schedule.rows, k, engine, to_come)
     outputs: list[Tensor] = []
     starts: list[Pairs | None] = []
     for segment in schedule.segments:
