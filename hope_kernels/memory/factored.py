@@ -72,7 +72,7 @@ def read(q: Tensor, state: MemoryState, backend: str) -> Tensor:
     with torch.autocast(q.device.type, enabled=False):
         history = History(factors=state.factors, counts=_counts(state))
         engine = pair_engine(backend, q.device, q.dtype)
-        writing = Writing(network, state.spec, history, q.shape[0], q, engine)
+        writing = Writing(network, state.spec, history, q.shape[0], q, engine=engine)
         return writing.read(q).to(q.dtype)
 
 

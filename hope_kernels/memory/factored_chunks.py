@@ -8,6 +8,7 @@ token, errors before and after the activation and the pairs: linear in tokens ti
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -147,8 +148,11 @@ def _recomputed(function: Callable[..., Any], *tensors: Any) -> Any:
 class Writing:
     """What sequences have written as a scan goes on, in a block of pairs ``[B, N, C, .]`` for each chunk.
 
-    An engine's kernels take one block: with an ``engine`` there is one that grows. ``to_come``: pairs of each sequence
-    that are going to be written.
+    An engine's kernels take one block: with an ``engine`` there is one that grows.
+
+    Args:
+        limit: pairs beyond which :meth:`merge_beyond_limit` merges them.
+        to_come: pairs of each sequence that are going to be written.
     """
 
     def __init__(
@@ -158,10 +162,12 @@ class Writing:
         history: History,
         rows: int,
         k: Tensor,
+        *,
         engine: PairEngine | None,
+        limit: int = sys.maxsize,
         to_come: int = 0,
     ) -> None:
-        self.engine, self.to_come = engine, to_come
+        self.engine, self.limit, self.to_come = engine, limit, to_come
         self.shared, self.spec, self.rows, self.operand = network, spec, rows, operand_dtype(k)
         self.merged = history.merged
         self.network = network if self.merged is None else with_weights(network, self.merged, self.operand)
@@ -231,9 +237,12 @@ class Writing:
                 self.slots[s] += new
         inputs = len(set(INPUT_OF_LAYER[self.spec.form]))
         if self.engine is not None:
+            # Place for all that comes before a merge, or for as much again where that comes later than it is due.
+            written = self.capacity + step.shape[2]
             self.to_come -= step.shape[2]
+            room = min(self.to_come, max(written, self.limit + step.shape[2] - written))
             self.grown = self.grown or [Grown(x) for x in self._pair_tensors() or [None] * len(found)]
-            found = [grown.append(x, to_come=self.to_come) for grown, x in zip(self.grown, found, strict=True)]
+            found = [grown.append(x, room=room) for grown, x in zip(self.grown, found, strict=True)]
             self.blocks = []
         self.blocks.append((tuple(found[:inputs]), tuple(found[inputs:])))
         if self.weights is None:
@@ -257,14 +266,9 @@ class Writing:
         inputs, errors = zip(*self.blocks, strict=True)
         return Factors(join(inputs), join(errors), self.weights, self.decay)
 
-    def merge_beyond(self, limit: int | None) -> None:
-        """Dense weights of each sequence's own in the place of the pairs, if these are more than ``limit``."""
-        if self.weights is None:
-            return
-        if limit is None:
-            inputs, errors = self.blocks[0]
-            limit = merge_after(self.spec, inputs[0].shape[-1], errors[0].shape[-1])
-        if self.capacity <= limit:
+    def merge_beyond_limit(self) -> None:
+        """Dense weights of each sequence's own in the place of the pairs, if these are more than the limit."""
+        if self.weights is None or self.capacity <= self.limit:
             return
         factors = self._factors()
         base = [self.network.weight(i) for i in range(self.spec.weight_count)]
@@ -350,8 +354,9 @@ def run(
         engine: whose kernels multiply with pairs; None for the matrix library.
     """
     q, k, v = tokens
+    limit = merge_after(spec, k.shape[-1], network.out_features(0)) if limit is None else limit
     to_come = schedule.chunk_size * sum(segment.writes for segment in schedule.segments)
-    writing = Writing(network, spec, history, schedule.rows, k, engine, to_come)
+    writing = Writing(network, spec, history, schedule.rows, k, engine=engine, limit=limit, to_come=to_come)
     outputs: list[Tensor] = []
     starts: list[Pairs | None] = []
     for segment in schedule.segments:
@@ -371,7 +376,7 @@ def run(
             outputs.append(schedule.reads_of_keys(segment, at_keys))
         elif one_base_product:
             continue  # reads of this call still want the pairs as they are
-        writing.merge_beyond(limit)
+        writing.merge_beyond_limit()
     if q.shape[1] == 0 or not schedule.segments:
         # No token is read: zeros, or nothing, that have a gradient of 0 rather than none.
         nothing = _evaluate(network, spec, None, q[:, :0]).output
@@ -383,7 +388,7 @@ def run(
         output = _evaluate(writing.network, spec, written, q).output
         if isinstance(schedule, RaggedSchedule):  # tokens outside every sequence read nothing
             output = schedule.assemble([schedule.reads(segment, output) for segment in schedule.segments])
-        writing.merge_beyond(limit)
+        writing.merge_beyond_limit()
     else:
         output = schedule.assemble(outputs)
     return output, writing.history()

@@ -42,8 +42,8 @@ class Grown:
     """``rows [B, N, S, features]``, differentiable, that blocks are appended to without a copy of the earlier ones.
 
     Every length it has had is a tensor of its own that stays as it is: all begin the same storage, whose rows are
-    written once. (Autograd would take a write behind one of them for a change of it, so they are no views.) A storage
-    that is full makes place for one of up to twice the rows.
+    written once. (Autograd would take a write behind one of them for a change of it, so they are no views.) Where a
+    storage is full, the rows are copied to a longer one.
     """
 
     def __init__(self, rows: Tensor | None = None) -> None:
@@ -53,11 +53,11 @@ class Grown:
     def count(self) -> int:
         return 0 if self.rows is None else self.rows.shape[2]
 
-    def append(self, block: Tensor, *, to_come: int) -> Tensor:
-        """All rows, with ``block [B, N, C, features]`` behind them; ``to_come`` more are going to follow at most."""
+    def append(self, block: Tensor, *, room: int) -> Tensor:
+        """All rows, with ``block [B, N, C, features]`` behind them; a new storage has ``room`` for so many more."""
         stop = self.count + block.shape[2]
         if self._storage is None or self._storage.shape[2] < stop:
-            size = (*block.shape[:2], stop + min(stop, to_come), block.shape[3])
+            size = (*block.shape[:2], stop + room, block.shape[3])
             self._storage = torch.empty(size, dtype=block.dtype, device=block.device)
             if self.rows is not None:
                 self._storage[:, :, : self.count] = self.rows.detach()

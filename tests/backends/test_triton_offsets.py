@@ -165,6 +165,31 @@ def test_the_last_tokens_of_tensors_of_more_than_two_to_the_31_elements_are_read
     assert_identical(found, expected)
 
 
+@pytest.mark.parametrize("far", range(3), ids=["sequence", "head or token", "pair or head"])
+def test_written_pairs_whose_sequences_heads_or_rows_lie_far_apart_are_found(room, far):
+    engine, device = implementation("triton"), device_of("triton")
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).half().to(device)
+
+    batch, tokens, heads, pairs = (3 if far in dimensions else 1 for dimensions in ((0,), (1,), (1, 2), (2,)))
+    u, upstream = (drawn(batch, tokens, heads, features) for features in (5, 4))
+    keys, value = (drawn(batch, heads, pairs, features) for features in (5, 4))
+    weights = drawn(batch, heads, pairs).float()
+
+    def results(u: Tensor, keys: Tensor, value: Tensor, upstream: Tensor) -> list[Tensor]:
+        given = (u, keys, [value], weights, torch.float16)
+        *gradients, (d_value,) = engine.pair_gradients(*given, [upstream], [True] * 4)
+        return [*engine.pair_products(*given), *gradients, d_value]
+
+    expected = results(u, keys, value, upstream)
+    space = room(2 * FAR + 4096, torch.float16)
+    distant = [placed(space, 1024 * i, x, spread(x, far)) for i, x in enumerate((u, keys, value, upstream))]
+    assert all((x.shape[far] - 1) * x.stride(far) > BEYOND > x.stride(far) for x in distant)
+    assert_identical(results(*distant), expected)
+
+
 def assert_identical(found: list[Tensor], expected: list[Tensor]) -> None:
     """The same numbers, none of which is trivial."""
     assert len(found) == len(expected)
