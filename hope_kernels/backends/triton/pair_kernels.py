@@ -2,12 +2,13 @@
 
 Roofline, per head, for T tokens, S pairs, ``in`` features of a key and ``out`` of a value: the forward is
 ``2 T S (in + out)`` FLOPs, the backward ``2 T S (3 in + 2 out)`` (the scores are formed again). Scores are written once
-to scratch, ``[T, S]`` in the dtype of the operands, gone with the call. A program that kept them to itself would hold
-``rows x columns`` of the result, so that each of the ``out / columns`` programs of a row block would form them again:
-``2 T S (in out / columns + out)`` FLOPs, ``in / columns`` times as many as needed for square layers: 64 times at 8192
-features and 128 columns. Through scratch they cost a write and the reads that any product makes of its operands,
-``2 T S`` numbers against the ``S (in + out)`` of the pairs: fewer, as long as 2 T is below ``in + out``. And while a
-sequence has at most ``D H / (D + H)`` pairs, scratch is smaller than the tokens or the result, whichever is wider.
+to scratch, ``[T, S]`` in the dtype of the operands, gone with the call. A program that kept them to itself could hold
+no more than ``rows x columns`` of the result, so that each of the ``out / columns`` programs of a row block would form
+them again: ``2 T S (in out / columns + out)`` FLOPs in place of ``2 T S (in + out)``. With 128 columns that is 13.6
+times as many for 2048 features and 8192 hidden units, and equal at 128 features. Through scratch scores cost a write
+and a read, ``2 T S`` numbers, beside the ``S (in + out)`` of the pairs: fewer as long as a chunk is shorter than
+``(in + out) / 2``. While a sequence has at most the ``D H / (D + H)`` pairs after which it turns dense, scratch is
+smaller than the call's tokens and than its results.
 
 Nothing is atomic: a program makes a tile of the result and sums in order. Sizes that change from call to call (T, S)
 are run-time values. Scratch matrices have both sizes padded to :data:`PAD`, zeros there: their loads need no mask that
