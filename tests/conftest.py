@@ -36,7 +36,7 @@ def _is_interpreted(item: pytest.Item) -> bool:
     if os.environ.get("TRITON_INTERPRET") != "1" or not hasattr(item, "callspec"):
         return False
     values = item.callspec.params.values()
-    return item.path.name == "test_triton.py" or any(str(value).startswith("triton") for value in values)
+    return item.path.name in ("test_triton.py", "test_triton_pairs.py") or any(str(value).startswith("triton") for value in values)
 
 
 @pytest.hookimpl(tryfirst=True)
