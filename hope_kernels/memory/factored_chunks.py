@@ -261,7 +261,7 @@ class Writing:
             return None
 
         def join(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-            return tuple(x[0].contiguous() if len(x) == 1 else torch.cat(x, 2) for x in zip(*parts, strict=True))
+            return tuple(x[0] if len(x) == 1 else torch.cat(x, 2) for x in zip(*parts, strict=True))
 
         inputs, errors = zip(*self.blocks, strict=True)
         return Factors(join(inputs), join(errors), self.weights, self.decay)

@@ -3,6 +3,8 @@
 The forward multiplies block after block of pairs (one per chunk written) and lets its scores go; the backward computes
 them again. So a scan over T tokens keeps the pairs, linear in T, and never a ``[C, S]`` matrix for every chunk. Per
 token and pair of a layer: forward ``2 (in + out)`` FLOPs, backward ``2 in`` for the scores again and ``4 (in + out)``.
+
+That is by the matrix library; an engine with kernels for it is asked in :mod:`hope_kernels.memory.joined_pairs`.
 """
 
 from __future__ import annotations

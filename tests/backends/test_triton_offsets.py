@@ -190,6 +190,22 @@ def test_written_pairs_whose_sequences_heads_or_rows_lie_far_apart_are_found(roo
     assert_identical(results(*distant), expected)
 
 
+def test_blocks_of_pairs_that_lie_far_apart_are_found(room):
+    """Of 16 pairs, as products with them go on from one block to the next."""
+    from hope_kernels.backends.triton.configurations import Configuration, assume
+
+    engine, device = implementation("triton"), device_of("triton")
+    u, weights = torch.randn(1, 2, 1, 3, device=device), torch.rand(1, 1, 17, device=device)
+    keys, value = torch.randn(1, 1, 17, 3, device=device).half(), torch.randn(1, 1, 17, 4, device=device).half()
+    stride = BEYOND // 16 + 2**20
+    space = room(17 * stride, torch.float16)
+    distant = placed(space, 0, value, (0, 0, stride, 1))
+    small = Configuration.of(rows=16, columns=16, inner=16, num_warps=4)
+    with assume(dict.fromkeys(("pairs_scores", "pairs_sums", "pairs_odd"), small)):
+        found, expected = (engine.pair_products(u, keys, [v], weights, torch.float16) for v in (distant, value))
+    assert_identical(list(found), list(expected))
+
+
 def assert_identical(found: list[Tensor], expected: list[Tensor]) -> None:
     """The same numbers, none of which is trivial."""
     assert len(found) == len(expected)

@@ -134,6 +134,11 @@ def test_the_tiles_of_the_shipped_table_compute_the_same(dtype):
     assert_kernels_are_right(make_pairs(1, 1, 2, 96, 64, 140), dtype, errors="keys")
 
 
+def test_more_blocks_of_rows_than_go_through_the_columns_together():
+    with small_tiles():
+        assert_kernels_are_right(make_pairs(1, 130, 1, 16, 32, 20), torch.float32)
+
+
 def test_several_blocks_of_pairs_are_one_list():
     with small_tiles():
         assert_kernels_are_right(make_pairs(1, 5, 2, 7, 9, 20, lists=2), torch.float32, blocks=[3, 16, 1])
@@ -300,7 +305,7 @@ def test_pairs_before_a_retention_of_zero_weigh_nothing():
 
 
 def test_a_state_that_kernels_wrote_is_read_and_continued_by_any_backend(monkeypatch):
-    problem = factored_problem(MemorySpec("glu"), tokens=14).to(device_of("triton"))
+    problem = factored_problem(MemorySpec("glu"), heads=2, tokens=14).to(device_of("triton"))
     want = package_results(problem, backend="reference:factored")
     _, state = scan_stream(problem.span(0, 9), [9], backend=FACTORED)
     assert all(x.is_contiguous() for x in (*state.factors.inputs, *state.factors.errors))
