@@ -68,7 +68,7 @@ test-slow: $(INSTALLED) ## the slow tier alone
 	$(ONE_THREAD_EACH) $(BIN)/python -m pytest $(IN_PARALLEL) -m slow $(TEST_ARGS)
 
 test-oldest-triton: $(OLDEST)/installed.stamp ## the Triton engine's tests with the oldest Triton (TEST_ARGS)
-	$(OLDEST)/bin/python -m pytest tests/backends/test_triton.py $(TEST_ARGS) \
+	$(OLDEST)/bin/python -m pytest tests/backends/test_triton.py tests/backends/test_triton_pairs.py $(TEST_ARGS) \
 		tests/backends/test_triton_resources.py::test_the_committed_report_is_of_exactly_what_is_shipped
 
 # Beside the one in .venv, before it on the path.

@@ -37,6 +37,7 @@ GROUPS: tuple[dict[str, int], ...] = (
     {"decode": 80},
     {"scale": 60},
     {"compiled": 100},
+    {"factored": 100},
     {"tune": 240},
 )
 STAGES = [stage for group in GROUPS for stage in group]

@@ -234,9 +234,10 @@ def _markdown(report: dict, rows: list) -> list[str]:
         "",
         f"Triton {report['versions']['triton']}, brought up to date {report['date']} by `{report['command']}`: rows of "
         "kernels that had not changed stay as they were read before. Read from binaries; nothing here was timed. "
-        "`plain`: objective l2; `full`: objective self and momentum; both with retention and pending tokens. Each "
-        "entry is compiled at the largest chunk and width it holds for, hidden width 4 D. MMA: tensor-core "
-        "instructions (float32 products are IEEE and use none).",
+        "`plain`: objective l2; `full`: objective self and momentum; both with retention and pending tokens; of "
+        "products with pairs, `plain` is one token, `full` a chunk and its gradients. Each entry is compiled at the "
+        "largest chunk and width it holds for, hidden width 4 D. MMA: tensor-core instructions (float32 products are "
+        "IEEE and use none).",
         "",
         "A configuration passes with stack 0 and no access to local memory, or, listed by name below, with at most 64 "
         "B of stack of which no innermost loop touches any; within the shared memory of the architecture; with "

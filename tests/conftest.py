@@ -35,8 +35,9 @@ INTERPRETED_CASES = 1
 def _is_interpreted(item: pytest.Item) -> bool:
     if os.environ.get("TRITON_INTERPRET") != "1" or not hasattr(item, "callspec"):
         return False
-    values = item.callspec.params.values()
-    return item.path.name == "test_triton.py" or any(str(value).startswith("triton") for value in values)
+    if item.path.name in ("test_triton.py", "test_triton_pairs.py"):
+        return True
+    return any(str(value).startswith("triton") for value in item.callspec.params.values())
 
 
 @pytest.hookimpl(tryfirst=True)

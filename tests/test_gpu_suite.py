@@ -175,6 +175,17 @@ def test_the_table_has_both_engines_side_by_side():
     assert any(line.startswith("| GL forward |") and line.count("no such row in bench") == 2 for line in lines)
 
 
+def test_the_factored_plan_is_shown_beside_the_dense_one():
+    rows = [
+        {"shape": "GF", "mode": "forward", "implementation": name, "ms": ms}
+        for name, ms in (("triton", 6.0), ("triton:factored", 4.0), ("reference:factored", 5.0))
+    ]
+    found = report.judged({"stages": {"factored": {"passed": True, "summary": "", "rows": rows}}}, "triton")
+    values = {t.row: (measured, verdict) for t, measured, verdict in found}
+    assert values["GF forward, factored"] == ("1.5x", "")
+    assert values["GF forward+backward, factored"] == ("not measured: no such row in factored", "")
+
+
 def test_the_faster_engine_of_each_shape_goes_into_a_table(tmp_path):
     from benchmarks.gpu.speed import faster_engines
     from hope_kernels.backends import choice
@@ -239,7 +250,7 @@ def test_growth_is_judged_over_three_lengths():
 # ---- the stages ------------------------------------------------------------------------------------------------------
 
 CHECKS = ["build", "parity", "shapes", "opcheck", "compile", "graph", "sanitizer"]
-MEASURED = ["bench", "decode", "scale", "compiled", "tune"]
+MEASURED = ["bench", "decode", "scale", "compiled", "factored", "tune"]
 
 
 def test_every_stage_has_a_test():
@@ -277,6 +288,10 @@ def test_every_stage_runs(tmp_path, stage):
         kinds = {(row["shape"], row["mode"]) for row in result["rows"]}
         assert kinds == {(shape, mode) for shape in ("G16", "G64", "GL") for mode in ("forward", "forward+backward")}
         assert result["peaks"]["gemm_tflops"] > 0 and "| triton |" in text
+    if stage == "factored":
+        names = {(row["implementation"], row["mode"]) for row in result["rows"]}
+        plans = ("reference", "triton", "triton:factored", "reference:factored")
+        assert names == {(plan, mode) for plan in plans for mode in ("forward", "forward+backward")}
     if stage == "opcheck":
         both = {f"hope_kernels::{kind}{way}" for kind in ("scan", "scans") for way in ("", "_backward")}
         assert {row["operator"] for row in result["rows"]} == both

@@ -102,6 +102,7 @@ def parity_parts(setting: Setting) -> list[str]:
 def parity_part(setting: Setting, trial: str, dtype: str, device: str) -> dict:
     """One trial on the GPU, or all small ones on the CPU's engine."""
     from hope_kernels import available_backends
+    from hope_kernels.backends import FACTORED
     from hope_kernels.backends.triton.plan import RESIDENT_CHUNK, RESIDENT_DIM
     from hope_kernels.bench.parity import TF32, check_parity
     from hope_kernels.bench.parity_cases import make_trial
@@ -122,6 +123,7 @@ def parity_part(setting: Setting, trial: str, dtype: str, device: str) -> dict:
         for name in setting.backends()
         if (not name.endswith(":resident") or resident) and (not name.endswith(":tiled") or index % 3 == 0)
     ]
+    names += [name + FACTORED for name in names if name == "triton"]  # where it takes the case
     made = make_trial(case, **sizes)
     rows: list[dict] = []
     refused: dict[str, dict] = {}
@@ -169,6 +171,7 @@ def trials() -> list[tuple]:
         (glu, {"dim": 50, "hidden": 100, "chunk_size": 20, "tokens": 90}),
         (plain, {"dim": 136, "hidden": 200, "chunk_size": 100, "tokens": 230}),
         (delta, {"dim": 40, "hidden": 72, "chunk_size": 100, "tokens": 230}),
+        (Case(MemorySpec(), retention=True), {"dim": 128, "hidden": 256, "chunk_size": 130, "tokens": 300}),
     ]
 
 

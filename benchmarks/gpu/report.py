@@ -72,6 +72,17 @@ def _over_compiled(shape: str, mode: str) -> Callable[[dict, str], float | None]
     return value
 
 
+def _over_dense(mode: str) -> Callable[[dict, str], float | None]:
+    """How many times faster than the engine's dense plan its factored one is."""
+
+    def value(result: dict, engine: str) -> float | None:
+        ms = {row["implementation"]: row["ms"] for row in result.get("rows", []) if row["mode"] == mode}
+        plan = f"{engine}:factored"
+        return ms[engine] / ms[plan] if engine in ms and plan in ms else None
+
+    return value
+
+
 def _decode(batch: int, field: str) -> Callable[[dict, str], float | None]:
     def value(result: dict, engine: str) -> float | None:
         for row in result.get("rows", []):
@@ -150,13 +161,21 @@ TARGETS = (
         _growth(BOTH, "working_bytes", _memory_growth), 1.0, False, lambda value: f"{value:.2f} of that growth",
     ),
 )  # fmt: skip
-# Shown beside the targets without one of their own: the compiled reference is what a user could have instead.
-BESIDE = tuple(
-    Target(
-        f"{shape} {mode}, 8 chunks", "compiled", "beside torch.compile", _over_compiled(shape, mode), 0.0, True, _times
-    )
-    for shape in ("G16", "G64", "GL")
-    for mode in (FORWARD, BOTH)
+# Shown beside the targets without one of their own: the compiled reference is what a user could have instead, the
+# factored plan what backend=None may take.
+BESIDE = (
+    *(
+        Target(
+            f"{shape} {mode}, 8 chunks", "compiled", "beside torch.compile", _over_compiled(shape, mode), 0.0, True,
+            _times,
+        )
+        for shape in ("G16", "G64", "GL")
+        for mode in (FORWARD, BOTH)
+    ),
+    *(
+        Target(f"GF {mode}, factored", "factored", "beside the dense plan", _over_dense(mode), 0.0, True, _times)
+        for mode in (FORWARD, BOTH)
+    ),
 )  # fmt: skip
 
 
@@ -246,10 +265,11 @@ def markdown(report: dict) -> str:
 
 
 def _bench_section(stages: dict) -> Iterable[str]:
-    rows = [row for stage in ("bench", "compiled") for row in stages.get(stage, {}).get("rows", [])]
+    timed = [stages[name] for name in ("bench", "compiled", "factored") if name in stages]
+    rows = [row for result in timed for row in result.get("rows", [])]
     if not rows:
         return
-    measured = [stages[name]["peaks"] for name in ("bench", "compiled") if stages.get(name, {}).get("peaks")]
+    measured = [result["peaks"] for result in timed if result.get("peaks")]
     yield "## Shapes"
     yield (
         f"Dense GEMM {max(p['gemm_tflops'] for p in measured):.3g} TFLOP/s, device copy "

@@ -242,6 +242,31 @@ def compiled_part(setting: Setting, name: str) -> dict:
     return found.result()
 
 
+# ---- the factored plan -----------------------------------------------------------------------------------------------
+
+# Weights of a sequence's own take 128 MiB, and 1638 pairs cost as much: the last chunk starts with 1536.
+LARGE = Shape("GF", "GPU, large memory of many sequences", 16, 2048, 1, 2048, 8192, 512)
+
+
+def factored(setting: Setting) -> dict:
+    """A large memory by the dense and by the factored plan, its products with pairs by Triton and by the library."""
+    return gathered(setting, [f"factored:{mode}" for mode in MODES])
+
+
+def factored_part(setting: Setting, mode: str) -> dict:
+    found = Rows(setting)
+    shape, note = sized(LARGE, setting), ""
+    while not reference_fits(setting, shape, mode) and shape.batch > 1:
+        shape = shape.scaled(batch=shape.batch // 2)
+        note = f"with {shape.batch} sequences: the reference keeps too much for this memory with {LARGE.batch}"
+    problem = shape_problem(shape, dtype=setting.dtype, device=setting.device)
+    plans = [Implementation(f"{name}:factored") for name in ("triton", "reference")]
+    with found.attempt(f"{shape.name} {mode}, dense and factored"):
+        dense = engines(setting, problem, mode)
+        found.add(compared(setting, shape, problem, mode, [REFERENCE, *dense, *plans], note))
+    return found.result()
+
+
 # ---- growth ----------------------------------------------------------------------------------------------------------
 
 
@@ -500,12 +525,13 @@ def tiles_part(setting: Setting, name: str, only: str | None = None) -> dict:
     return found.result()
 
 
-STAGES = {stage.__name__: stage for stage in (bench, decode, scale, compiled, tune)}
+STAGES = {stage.__name__: stage for stage in (bench, decode, scale, compiled, factored, tune)}
 PARTS = {
     "bench": bench_part,
     "decode": decode_part,
     "scale": scale_part,
     "compiled": compiled_part,
+    "factored": factored_part,
     "compiling": compiling_part,
     "tune": tune_part,
     "tiles": tiles_part,

@@ -20,6 +20,7 @@ __all__ = [
     "available_backends",
     "check_name",
     "implementation",
+    "pair_engine",
     "refusal",
     "runs_together",
     "select",
@@ -31,7 +32,7 @@ _REFERENCE = BackendStatus("reference", True, "eager PyTorch, chunk by chunk")
 _PREFERENCE = {"cpu": ("cpu", "reference")}
 _ANY_LENGTH = 2**31 - 1
 # Behind any backend's name: the plan that keeps what is written as pairs (hope_kernels.memory.plan). It is the same for
-# all, made of library products on the backend's device, and not an engine's affair.
+# all, made of library products on the backend's device, but for products with pairs (pair_engine below).
 FACTORED = ":factored"
 
 
@@ -130,6 +131,21 @@ def _select_in_trace(backend: str | None, *request: Any) -> str:
             f"backend={name.removesuffix(FACTORED)!r} or an uncompiled call"
         )
     return name
+
+
+def pair_engine(backend: str | None, device: torch.device, operand: torch.dtype) -> Any:
+    """Whose kernels multiply with written pairs: Triton's where it is the backend, else nobody's: the matrix library.
+
+    Without a backend (``factored_scan``), Triton's on a GPU where it takes such operands. Never in a trace of
+    ``torch.compile``, which cannot follow them.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    name = ("triton" if device.type == "cuda" else "reference") if backend is None else backend.partition(":")[0]
+    if name != "triton":
+        return None
+    engine = implementation(name)
+    return None if engine.refuses_operands(operand, device) else engine
 
 
 def runs_together(name: str) -> bool:

@@ -4,7 +4,9 @@ Needs Triton but no GPU. Every configuration of the table is compiled through th
 chunk and width it is meant for, as a plain scan (objective ``l2``) and as a full one (objective
 ``self``, momentum where the rule has it), both with retention and pending tokens, and judged by
 :meth:`~hope_kernels.backends.triton.resources.Resources.failures`. Kernels of the tiled plan are also compiled at sizes
-that no tile divides (``odd``: a full scan), each for the scans that ask the most of it.
+that no tile divides (``odd``: a full scan), each for the scans that ask the most of it. Products with written pairs
+are compiled for one token (``plain``) and for a chunk and its gradients (``full``, ``odd``), with a layer's inputs and
+with its errors.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import triton
 
 from hope_kernels.backends import triton as triton_engine
 from hope_kernels.backends.interface import ScanProblem
-from hope_kernels.backends.triton import resident, tiled
+from hope_kernels.backends.triton import pairs, resident, tiled
 from hope_kernels.backends.triton.compile_only import ARCHITECTURES, Launch, compile_only, meta_problem
 from hope_kernels.backends.triton.configurations import (
     ANY,
@@ -103,6 +105,13 @@ def launches_of(subject: Subject, *, describe: bool = False) -> list[Launch]:
     """The launches of a subject's kernel, compiled, or only described: each different one once, though a kernel may be
     launched once per chunk."""
     shape, full = subject.shape, subject.variant != "plain"
+    architecture = ARCHITECTURES[subject.architecture]
+    assumed = {} if subject.configuration is None else {subject.kernel: subject.configuration}
+    if subject.kernel in _PAIRS:
+        functions = _PAIRS[subject.kernel].functions
+        with compile_only(architecture, functions, describe=describe) as launches, assume(assumed):
+            _pair_calls(subject)
+        return list({launch.digest: launch for launch in launches}.values())
     tiled_scan = _TILED.get(subject.kernel)
     less = ODD if subject.variant == "odd" else 0
     chunk, dim = shape.block_chunk - less, shape.block_dim - less
@@ -122,8 +131,6 @@ def launches_of(subject: Subject, *, describe: bool = False) -> list[Launch]:
         momentum=full,
         pending=pending,
     )
-    assumed = {} if subject.configuration is None else {subject.kernel: subject.configuration}
-    architecture = ARCHITECTURES[subject.architecture]
     if tiled_scan is None:
         with compile_only(architecture, describe=describe) as launches, assume(assumed):
             _LAUNCHERS[subject.kernel](problem)
@@ -167,7 +174,7 @@ class _TiledScans(NamedTuple):
     scans: tuple[str, ...]  # form, rule and variant
 
 
-_TILED_CHUNK, _TILED_DIM = 512, 256  # large enough for whole tiles
+_TILED_CHUNK, _TILED_DIM = 512, 256  # large enough for whole tiles, of products with pairs as well
 _TILED = {
     "tiled_hidden": _TiledScans((), ("hidden_kernel",), ("mlp gd full", "glu dgd full")),
     "tiled_output": _TiledScans(("out_kernel",), (), ("mlp gd plain", "mlp gd full", "glu dgd full")),
@@ -212,6 +219,46 @@ _TILED = {
         ("checkpoint_kernel",), ("gather_kernel", "errors_adjoint_kernel"), ("glu dgd full", "glu dgd odd")
     ),
 }
+
+
+class _PairCalls(NamedTuple):
+    """What is compiled for a kernel of products with pairs: its functions, for these calls."""
+
+    functions: tuple[str, ...]
+    scans: tuple[str, ...]  # form, rule and variant
+
+
+_PAIRS = {
+    "pairs_scores": _PairCalls(("scores_kernel",), ("mlp gd plain", "mlp gd full")),
+    "pairs_adjoint": _PairCalls(("scores_adjoint_kernel",), ("mlp gd full", "glu gd full")),
+    "pairs_sums": _PairCalls(("sums_kernel",), ("mlp gd plain", "mlp gd full", "glu gd full")),
+    "pairs_odd": _PairCalls(
+        ("scores_kernel", "scores_adjoint_kernel", "sums_kernel"), ("mlp gd odd", "glu gd odd")
+    ),
+}  # fmt: skip
+# Kernels that one size is compiled of: those of the table hold for every class.
+_BY_SCAN = {kernel: calls.scans for kernel, calls in (_TILED | _PAIRS).items()}
+
+
+def _pair_calls(subject: Subject) -> None:
+    """Products with the pairs of the first layers, and with those of the last one the other way round."""
+    shape, odd = subject.shape, subject.variant == "odd"
+    less, operand, count = ODD if odd else 0, DTYPES[shape.operand_bits], 2 if shape.form == "glu" else 1
+    dim, hidden = shape.block_dim - less, HIDDEN_PER_DIM * shape.block_dim - less
+    batch, heads, length = 8, 16, 1 if subject.variant == "plain" else shape.block_chunk - less
+    pair_count = 3 * shape.block_chunk
+
+    def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(sizes, dtype=dtype, device="meta")
+
+    weights, inputs = empty(batch, heads, pair_count), empty(batch, heads, pair_count, dim, dtype=operand)
+    errors = [empty(batch, heads, pair_count, hidden) for _ in range(count)]
+    forward = empty(batch, length, heads, dim, dtype=operand), inputs, errors
+    back = empty(batch, length, heads, hidden), errors[0], [inputs]
+    for u, keys, values in (forward, back):
+        results = pairs.products(u, keys, values, weights, operand)
+        if subject.variant != "plain":
+            pairs.gradients(u, keys, values, weights, operand, results, [True] * (3 + len(values)))
 
 
 def examine(subject: Subject) -> list[Row]:
@@ -285,9 +332,9 @@ def shipped_subjects(
                 ]
         subjects += [
             Subject(kernel, ShapeClass(form, rule, bits, _TILED_CHUNK, _TILED_DIM), variant, architecture)
-            for kernel, tiled_scan in _TILED.items()
+            for kernel, scans in _BY_SCAN.items()
             if kernels is None or kernel in kernels
-            for form, rule, variant in map(str.split, tiled_scan.scans)
+            for form, rule, variant in map(str.split, scans)
             for bits in DTYPES
         ]
     return subjects

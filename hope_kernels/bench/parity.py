@@ -250,6 +250,14 @@ def _judge(
 
 def _refusal(backend: str, trial: Trial, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why a backend cannot run this trial in this dtype on this device, None if it can."""
-    from hope_kernels.backends import refusal
+    from hope_kernels import MemoryState
+    from hope_kernels.backends import FACTORED, refusal
+    from hope_kernels.memory.plan import refuses
 
-    return refusal(backend, trial.problem.request(dtype, device, table=trial.layout in ("packed", "valid")))
+    problem = trial.problem
+    request = problem.request(dtype, device, table=trial.layout in ("packed", "valid"))
+    reason = refusal(backend, request)
+    if reason is None and backend.endswith(FACTORED):
+        state = MemoryState.initial(problem.weights, spec=problem.spec, chunk_size=problem.chunk_size)
+        reason = refuses(request, state, trial.bptt_chunks)
+    return reason

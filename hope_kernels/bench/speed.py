@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from hope_kernels.backends import FACTORED
 from hope_kernels.bench.gpu import gemm_peak, peak_memory
 from hope_kernels.bench.implementations import (
     AGREEMENT,
@@ -47,7 +48,7 @@ class SpeedRow:
         gflop: the call's operations by the convention, in 1e9.
         executed_gflop: least and most operations of matrix products it executes, in 1e9; the reference's are counted.
             A compiled backend's backward is bounded: from below by the reference, which recomputes nothing, from
-            above by the convention plus rebuilding every chunk state. None where nothing is known.
+            above by the convention plus rebuilding every chunk state. None where nothing is known (factored plans too).
         gflops: ``gflop`` over the median time.
         peak_fraction: ``gflops`` over the peak measured in this run: of float32 multiply-adds on a CPU, of dense matrix
             products in the same dtype on a GPU; None in float64 on a CPU and without the compiled core.
@@ -245,7 +246,7 @@ def _executed_gflop(
     implementation: Implementation, counted: float, shape: Shape, mode: str
 ) -> tuple[float, float] | None:
     """``counted``: what the reference executes."""
-    if implementation.compiled:
+    if implementation.compiled or implementation.backend.endswith(FACTORED):
         return None
     if implementation == REFERENCE:
         return counted, counted

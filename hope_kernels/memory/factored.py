@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hope_kernels.backends import pair_engine
 from hope_kernels.memory import factored_ops
 from hope_kernels.memory import validation as check
 from hope_kernels.memory.factored_chunks import ChunkKernels, Gates, History, Writing, run
@@ -45,8 +46,8 @@ def scan_problem(
 ) -> tuple[Tensor, Factors | None]:
     """A checked ``memory_scan`` by the factored plan: output ``[B, T, N, D]``, dtype of q, and all pairs after it.
 
+    ``backend``: the name of the one chosen, which may have kernels for chunks or for pairs.
     A ``q`` without tokens makes it a write of all the others. Rows at different positions are looked at on the host.
-    ``backend`` names the kernels, without ``:factored``.
     """
     q, k, v = tokens
     network = WeightNetwork(state.stored_weights, k.dtype, state.spec)
@@ -63,24 +64,35 @@ def scan_problem(
         if isinstance(schedule, UniformSchedule):
             kernels = _kernels(backend, network, tokens, schedule.written)
         output, history = run(
-            network, state.spec, schedule, history, (q, k, v), gates, before, limit=ALWAYS, kernels=kernels
+            network,
+            state.spec,
+            schedule,
+            history,
+            (q, k, v),
+            gates,
+            before,
+            limit=ALWAYS,
+            kernels=kernels,
+            engine=pair_engine(backend, k.device, k.dtype),
         )
     return output.to(q.dtype), history.factors
 
 
 def read(q: Tensor, state: MemoryState, backend: str) -> Tensor:
-    """``f_W(q)`` of a factored state (or one that has nothing written), in the dtype of q; ``backend`` as above."""
+    """``f_W(q)`` of a factored state (or one that has nothing written), in the dtype of q; ``backend``: as above."""
     network = WeightNetwork(state.stored_weights, q.dtype, state.spec)
     with torch.autocast(q.device.type, enabled=False):
-        history, kernels = History(factors=state.factors, counts=_counts(state)), _kernels(backend, network, (q,), 0)
-        return Writing(network, state.spec, history, q.shape[0], q, kernels).read(q).to(q.dtype)
+        history = History(factors=state.factors, counts=_counts(state))
+        kernels, engine = _kernels(backend, network, (q,), 0), pair_engine(backend, q.device, q.dtype)
+        writing = Writing(network, state.spec, history, q.shape[0], q, kernels=kernels, engine=engine)
+        return writing.read(q).to(q.dtype)
 
 
 def _kernels(
     backend: str, network: WeightNetwork, tokens: Sequence[Tensor], written: int
 ) -> ChunkKernels | None:
-    """Those of a backend for such chunks, ``written`` tokens in all; None for the matrix library."""
-    if backend == "cpu" and factored_ops.takes(network.weights, tokens):
+    """Those of a backend for such chunks, ``written`` tokens in all; None where it has none."""
+    if backend.partition(":")[0] == "cpu" and factored_ops.takes(network.weights, tokens):
         return factored_ops.Chunks(network.weights, network.spec, tokens[0].dtype, written)
     return None
 
@@ -289,6 +301,7 @@ def factored_scan(
         (state.pending_k, state.pending_v, (state.pending_lr, state.pending_retention)),
         limit=limit,
         one_base_product=one_base_product,
+        engine=pair_engine(None, k.device, operand_dtype(k)),
     )
     fresh = {"k": k, "v": v, "lr": lr, "retention": retention}
     unfinished = {

@@ -8,6 +8,7 @@ token, errors before and after the activation and the pairs: linear in tokens ti
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -19,6 +20,7 @@ from torch import Tensor
 from hope_kernels.backends.interface import state_dtype
 from hope_kernels.memory.coefficients import chunk_coefficients
 from hope_kernels.memory.factors import INPUT_OF_LAYER, Block, Factors, Pairs, merge_after, operand_dtype
+from hope_kernels.memory.joined_pairs import Grown, PairEngine
 from hope_kernels.memory.networks import SharedNetwork, times_slope, with_weights
 from hope_kernels.memory.schedule import RaggedSchedule, Schedule, Segment
 from hope_kernels.memory.spec import MemorySpec
@@ -154,7 +156,15 @@ class ChunkKernels(Protocol):
 
 
 class Writing:
-    """What sequences have written as a scan goes on, in a block of pairs ``[B, N, C, .]`` for each chunk."""
+    """What sequences have written as a scan goes on, in a block of pairs ``[B, N, C, .]`` for each chunk.
+
+    An engine's kernels take one block: with an ``engine`` there is one that grows.
+
+    Args:
+        kernels, engine: see :func:`run`.
+        limit: pairs beyond which :meth:`merge_beyond_limit` merges them.
+        to_come: pairs of each sequence that are going to be written.
+    """
 
     def __init__(
         self,
@@ -163,12 +173,18 @@ class Writing:
         history: History,
         rows: int,
         k: Tensor,
+        *,
         kernels: ChunkKernels | None = None,
+        engine: PairEngine | None = None,
+        limit: int = sys.maxsize,
+        to_come: int = 0,
     ) -> None:
-        self.shared, self.spec, self.rows, self.operand, self.kernels = network, spec, rows, operand_dtype(k), kernels
+        self.kernels, self.engine, self.limit, self.to_come = kernels, engine, limit, to_come
+        self.shared, self.spec, self.rows, self.operand = network, spec, rows, operand_dtype(k)
         self.merged = history.merged
         self.network = network if self.merged is None else with_weights(network, self.merged, self.operand)
         self.blocks: list[Block] = []
+        self.grown: list[Grown] = []  # of the one block, where there is an engine
         self.weights: Tensor | None = None
         self.decay: Tensor | None = None
         # Slots of each sequence's pairs, or their number where all sequences have all of them.
@@ -187,7 +203,7 @@ class Writing:
         """All that is written by now."""
         if self.weights is None:
             return None
-        return Pairs(self.spec.form, tuple(self.blocks), self.weights, self.decay, self.operand)
+        return Pairs(self.spec.form, tuple(self.blocks), self.weights, self.decay, self.operand, self.engine)
 
     def read(self, q: Tensor) -> Tensor:
         """``f_W(q)`` now."""
@@ -236,6 +252,14 @@ class Writing:
             for s in range(self.rows) if rows is None else rows:
                 self.slots[s] += new
         inputs = len(set(INPUT_OF_LAYER[self.spec.form]))
+        if self.engine is not None:
+            # Place for all that comes before a merge, or for as much again where that comes later than it is due.
+            written = self.capacity + step.shape[2]
+            self.to_come -= step.shape[2]
+            room = min(self.to_come, max(written, self.limit + step.shape[2] - written))
+            self.grown = self.grown or [Grown(x) for x in self._pair_tensors() or [None] * len(found)]
+            found = [grown.append(x, room=room) for grown, x in zip(self.grown, found, strict=True)]
+            self.blocks = []
         self.blocks.append((tuple(found[:inputs]), tuple(found[inputs:])))
         if self.weights is None:
             self.weights, self.decay = step, decay
@@ -243,6 +267,10 @@ class Writing:
             kept = self.weights if decay is None else self.weights * decay.unsqueeze(-1)
             self.weights = torch.cat([kept, step], 2)
             self.decay = None if decay is None else self.decay * decay
+
+    def _pair_tensors(self) -> list[Tensor]:
+        """Inputs and errors of all blocks."""
+        return [x for block in self.blocks for part in block for x in part]
 
     def _factors(self) -> Factors | None:
         if self.weights is None:
@@ -255,20 +283,15 @@ class Writing:
         inputs, errors = zip(*blocks, strict=True)
         return Factors(join(inputs), join(errors), self.weights, self.decay)
 
-    def merge_beyond(self, limit: int | None) -> None:
-        """Dense weights of each sequence's own in the place of the pairs, if these are more than ``limit``."""
-        if self.weights is None:
-            return
-        if limit is None:
-            inputs, errors = self.blocks[0]
-            limit = merge_after(self.spec, inputs[0].shape[-1], errors[0].shape[-1])
-        if self.capacity <= limit:
+    def merge_beyond_limit(self) -> None:
+        """Dense weights of each sequence's own in the place of the pairs, if these are more than the limit."""
+        if self.weights is None or self.capacity <= self.limit:
             return
         factors = self._factors()
         base = [self.network.weight(i) for i in range(self.spec.weight_count)]
         self.merged = tuple(_recomputed(lambda: factors.merged(base, self.spec)))
         self.network = with_weights(self.shared, self.merged, self.operand)
-        self.blocks, self.weights, self.decay, self.slots = [], None, None, None
+        self.blocks, self.grown, self.weights, self.decay, self.slots = [], [], None, None, None
 
     def history(self) -> History:
         factors = self._factors()
@@ -337,6 +360,7 @@ def run(
     limit: int | None,
     one_base_product: bool = False,
     kernels: ChunkKernels | None = None,
+    engine: PairEngine | None = None,
 ) -> tuple[Tensor, History]:
     """A scan over the segments of a schedule: output ``[B, T, N, D]`` as the network rounds it, and the new history.
 
@@ -345,10 +369,15 @@ def run(
         gates: of the new tokens; ``pending``: k, v and gates of the tokens before them.
         limit: merge as soon as there are more pairs than this; None for :func:`merge_after`'s rule.
         one_base_product: see :func:`factored_scan`.
-        kernels: for chunks that all sequences complete; None for the matrix library. Never with what is merged.
+        kernels: for whole chunks that all sequences complete; None where there are none. Not with pairs that merge.
+        engine: whose kernels multiply with pairs; None for the matrix library.
     """
     q, k, v = tokens
-    writing = Writing(network, spec, history, schedule.rows, k, kernels)
+    limit = merge_after(spec, k.shape[-1], network.out_features(0)) if limit is None else limit
+    to_come = schedule.chunk_size * sum(segment.writes for segment in schedule.segments)
+    writing = Writing(
+        network, spec, history, schedule.rows, k, kernels=kernels, engine=engine, limit=limit, to_come=to_come
+    )
     outputs: list[Tensor] = []
     starts: list[Pairs | None] = []
     for segment in schedule.segments:
@@ -368,7 +397,7 @@ def run(
             outputs.append(schedule.reads_of_keys(segment, at_keys))
         elif one_base_product:
             continue  # reads of this call still want the pairs as they are
-        writing.merge_beyond(limit)
+        writing.merge_beyond_limit()
     if q.shape[1] == 0 or not schedule.segments:
         # No token is read: zeros, or nothing, that have a gradient of 0 rather than none.
         nothing = _evaluate(network, spec, None, q[:, :0]).output
@@ -380,7 +409,7 @@ def run(
         output = _evaluate(writing.network, spec, written, q).output
         if isinstance(schedule, RaggedSchedule):  # tokens outside every sequence read nothing
             output = schedule.assemble([schedule.reads(segment, output) for segment in schedule.segments])
-        writing.merge_beyond(limit)
+        writing.merge_beyond_limit()
     else:
         output = schedule.assemble(outputs)
     return output, writing.history()

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hope_kernels.memory.joined_pairs import PairEngine
 from hope_kernels.memory.networks import product
 from hope_kernels.memory.pair_products import pair_products
 from hope_kernels.memory.spec import MemorySpec
@@ -120,6 +121,7 @@ class Pairs:
         weights: ``a [B, N, S]`` over all blocks.
         decay: ``gamma [B, N]`` or None.
         operand: what operands of products are rounded to.
+        engine: whose kernels multiply; None for the matrix library.
     """
 
     form: str
@@ -127,6 +129,7 @@ class Pairs:
     weights: Tensor
     decay: Tensor | None
     operand: torch.dtype
+    engine: PairEngine | None = None
 
     def of_rows(self, rows: Tensor) -> Pairs:
         """Those of some sequences alone."""
@@ -143,13 +146,13 @@ class Pairs:
         source = INPUT_OF_LAYER[self.form][layers[0]]
         keys = [inputs[source] for inputs, _ in self.blocks]
         values = [[errors[i] for _, errors in self.blocks] for i in layers]
-        return pair_products(u, keys, values, self.weights, self.operand)
+        return pair_products(u, keys, values, self.weights, self.operand, self.engine)
 
     def delta_transposed(self, i: int, e: Tensor) -> Tensor:
         """``(a . (e E^T)) U`` of layer i, ``[B, T, N, out]`` to ``[B, T, N, in]`` in the state dtype."""
         source = INPUT_OF_LAYER[self.form][i]
         keys, values = [errors[i] for _, errors in self.blocks], [inputs[source] for inputs, _ in self.blocks]
-        return pair_products(e, keys, [values], self.weights, self.operand)[0]
+        return pair_products(e, keys, [values], self.weights, self.operand, self.engine)[0]
 
     def kept(self, u: Tensor) -> Tensor | None:
         """``gamma``, broadcastable to ``u [B, T, N, features]``; None without retention."""

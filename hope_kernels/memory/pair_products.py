@@ -3,6 +3,8 @@
 The forward multiplies block after block of pairs (one per chunk written) and lets its scores go; the backward computes
 them again. So a scan over T tokens keeps the pairs, linear in T, and never a ``[C, S]`` matrix for every chunk. Per
 token and pair of a layer: forward ``2 (in + out)`` FLOPs, backward ``2 in`` for the scores again and ``4 (in + out)``.
+
+That is by the matrix library; an engine with kernels for it is asked in :mod:`hope_kernels.memory.joined_pairs`.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hope_kernels.memory.joined_pairs import PairEngine, joined_products
 from hope_kernels.memory.networks import first_derivatives, multiply, needs_graph
 
 
@@ -104,6 +107,7 @@ def pair_products(
     values: Sequence[Sequence[Tensor]],
     weights: Tensor,
     operand: torch.dtype,
+    engine: PairEngine | None = None,
 ) -> tuple[Tensor, ...]:
     """``(a . (u K^T)) V`` for every list of values: one ``[B, T, N, out]`` in the state dtype for each.
 
@@ -113,9 +117,12 @@ def pair_products(
         values: lists of such blocks ``[B, N, C, out]``, all multiplied with the same scores.
         weights: ``a [B, N, S]``, state dtype, S over all blocks.
         operand: dtype that operands of products are rounded to.
+        engine: whose kernels multiply (:func:`hope_kernels.backends.pair_engine`); None for the matrix library.
 
     First derivatives only, as the compiled engines.
     """
+    if engine is not None:
+        return joined_products(engine, u, keys, values, weights, operand)
     batch, length, heads, _ = u.shape
     with torch.autocast(u.device.type, enabled=False):
         blocks = [x.flatten(0, 1) for block in zip(keys, *values, strict=True) for x in block]

@@ -294,7 +294,7 @@ def _factored_call(
     spec = state.spec
 
     def whole() -> MemoryOutput:
-        output, factors = factored.scan_problem(tokens, gates, state, layout, name.removesuffix(backends.FACTORED))
+        output, factors = factored.scan_problem(tokens, gates, state, layout, name)
         new_state = _after(state, layout, chunk_size, k, v, lr, retention, None, factors=factors)
         # Merged as soon as that is due, not once for every call that goes on from here.
         due = until != plan.ALWAYS and new_state.position >= until
@@ -340,7 +340,7 @@ def memory_read(q: Tensor, memory: Memory, *, spec: MemorySpec, backend: str | N
         request = _request("read", spec, q, state.stored_weights, chunk_size=1, given=(q, *_tensors_of(state)))
         name = backends.select(backend, request)
         if plan.reads_factored(backend, request, state):
-            return factored.read(q, state, name.removesuffix(backends.FACTORED))
+            return factored.read(q, state, name)
         weights = state.merged().stored_weights
         if name == "cpu":
             plain.remember(call)
@@ -402,9 +402,7 @@ def memory_write(
             return state.replaced(batch_size=rows)
         layout = UniformLayout(rows, length, length, 0, 0, 0)
         if until == plan.ALWAYS or (until and state.position < until):
-            factors = factored.scan_problem(
-                (k[:, :0], k, v), (lr, retention), state, layout, name.removesuffix(backends.FACTORED)
-            )[1]
+            factors = factored.scan_problem((k[:, :0], k, v), (lr, retention), state, layout, name)[1]
             written = _written(state, rows, length, retention, momentum, factors=factors)
             return written if until == plan.ALWAYS or written.position < until else written.merged()
         if name == "cpu" and not until:

@@ -266,7 +266,7 @@ def test_the_shipped_table_is_valid_and_says_where_each_entry_comes_from():
 
 
 @pytest.mark.parametrize("device", [Device("a GPU", "sm_75"), Device("NVIDIA H200", "sm_90"), Device("?", "gfx942")])
-def test_every_kernel_of_the_tiled_plan_has_a_configuration_on_every_device(monkeypatch, device):
+def test_every_kernel_of_the_tiled_plan_and_for_pairs_has_a_configuration_on_every_device(monkeypatch, device):
     monkeypatch.setattr(table, "SHIPPED", Path(table.__file__).with_name("configurations.json"))
     shapes = [
         ShapeClass(form, rule, bits, block_chunk, block_dim)
@@ -275,8 +275,8 @@ def test_every_kernel_of_the_tiled_plan_has_a_configuration_on_every_device(monk
         for bits in (16, 32)
         for block_chunk, block_dim in ((16, 16), (64, 1024), (4096, 128))
     ]
-    kernels = [kernel for kernel in table.KERNELS if kernel.startswith("tiled_")]
-    assert len(kernels) > 10
+    kernels = [kernel for kernel in table.KERNELS if kernel.startswith(("tiled_", "pairs_"))]
+    assert len(kernels) > 14
     lacking = [(kernel, shape) for kernel in kernels for shape in shapes if choose(kernel, shape, device) is None]
     assert not lacking
 

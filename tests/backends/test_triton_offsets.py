@@ -165,6 +165,47 @@ def test_the_last_tokens_of_tensors_of_more_than_two_to_the_31_elements_are_read
     assert_identical(found, expected)
 
 
+@pytest.mark.parametrize("far", range(3), ids=["sequence", "head or token", "pair or head"])
+def test_written_pairs_whose_sequences_heads_or_rows_lie_far_apart_are_found(room, far):
+    engine, device = implementation("triton"), device_of("triton")
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).half().to(device)
+
+    batch, tokens, heads, pairs = (3 if far in dimensions else 1 for dimensions in ((0,), (1,), (1, 2), (2,)))
+    u, upstream = (drawn(batch, tokens, heads, features) for features in (5, 4))
+    keys, value = (drawn(batch, heads, pairs, features) for features in (5, 4))
+    weights = drawn(batch, heads, pairs).float()
+
+    def results(u: Tensor, keys: Tensor, value: Tensor, upstream: Tensor) -> list[Tensor]:
+        given = (u, keys, [value], weights, torch.float16)
+        *gradients, (d_value,) = engine.pair_gradients(*given, [upstream], [True] * 4)
+        return [*engine.pair_products(*given), *gradients, d_value]
+
+    expected = results(u, keys, value, upstream)
+    space = room(2 * FAR + 4096, torch.float16)
+    distant = [placed(space, 1024 * i, x, spread(x, far)) for i, x in enumerate((u, keys, value, upstream))]
+    assert all((x.shape[far] - 1) * x.stride(far) > BEYOND > x.stride(far) for x in distant)
+    assert_identical(results(*distant), expected)
+
+
+def test_blocks_of_pairs_that_lie_far_apart_are_found(room):
+    """Of 16 pairs, as products with them go on from one block to the next."""
+    from hope_kernels.backends.triton.configurations import Configuration, assume
+
+    engine, device = implementation("triton"), device_of("triton")
+    u, weights = torch.randn(1, 2, 1, 3, device=device), torch.rand(1, 1, 17, device=device)
+    keys, value = torch.randn(1, 1, 17, 3, device=device).half(), torch.randn(1, 1, 17, 4, device=device).half()
+    stride = BEYOND // 16 + 2**20
+    space = room(17 * stride, torch.float16)
+    distant = placed(space, 0, value, (0, 0, stride, 1))
+    small = Configuration.of(rows=16, columns=16, inner=16, num_warps=4)
+    with assume(dict.fromkeys(("pairs_scores", "pairs_sums", "pairs_odd"), small)):
+        found, expected = (engine.pair_products(u, keys, [v], weights, torch.float16) for v in (distant, value))
+    assert_identical(list(found), list(expected))
+
+
 def assert_identical(found: list[Tensor], expected: list[Tensor]) -> None:
     """The same numbers, none of which is trivial."""
     assert len(found) == len(expected)

@@ -69,7 +69,9 @@ def test_a_kernel_beyond_its_registers_fails_the_gate_with_spills_in_its_innermo
     assert any(failure.startswith("spills: ") for failure in found["failures"])
 
 
-@pytest.mark.parametrize(("plan", "kernel"), [("resident", "backward_kernel"), ("tiled", "write_kernel")])
+@pytest.mark.parametrize(
+    ("plan", "kernel"), [("resident", "backward_kernel"), ("tiled", "write_kernel"), ("pairs", "sums_kernel")]
+)
 def test_sizes_of_one_compile_and_no_other_sizes_compile_anew(plan, kernel):
     counts = compiled("variants", plan)
     assert kernel in counts

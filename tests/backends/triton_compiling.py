@@ -105,21 +105,31 @@ def digests(architectures: str, *files: str) -> dict:
 
 
 def variants(plan: str) -> dict:
-    """By kernel, how often it is compiled for five sequences, tokens and pending tokens, and for five, 1 and 16."""
+    """By kernel, how often it is compiled for five sequences, tokens and pending tokens (or pairs), and for five, 1 and
+    16."""
     from importlib import import_module
 
     from hope_kernels.backends.triton.compile_only import meta_problem
     from hope_kernels.memory.spec import MemorySpec
 
     engine = import_module(f"hope_kernels.backends.triton.{plan}")
+
+    def run(n: int) -> None:
+        if plan == "pairs":
+            u, keys = torch.empty(n, n, 2, 16, device="meta"), torch.empty(n, 2, n, 16, device="meta")
+            given = (u.half(), keys.half(), [keys], torch.empty(n, 2, n, device="meta"), torch.float16)
+            engine.gradients(*given, engine.products(*given), [True] * 4)
+            return
+        problem = meta_problem(MemorySpec(), batch=n, tokens=n, pending=n, **fixed)
+        _, _, _, saved = engine.scan_forward(problem, save=True)
+        engine.scan_backward(problem, saved, problem.q, [None, None], [])
+
     fixed = {"heads": 1, "dim": 16, "hidden": 16, "chunk_size": 1, "dtype": torch.float16}
     counts: dict[str, list[int]] = {}
     for numbers in ((5,), (5, 1, 16)):
         with compile_only(ARCHITECTURES["sm_90"]) as launches:
             for n in numbers:
-                problem = meta_problem(MemorySpec(), batch=n, tokens=n, pending=n, **fixed)
-                _, _, _, saved = engine.scan_forward(problem, save=True)
-                engine.scan_backward(problem, saved, problem.q, [None, None], [])
+                run(n)
         for kernel in {launch.kernel for launch in launches}:
             hashes = {launch.compiled.hash for launch in launches if launch.kernel == kernel}
             counts.setdefault(kernel, []).append(len(hashes))

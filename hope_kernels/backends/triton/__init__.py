@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Engine",
+    "pair_gradients",
+    "pair_products",
     "refuses",
+    "refuses_operands",
     "saved_shapes",
     "scan_backward",
     "scan_forward",
@@ -77,10 +80,14 @@ def status() -> BackendStatus:
 
 def refuses(request: ScanRequest) -> str | None:
     """None when this engine can run such calls, else the reason it cannot."""
+    return refuses_operands(request.dtype, request.device)
+
+
+def refuses_operands(dtype: torch.dtype, device: torch.device) -> str | None:
+    """None when this engine can multiply tensors of that dtype on that device, else the reason it cannot."""
     state = status()
     if not state:
         return state.reason
-    dtype, device = request.dtype, request.device
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it takes float32, bfloat16 or float16 tokens, got {dtype}"
     if interpreted():
@@ -90,9 +97,9 @@ def refuses(request: ScanRequest) -> str | None:
     return None if device.type == "cuda" else f"it needs GPU tensors, got {device}"
 
 
-def _on_device_of(problem: ScanProblem) -> AbstractContextManager[Any]:
+def _on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the one the tensors are on."""
-    device = problem.tokens.device
+    device = tensor.device
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -130,7 +137,7 @@ class Engine:
         self, problem: ScanProblem, *, save: bool
     ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
         """As :meth:`hope_kernels.backends.interface.Backend.scan_forward` says."""
-        with _on_device_of(problem):
+        with _on_device_of(problem.tokens):
             return self._module(problem, "forward").scan_forward(problem, save=save)
 
     def scan_backward(
@@ -142,7 +149,7 @@ class Engine:
         grad_momentum: list[Tensor | None],
     ) -> ScanGradients:
         """As :meth:`hope_kernels.backends.interface.Backend.scan_backward` says."""
-        with _on_device_of(problem):
+        with _on_device_of(problem.tokens):
             module = self._module(problem, "backward")
             return module.scan_backward(problem, saved, grad_output, grad_weights, grad_momentum)
 
@@ -171,11 +178,27 @@ class Engine:
         results: dict[int, Any] = {}
         for module, indices in groups.items():
             columns = zip(*map(arguments, indices), strict=True)
-            with _on_device_of(problems[0]):
+            with _on_device_of(problems[0].tokens):
                 results |= zip(
                     indices, getattr(module, f"scans_{direction}")(*map(list, columns), **options), strict=True
                 )
         return [results[i] for i in range(len(problems))]
+
+
+def pair_products(u: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """As :class:`hope_kernels.memory.joined_pairs.PairEngine` says."""
+    from hope_kernels.backends.triton.pairs import products
+
+    with _on_device_of(u):
+        return products(u, *arguments)
+
+
+def pair_gradients(u: Tensor, *arguments: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None, list]:
+    """Their gradients, likewise."""
+    from hope_kernels.backends.triton.pairs import gradients
+
+    with _on_device_of(u):
+        return gradients(u, *arguments)
 
 
 _default = Engine()

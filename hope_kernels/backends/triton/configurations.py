@@ -49,6 +49,11 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "tiled_triangle": ("rows", "inner"),
     "tiled_triangle_adjoint": (),
     "tiled_pass": ("rows", "columns"),
+    # Products with written pairs: scores, their adjoint, sums over pairs or tokens; of odd numbers of features.
+    "pairs_scores": _TILE,
+    "pairs_adjoint": _TILE,
+    "pairs_sums": _TILE,
+    "pairs_odd": _TILE,
 }
 
 
