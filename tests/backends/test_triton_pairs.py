@@ -128,6 +128,13 @@ def test_two_lists_of_values_share_their_scores(dtype):
         assert_kernels_are_right(make_pairs(1, 18, 2, 20, 33, 21, lists=2), dtype)
 
 
+def test_lists_of_different_widths_are_refused():
+    given = rounded(make_pairs(1, 2, 1, 4, 5, 3, lists=2), torch.float32)
+    given["value1"] = given["value1"][..., :4]
+    with pytest.raises(ValueError, match=r"values: got shapes \[\(1, 1, 3, 4\), \(1, 1, 3, 5\)\]; want lists of one"):
+        evaluated(given, torch.float32, by=engine)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_tiles_of_the_shipped_table_compute_the_same(dtype):
     assert_kernels_are_right(make_pairs(1, 130, 1, 64, 160, 140, lists=2), dtype)

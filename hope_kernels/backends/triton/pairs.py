@@ -104,6 +104,9 @@ class _Call:
     def __init__(
         self, u: Tensor, keys: Tensor, values: Sequence[Tensor], weights: Tensor, operand: torch.dtype
     ) -> None:
+        shapes = {tuple(x.shape) for x in values}
+        if len(shapes) != 1:
+            raise ValueError(f"values: got shapes {sorted(shapes)}; want lists of one shape")
         self.batch, self.tokens, self.heads, self.inner = u.shape
         self.pairs, self.outer = keys.shape[2], values[0].shape[3]
         self.nothing = u.numel() == 0 or self.pairs == 0 or self.outer == 0
