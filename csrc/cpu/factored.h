@@ -195,7 +195,7 @@ class FactoredTask {
       const Mat<T> unscaled = unscaled_.reshaped(x.rows, x.axis);
       gemm_nn(team_, d_outs[i], turned[i], unscaled);
       static_cast<T*>(grads.decay)[task_] += dot(team_, x, unscaled, row_sums_);
-      combine(team_, d_x, T(1), d_x, decay(), unscaled);
+      add_scaled(d_x, decay(), unscaled);
     }
     const T* scale = scale_;
     T* d_scale = grads.scale ? static_cast<T*>(grads.scale) : nullptr;
@@ -220,6 +220,18 @@ class FactoredTask {
       scale += round_up(block.count);
       before += block.count;
     }
+  }
+
+  // to += a x, in one rounding however it is compiled for one thread and for several: the same bits.
+  void add_scaled(const Mat<T>& to, T a, const Mat<T>& x) {
+    team_.blocks(x.rows, x.axis, [&](idx p, idx r0, idx r1) {
+      for (idx r = r0; r < r1; ++r)
+        for (idx c = 0; c < x.axis.width; c += kLanes<T>) {
+          Vec<T> sum = load(to.at(p, r) + c);
+          multiply_add(sum, a, load(x.at(p, r) + c));
+          store(to.at(p, r) + c, sum);
+        }
+    });
   }
 
   // d_scale_ = sums down the columns of scores . d_scores, then both times the scale.

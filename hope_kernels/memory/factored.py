@@ -62,7 +62,8 @@ def scan_problem(
     with torch.autocast(k.device.type, enabled=False):
         kernels = None
         if isinstance(schedule, UniformSchedule):
-            kernels = _kernels(backend, network, tokens, schedule.written)
+            room = None if torch.is_grad_enabled() else schedule.written
+            kernels = _kernels(backend, network, tokens, room)
         output, history = run(
             network,
             state.spec,
@@ -83,17 +84,17 @@ def read(q: Tensor, state: MemoryState, backend: str) -> Tensor:
     network = WeightNetwork(state.stored_weights, q.dtype, state.spec)
     with torch.autocast(q.device.type, enabled=False):
         history = History(factors=state.factors, counts=_counts(state))
-        kernels, engine = _kernels(backend, network, (q,), 0), pair_engine(backend, q.device, q.dtype)
+        kernels, engine = _kernels(backend, network, (q,), None), pair_engine(backend, q.device, q.dtype)
         writing = Writing(network, state.spec, history, q.shape[0], q, kernels=kernels, engine=engine)
         return writing.read(q).to(q.dtype)
 
 
 def _kernels(
-    backend: str, network: WeightNetwork, tokens: Sequence[Tensor], written: int
+    backend: str, network: WeightNetwork, tokens: Sequence[Tensor], room: int | None
 ) -> ChunkKernels | None:
-    """Those of a backend for such chunks, ``written`` tokens in all; None where it has none."""
+    """Those of a backend for such chunks; None where it has none. ``room`` as :class:`factored_ops.Chunks` has it."""
     if backend.partition(":")[0] == "cpu" and factored_ops.takes(network.weights, tokens):
-        return factored_ops.Chunks(network.weights, network.spec, tokens[0].dtype, written)
+        return factored_ops.Chunks(network.weights, network.spec, tokens[0].dtype, room)
     return None
 
 

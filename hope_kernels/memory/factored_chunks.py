@@ -125,13 +125,13 @@ def _write(
     elif spec.objective == "dot":
         delta = -target
     elif spec.objective == "error":
-        delta = target
+        delta = target.clone()  # it is kept, and may be the caller's memory
     else:
         delta = at_keys.prediction - _evaluate(network, spec, written, v).prediction
     errors = _errors(network, spec, written, at_keys, delta)
-    inputs = [k] if at_keys.hidden is None else [k, at_keys.hidden]
-    pairs = [u.to(operand) for u in inputs] + list(errors)
-    return (at_keys.output, *(x.transpose(1, 2).contiguous() for x in pairs))
+    inputs = [] if at_keys.hidden is None else [at_keys.hidden.to(operand)]
+    keys = k.to(operand).transpose(1, 2).clone(memory_format=torch.contiguous_format)  # never the caller's memory
+    return (at_keys.output, keys, *(x.transpose(1, 2).contiguous() for x in (*inputs, *errors)))
 
 
 def _recomputed(function: Callable[..., Any], *tensors: Any) -> Any:
@@ -262,7 +262,7 @@ class Writing:
             self.blocks = []
         self.blocks.append((tuple(found[:inputs]), tuple(found[inputs:])))
         if self.weights is None:
-            self.weights, self.decay = step, decay
+            self.weights, self.decay = step.clone(), decay  # without retention it is the caller's lr
         else:
             kept = self.weights if decay is None else self.weights * decay.unsqueeze(-1)
             self.weights = torch.cat([kept, step], 2)

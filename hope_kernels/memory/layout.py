@@ -43,9 +43,8 @@ class UniformLayout:
         if self.chunk_size == 1:
             return new.reshape(self.rows * self.chunks, new.shape[2], 1).contiguous()
         gate = new if pending is None else torch.cat([pending, new], 1)
-        gate = gate[:, : self.chunks * self.chunk_size]
-        gate = gate.reshape(self.rows, self.chunks, self.chunk_size, gate.shape[2])
-        return gate.transpose(2, 3).reshape(self.rows * self.chunks, gate.shape[3], self.chunk_size).contiguous()
+        chunks = gate.unfold(1, self.chunk_size, self.chunk_size)  # [B, chunks, N, C], what is left over dropped
+        return chunks.reshape(self.rows * self.chunks, gate.shape[2], self.chunk_size).contiguous()
 
     def unfinished(self, pending: Tensor | None, new: Tensor) -> Tensor | None:
         """Tokens of the chunk in progress after this call, ``[B, (P + T) % C, ...]``; None when there are none.
