@@ -14,7 +14,7 @@ enum BackwardTensor : int {
   kTargets = 3,   // `self`: the values, then their gradient; otherwise kDelta
   kRead = 4,      // queries, then their gradient
   kUpstream = 5,  // the gradient of the output
-  kProducts = 6,  // dgd: products with W_out, then the gradient of what the memory makes of the keys
+  kProducts = 6,   // dgd: products with W_out, then the gradient of what the memory makes of the keys
   kCorrected = 7,  // dgd: the corrected errors of the output layer
   kBackwardTensors = 8
 };
@@ -33,10 +33,10 @@ struct KeptParts {
 struct BackwardLayout {
   int weights = 0;  // 16-bit W_in^T and W_out of the chunk, rows of kPitch; W_in^T in the order of the state's tiles
   int partial = 0, partial_bytes = 0, partials = 0;  // one or two sets of partial sums
-  int rows = 0;     // gradients of step and momentum step (dgd: see errors_adjoint_delta), each warp's part: [2][warp][row]
-  int steps = 0;    // weights of tokens in the write (of state and momentum; dgd: of W_in and W_out): [2][row]
+  int rows = 0;   // gradients of step and momentum step (dgd: through a write's weights and `before`), by warps: [2][warp][row]
+  int steps = 0;  // weights of tokens in the write of state and momentum (dgd: of W_in and W_out): [2][row]
   DeltaLayout delta;
-  int scalars = 0;                                   // of decay, carry and the momentum's decay: [3][warp]
+  int scalars = 0;  // of decay, carry and the momentum's decay: [3][warp]
   int tensors[kBackwardTensors] = {};
   int kept = -1;  // what threads keep of the chunk's keys; negative: in the workspace
   int bytes = 0;

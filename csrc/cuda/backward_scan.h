@@ -27,6 +27,7 @@
 // A glu has two of z, e, t, d_e and d_z, for its gates and what they gate, whose W_in and A_in lie in one matrix, tile by tile
 // in turn; h = act(gate) up. The slope act'(z) is dh/dz by each of the two, act''(z) the matrix of second derivatives, and d_p
 // the sum over both.
+// Of dgd (1) to (4) are in backward_delta_rule.h.
 // Steps walk the chunk in slices of 16 tokens; what (2) leaves for (3) and (3) for (4) is a thread's own, 16 bits a number,
 // in shared memory where that has room. All sums have a fixed order.
 #pragma once

@@ -86,7 +86,7 @@ def test_any_size_that_fits_stays_within_twice_the_eager_error(host, sizes, rule
     spec = MemorySpec(form, rule=rule)
     problem = make_problem(spec, retention=True, momentum=momentum, initial_momentum=momentum, **sizes)
     if (momentum or rule == "dgd") and (dim > 32 if form == "glu" else hidden > 128):
-        with pytest.raises(scan.Refused, match="no registers for momentum or dgd at this size"):
+        with pytest.raises(scan.Refused, match=r"no registers for momentum or dgd|chunk_size is too large"):
             evaluate_package(problem.cast(dtype), "cpu")
     else:
         assert_close_to_truth(with_mild_retention(problem), dtype)
@@ -421,6 +421,24 @@ def test_what_only_the_forward_covers_is_refused_with_the_reason(host, spec, siz
     problem = small(spec, **({"batch": 1, "tokens": 23} | sizes)).cast(torch.bfloat16)
     with pytest.raises(scan.Refused, match=reason):
         evaluate_package(problem, "cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("form", "dim", "objective", "architecture", "largest"),
+    [
+        *(("mlp", 32, "l2", 80, 80), ("mlp", 32, "self", 80, 64), ("mlp", 32, "self", 90, 96)),
+        *(("mlp", 64, "self", 80, 48), ("mlp", 64, "self", 90, 64)),
+        *(("glu", 32, "self", 80, 64), ("glu", 32, "self", 90, 96)),
+    ],
+)
+def test_the_largest_chunk_of_dgd_is_the_documented_one(host, form, dim, objective, architecture, largest):
+    host.architecture = architecture
+    spec = MemorySpec(form, objective=objective, rule="dgd")
+    sizes = {"dim": dim, "hidden": 128, "batch": 1, "max_lr": 0.4}
+    assert_close_to_truth(small(spec, chunk_size=largest, tokens=largest + 1, **sizes), torch.bfloat16)
+    with pytest.raises(scan.Refused, match="chunk_size is too large"):
+        evaluate_package(small(spec, chunk_size=largest + 1, tokens=largest + 2, **sizes).cast(torch.bfloat16), "cpu")
 
 
 # ---- barriers --------------------------------------------------------------------------------------------------------
