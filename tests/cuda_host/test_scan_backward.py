@@ -105,7 +105,9 @@ ALL_SPECS = [
 @pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda spec: f"{spec.form}-{spec.objective}-{spec.activation}")
 def test_every_objective_and_activation(host, spec, dtype):
     for rule, options in (("gd", {}), MOMENTUM, DELTA):
-        assert_close_to_truth(small(replace(spec, rule=rule), batch=1, **options), dtype)
+        # With seed 0 a product is 3e-5 before the second write of dgd, and relu2's second derivative jumps at 0.
+        seed = int(rule == "dgd" and spec.activation == "relu2")
+        assert_close_to_truth(small(replace(spec, rule=rule), batch=1, seed=seed, **options), dtype)
 
 
 @pytest.mark.parametrize(
