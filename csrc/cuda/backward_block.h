@@ -427,7 +427,7 @@ class BackwardBlock : protected ForwardScan<Traits> {
     clear_tokens(result.k, result.pending_k, begin, begin + back_.rebuild.span);
     clear_tokens(result.v, result.pending_v, begin, begin + back_.rebuild.span);
     const int64_t row = place_.coefficient_row(problem_, piece);
-    for (void* gates : {result.step, result.retention, result.momentum_step})
+    for (void* gates : {result.step, Traits::kDelta ? result.retention : result.momentum_step})
       for (int t = thread_; gates && t < back_.rebuild.span; t += Traits::kThreads)
         static_cast<float*>(gates)[row * problem_.chunk_size + t] = 0.0f;
     if (thread_ == 0)

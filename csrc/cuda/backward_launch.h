@@ -28,7 +28,7 @@ Status with_backward_traits(const ScanProblem& problem, const Body& body) {
 // Whether registers hold the adjoint of the state and what its products take: beside the largest ones there is no room for
 // the products with the adjoint of the momentum, or for the systems of dgd; the compiler would put some into local memory.
 template <class Traits>
-constexpr bool kFits = Traits::kStateRegisters <= 64 || !(Traits::kMomentum || Traits::kDelta);
+constexpr bool kFits = Traits::kStateRegisters <= (Traits::kMomentum ? 64 : Traits::kDelta ? 96 : 128);
 
 // What the kernel keeps in static shared memory, which lies in front of the dynamic.
 constexpr int64_t kStaticBytes = kPlaceBytes + 256;

@@ -35,11 +35,11 @@ struct BackwardLayout {
   int partial = 0, partial_bytes = 0, partials = 0;  // one or two sets of partial sums
   int rows = 0;   // gradients of step and momentum step (dgd: through a write's weights and `before`), by warps: [2][warp][row]
   int steps = 0;  // weights of tokens in the write of state and momentum (dgd: of W_in and W_out): [2][row]
-  DeltaLayout delta;
   int scalars = 0;  // of decay, carry and the momentum's decay: [3][warp]
   int tensors[kBackwardTensors] = {};
   int kept = -1;  // what threads keep of the chunk's keys; negative: in the workspace
   int bytes = 0;
+  DeltaLayout delta;  // last: before the others it made the largest memory written by gd spill
 };
 
 // What the threads of a block keep of a chunk.

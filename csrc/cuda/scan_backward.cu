@@ -40,7 +40,7 @@ Status supports_backward(const ScanProblem& problem, const BackwardResult& resul
     using Traits = decltype(traits);
     if (!kFits<Traits>)
       return refused(Traits::kForm == Form::glu
-                         ? "the CUDA scan's backward has no registers for momentum or dgd at this size: of a glu dim at most 32"
+                         ? "the CUDA scan's backward has no registers for momentum at this size: of a glu dim at most 32"
                          : "the CUDA scan's backward has no registers for momentum or dgd at this size: hidden at most 128");
     const BackwardParams params = make_backward_params<Traits>(problem, result, device);
     return params.layout.bytes ? Status{}
