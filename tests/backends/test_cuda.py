@@ -96,8 +96,9 @@ def test_a_stream_of_calls_stays_within_twice_the_eager_error(momentum, dtype):
     assert_close_to_truth(problem, dtype, lengths=[3, 6, 2])
 
 
-def test_a_gated_memory_stays_within_twice_the_eager_error():
-    assert_close_to_truth(small(spec=MemorySpec("glu")), torch.bfloat16, lengths=[3, 8])
+@pytest.mark.parametrize("spec", [MemorySpec("glu"), MemorySpec("mlp", rule="dgd")], ids=["glu", "dgd"])
+def test_another_memory_stays_within_twice_the_eager_error(spec):
+    assert_close_to_truth(small(spec=spec), torch.bfloat16, lengths=[3, 8])
 
 
 def test_a_forward_without_a_backward_stays_within_twice_the_eager_error():
