@@ -30,6 +30,7 @@ class BackwardBlock : protected ForwardScan<Traits> {
   // A slice as operands: a number for each of the warp's hidden units, and one for each of their rows of W_in^T.
   using PackedUnits = uint32_t[Traits::kUnitTiles][2];
   using PackedInputs = uint32_t[Traits::kInTiles][2];
+  using PackedGroup = uint32_t[2 * Traits::kInputs][2];  // the same of a group
   using Parts = KeptParts<Traits>;
   static constexpr int kGroups = Traits::kUnitTiles / 2;
   static_assert(Traits::kUnitTiles % 2 == 0, "a group is of 16 units");
@@ -91,7 +92,8 @@ class BackwardBlock : protected ForwardScan<Traits> {
   __device__ __forceinline__ float* row_sums(int which) const {
     return reinterpret_cast<float*>(shared_ + here_.layout.rows) + which * Traits::kWarps * back_.rebuild.rows;
   }
-  // Weights of tokens in the write of the state (0) and of the momentum (1), divided by the scale.
+  // Weights of tokens in the write of the state (0) and of the momentum (1), of dgd in those of W_in (0) and W_out (1),
+  // divided by the scale.
   __device__ __forceinline__ float* steps(int which) const {
     return reinterpret_cast<float*>(shared_ + here_.layout.steps) + which * back_.rebuild.rows;
   }
@@ -130,6 +132,13 @@ class BackwardBlock : protected ForwardScan<Traits> {
     }
   }
 
+  // Some of a part, from a place on, as the B fragments of the slice's columns.
+  template <int kTiles>
+  __device__ __forceinline__ void recall_turned(int slice, int place, uint32_t (&x)[kTiles][2]) const {
+    recall(slice, place, x);
+    turn(x);
+  }
+
   static constexpr int64_t kSlotBytes = kStateSize<Traits> * sizeof(Element);
 
   // This task's part of the workspace.
@@ -157,6 +166,11 @@ class BackwardBlock : protected ForwardScan<Traits> {
   }
   __device__ __forceinline__ ParkedState<Traits> momentum_adjoint() const { return {here_.workspace.momentum_adjoint, 0}; }
   __device__ __forceinline__ PackedState<Traits> momentum_operand() const { return {here_.workspace.momentum_operand, 0}; }
+
+  // What dgd solves for the chunk, in the shared memory of the backward: not where the states' rebuilding has it.
+  __device__ __forceinline__ DeltaRuleAdjoint<Traits> systems() const {
+    return {shared_, here_.layout.delta, back_.rebuild.rows, thread_};
+  }
 
   // One thread says whose turn it is, a barrier before the others look.
   __device__ __forceinline__ void enter(int piece) const {
@@ -211,7 +225,10 @@ class BackwardBlock : protected ForwardScan<Traits> {
       if (chunk == here_.last) break;
       this->apply(chunk, chunk & (stages - 1));
       __syncthreads();  // the last slice's errors are complete
-      this->write(chunk, chunk & (stages - 1));
+      if constexpr (Traits::kDelta)
+        this->write_corrected(chunk, chunk & (stages - 1));
+      else
+        this->write(chunk, chunk & (stages - 1));
     }
     const ParkedState<Traits> away = parked();
     each_in(state_, [&](int i, int j, float(&x)[4]) { take(x, away.in(i, j)); });
@@ -317,11 +334,15 @@ class BackwardBlock : protected ForwardScan<Traits> {
     const int count = this->token_count(piece);
     const ScanProblem& p = back_.problem;
     if (written(piece)) {
-      const float scale = write_scale(piece);
-      if (thread_ == 0) here_.scale = scale;
-      for (int row = thread_; row < back_.rebuild.rows; row += Traits::kThreads) {
-        steps(0)[row] = weight(problem_.step, piece, row, scale);
-        if constexpr (Traits::kMomentum) steps(1)[row] = weight(problem_.momentum_step, piece, row, scale);
+      if constexpr (Traits::kDelta) {
+        systems().load_products(this->retention(piece), back_.rebuild.span);
+      } else {
+        const float scale = write_scale(piece);
+        if (thread_ == 0) here_.scale = scale;
+        for (int row = thread_; row < back_.rebuild.rows; row += Traits::kThreads) {
+          steps(0)[row] = weight(problem_.step, piece, row, scale);
+          if constexpr (Traits::kMomentum) steps(1)[row] = weight(problem_.momentum_step, piece, row, scale);
+        }
       }
       this->load_tensor(tensor(kChunkKeys), p.k, p.pending_k, piece, 0, count);
       this->load_tensor(tensor(kTargets), p.v, p.pending_v, piece, 0, count);
@@ -373,8 +394,11 @@ class BackwardBlock : protected ForwardScan<Traits> {
     if (problem_.objective == Objective::self)
       store_rows(result.v, result.pending_v, tensor(kTargets), piece, 0, count, 1.0f);
     else
-      store_rows(result.v, result.pending_v, tensor(kDDelta), piece, 0, count,
-                 problem_.objective == Objective::l2 ? -scale() : scale());
+      store_rows(result.v, result.pending_v, tensor(kDDelta), piece, 0, count, subtracts_values() ? -scale() : scale());
+  }
+  // With gd the errors of `dot` are the values, and its steps have the other sign.
+  __device__ __forceinline__ bool subtracts_values() const {
+    return problem_.objective == Objective::l2 || (Traits::kDelta && problem_.objective == Objective::dot);
   }
 
   // Gradient 0 for tokens [begin, end).
@@ -403,7 +427,7 @@ class BackwardBlock : protected ForwardScan<Traits> {
     clear_tokens(result.k, result.pending_k, begin, begin + back_.rebuild.span);
     clear_tokens(result.v, result.pending_v, begin, begin + back_.rebuild.span);
     const int64_t row = place_.coefficient_row(problem_, piece);
-    for (void* gates : {result.step, result.momentum_step})
+    for (void* gates : {result.step, Traits::kDelta ? result.retention : result.momentum_step})
       for (int t = thread_; gates && t < back_.rebuild.span; t += Traits::kThreads)
         static_cast<float*>(gates)[row * problem_.chunk_size + t] = 0.0f;
     if (thread_ == 0)

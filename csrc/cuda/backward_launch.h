@@ -10,12 +10,15 @@
 namespace hope::cuda {
 
 // The memories that have a backward.
-template <Form kForm>
-using BackwardKind = ScanKind<kForm, Rule::gd, false, true>;
+template <Form kForm, Rule kRule = Rule::gd>
+using BackwardKind = ScanKind<kForm, kRule, false, true>;
 // Calls body(BackwardKind{}) with the problem's.
 template <class Body>
 Status with_backward_kind(const ScanProblem& problem, const Body& body) {
-  return problem.form == Form::glu ? body(BackwardKind<Form::glu>{}) : body(BackwardKind<Form::mlp>{});
+  const bool delta = problem.rule == Rule::dgd;
+  if (problem.form == Form::glu)
+    return delta ? body(BackwardKind<Form::glu, Rule::dgd>{}) : body(BackwardKind<Form::glu>{});
+  return delta ? body(BackwardKind<Form::mlp, Rule::dgd>{}) : body(BackwardKind<Form::mlp>{});
 }
 template <class Body>
 Status with_backward_traits(const ScanProblem& problem, const Body& body) {
@@ -23,9 +26,9 @@ Status with_backward_traits(const ScanProblem& problem, const Body& body) {
 }
 
 // Whether registers hold the adjoint of the state and what its products take: beside the largest ones there is no room for
-// the products with the adjoint of the momentum, the compiler would put some into local memory.
+// the products with the adjoint of the momentum, or for the systems of dgd; the compiler would put some into local memory.
 template <class Traits>
-constexpr bool kFits = Traits::kStateRegisters <= 64 || !Traits::kMomentum;
+constexpr bool kFits = Traits::kStateRegisters <= (Traits::kMomentum ? 64 : Traits::kDelta ? 96 : 128);
 
 // What the kernel keeps in static shared memory, which lies in front of the dynamic.
 constexpr int64_t kStaticBytes = kPlaceBytes + 256;
@@ -75,7 +78,7 @@ int64_t lay_out_workspace(BackwardParams& params, char* start) {
   BackwardWorkspace& w = params.workspace;
   part(w.adjoint, tasks * ParkedState<Traits>::kBytes);
   part(w.slots, states * (kStateSize<Traits> * 2));
-  if (params.result.decay) part(w.remainders, states * PackedState<Traits>::kBytes);
+  if (params.result.decay || params.result.retention) part(w.remainders, states * PackedState<Traits>::kBytes);
   if (params.layout.kept < 0 && writes_state(params.problem)) part(w.kept, tasks * params.kept_bytes);
   if constexpr (Traits::kMomentum) {
     part(w.momentum, tasks * ParkedState<Traits>::kBytes);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "forward_scan.h"
+#include "scan_delta_adjoint.h"
 
 namespace hope::cuda {
 
@@ -13,27 +14,32 @@ enum BackwardTensor : int {
   kTargets = 3,   // `self`: the values, then their gradient; otherwise kDelta
   kRead = 4,      // queries, then their gradient
   kUpstream = 5,  // the gradient of the output
-  kBackwardTensors = 6
+  kProducts = 6,   // dgd: products with W_out, then the gradient of what the memory makes of the keys
+  kCorrected = 7,  // dgd: the corrected errors of the output layer
+  kBackwardTensors = 8
 };
 
-// What a thread keeps of a slice of keys: the errors of the products with W_in, the adjoint of the errors of the hidden units,
-// and the adjoint of the products. In units of 16 bytes, two tiles of a slice and eight units: where each begins.
+// What a thread keeps of a slice of keys: the errors of the products with W_in (dgd: the corrected ones), the adjoint of the
+// errors of the hidden units, and the adjoint of the products; of dgd also the hidden values and the adjoint of the errors.
+// In units of 16 bytes, two tiles of a slice and eight units: where each begins.
 template <class Traits>
 struct KeptParts {
   static constexpr int kErrors = 0, kDPassed = Traits::kInTiles / 2, kDInputs = kDPassed + Traits::kUnitTiles / 2,
-                       kCount = kDInputs + Traits::kInTiles / 2;
+                       kHidden = kDInputs + Traits::kInTiles / 2, kDErrors = kHidden + Traits::kUnitTiles / 2,
+                       kCount = Traits::kDelta ? kDErrors + Traits::kInTiles / 2 : kHidden;
 };
 
 // Shared memory of one block while chunks are walked back: where its parts start, in bytes.
 struct BackwardLayout {
   int weights = 0;  // 16-bit W_in^T and W_out of the chunk, rows of kPitch; W_in^T in the order of the state's tiles
   int partial = 0, partial_bytes = 0, partials = 0;  // one or two sets of partial sums
-  int rows = 0;                                      // gradients of step and momentum step, each warp's part: [2][warp][row]
-  int steps = 0;                                     // weights of tokens in the write: [2][row]
-  int scalars = 0;                                   // of decay, carry and the momentum's decay: [3][warp]
+  int rows = 0;   // gradients of step and momentum step (dgd: through a write's weights and `before`), by warps: [2][warp][row]
+  int steps = 0;  // weights of tokens in the write of state and momentum (dgd: of W_in and W_out): [2][row]
+  int scalars = 0;  // of decay, carry and the momentum's decay: [3][warp]
   int tensors[kBackwardTensors] = {};
   int kept = -1;  // what threads keep of the chunk's keys; negative: in the workspace
   int bytes = 0;
+  DeltaLayout delta;  // last: before the others it made the largest memory written by gd spill
 };
 
 // What the threads of a block keep of a chunk.
@@ -54,17 +60,23 @@ BackwardLayout backward_layout(int rows, bool writes, bool reads, bool self, int
   layout.partials = partials;
   layout.partial_bytes = Traits::kWarps * Traits::kDimTiles * kWarp * 16;
   layout.rows = layout.partial + partials * layout.partial_bytes;
-  const int gates = writes ? (Traits::kMomentum ? 2 : 1) * rows * 4 : 0;
+  const int gates = writes ? (Traits::kMomentum || Traits::kDelta ? 2 : 1) * rows * 4 : 0;
   layout.steps = layout.rows + Traits::kWarps * gates;
   layout.scalars = layout.steps + gates;
   int end = layout.scalars + (writes ? 3 * Traits::kWarps * 4 : 0);
   end = (end + 15) / 16 * 16;
-  const bool present[kBackwardTensors] = {writes, writes, writes, writes && self, reads, reads};
+  const bool delta = Traits::kDelta && writes;
+  if (delta) {
+    layout.delta.gradients = end;
+    end = lay_out_delta<Traits>(layout.delta, end + DeltaRuleAdjoint<Traits>::kGradients * rows * 4, rows);
+  }
+  const bool present[kBackwardTensors] = {writes, writes, writes, writes && self, reads, reads, delta, delta};
   for (int t = 0; t < kBackwardTensors; ++t) {
     layout.tensors[t] = present[t] ? end : 0;
     if (present[t]) end += rows * Traits::kPitch * 2;
   }
   if (!present[kTargets]) layout.tensors[kTargets] = layout.tensors[kDelta];
+  layout.delta.corrected = layout.tensors[kCorrected];
   if (writes && kept_shared) {
     layout.kept = end;
     end += int(kept_bytes<Traits>(rows));

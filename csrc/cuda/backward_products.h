@@ -68,7 +68,8 @@ class BackwardProducts : protected BackwardBlock<Traits> {
   }
 
   // The other way, of products with W_in.
-  static __device__ __forceinline__ void unpack(Group& x, const PackedInputs& from, int i) {
+  template <int kTiles>
+  static __device__ __forceinline__ void unpack(Group& x, const uint32_t (&from)[kTiles][2], int i) {
 #pragma unroll
     for (int n = 0; n < 2 * kInputs; ++n)
 #pragma unroll
@@ -197,23 +198,35 @@ class BackwardProducts : protected BackwardBlock<Traits> {
     }
   }
 
-  // Sums over the warps what terms(p, y) adds for each 16 features, and calls finish(row, column, sum0, sum1).
+  // Sums over the warps what each puts into its accumulators, those of tile j at [j * kWarp]; the sets take turns by `number`.
+  // finish(row, column, sum0, sum1): row < 16, column < D.
+  template <class Put, class Finish>
+  __device__ __forceinline__ void sum_tiles(int number, const Put& put, const Finish& finish) {
+    if (here_.layout.partials == 1) __syncthreads();  // the sums before these were read
+    float4* sums = partial(number);
+    put(sums + thread_ / kWarp * (Traits::kDimTiles * kWarp) + thread_ % kWarp);
+    __syncthreads();  // every warp's part of this sum is there; with two sets the other one is free
+    Sum::over_warps(sums, [&](int i, const float4& sum) { Sum::in_pairs(i, sum, finish); });
+  }
+  // The same of a slice, to which terms(p, y) adds for each 16 features: finish(row of the chunk, column, sum0, sum1).
   template <class Terms, class Finish>
   __device__ __forceinline__ void sum_parts(int slice, const Terms& terms, const Finish& finish) {
-    if (here_.layout.partials == 1) __syncthreads();  // the sums before these were read
-    float4* sums = partial(slice);
-    float4* own = sums + thread_ / kWarp * (Traits::kDimTiles * kWarp) + thread_ % kWarp;
+    sum_parts(slice, slice, terms, finish);
+  }
+  template <class Terms, class Finish>
+  __device__ __forceinline__ void sum_parts(int number, int slice, const Terms& terms, const Finish& finish) {
+    sum_tiles(
+        number,
+        [&](float4* own) {
 #pragma unroll
-    for (int p = 0; p < Traits::kDimTiles / 2; ++p) {
-      float y[2][4] = {};
-      terms(p, y);
-      own[2 * p * kWarp] = four(y[0]);
-      own[(2 * p + 1) * kWarp] = four(y[1]);
-    }
-    __syncthreads();  // every warp's part of this slice is there; with two sets the other one is free
-    Sum::over_warps(sums, [&](int i, const float4& sum) {
-      Sum::in_pairs(i, sum, [&](int row, int column, float x0, float x1) { finish(slice * kSlice + row, column, x0, x1); });
-    });
+          for (int p = 0; p < Traits::kDimTiles / 2; ++p) {
+            float y[2][4] = {};
+            terms(p, y);
+            own[2 * p * kWarp] = four(y[0]);
+            own[(2 * p + 1) * kWarp] = four(y[1]);
+          }
+        },
+        [&](int row, int column, float x0, float x1) { finish(slice * kSlice + row, column, x0, x1); });
   }
 
   // A_out += Y^T H of one slice, as it is held: H turned.

@@ -27,6 +27,7 @@
 // A glu has two of z, e, t, d_e and d_z, for its gates and what they gate, whose W_in and A_in lie in one matrix, tile by tile
 // in turn; h = act(gate) up. The slope act'(z) is dh/dz by each of the two, act''(z) the matrix of second derivatives, and d_p
 // the sum over both.
+// Of dgd (1) to (4) are in backward_delta_rule.h.
 // Steps walk the chunk in slices of 16 tokens; what (2) leaves for (3) and (3) for (4) is a thread's own, 16 bits a number,
 // in shared memory where that has room. All sums have a fixed order.
 #pragma once
@@ -58,6 +59,7 @@ class BackwardScan : private BackwardProducts<Traits> {
   using Products::copy;
   using Products::cuts;
   using Products::each_input;
+  using Products::each_pair;
   using Products::each_unit;
   using typename Products::Element;
   using Products::enter;
@@ -76,11 +78,15 @@ class BackwardScan : private BackwardProducts<Traits> {
   using Products::momentum_slot;
   using typename Products::Numbers;
   using Products::of_chunk;
+  using Products::of_tokens;
   using Products::pack;
   using Products::packed;
+  using typename Products::PackedGroup;
   using typename Products::PackedInputs;
   using typename Products::PackedUnits;
   using typename Products::Parts;
+  using Products::overlap_rows;
+  using Products::overlap_units;
   using Products::pair_at;
   using Products::place_;
   using Products::predicts;
@@ -88,10 +94,13 @@ class BackwardScan : private BackwardProducts<Traits> {
   using Products::reads;
   using Products::rebuild;
   using Products::recall;
+  using Products::recall_turned;
   using Products::remainder;
+  using Products::retention;
   using Products::row_sums;
   using Products::scalar_sums;
   using Products::scale;
+  using Products::scale_of;
   using Products::slices;
   using Products::slot;
   using Products::slot_before;
@@ -103,9 +112,13 @@ class BackwardScan : private BackwardProducts<Traits> {
   using Products::store_rows;
   using Products::store_written;
   using Products::sum_parts;
+  using Products::sum_tiles;
+  using Products::systems;
   using Products::task_workspace;
   using Products::tensor;
   using Products::thread_;
+  using Products::tile;
+  using Products::turn;
   using Products::unpack;
   using Products::unpacked;
   using Products::weigh;
@@ -136,10 +149,14 @@ class BackwardScan : private BackwardProducts<Traits> {
       if (cuts(piece)) clear_adjoint();
       begin_phase();
       load_piece(piece);
-      if (written(piece))
-        write_adjoint(piece);
-      else if (this->writes(piece))
+      if (written(piece)) {
+        if constexpr (Traits::kDelta)
+          write_adjoint_delta(piece);
+        else
+          write_adjoint(piece);
+      } else if (this->writes(piece)) {
         clear_written(piece);
+      }
       // What reads the chunk's first state: the values of `self`, then the queries.
 #pragma unroll 1
       for (int queries = 0; queries < 2; ++queries) {
@@ -216,6 +233,9 @@ class BackwardScan : private BackwardProducts<Traits> {
     each_out(state_, decay);
     keys_adjoint();
     each_in(state_, decay);
+    add_kept_to_in();
+  }
+  __device__ __forceinline__ void add_kept_to_in() {
     begin_phase();
 #pragma unroll 1
     for (int s = 0; s < slices(); ++s) {
@@ -486,6 +506,22 @@ class BackwardScan : private BackwardProducts<Traits> {
           });
     }
   }
+
+  // ---- writes by dgd, in backward_delta_rule.h -----------------------------------------------------------------------
+
+  __device__ __forceinline__ void write_adjoint_delta(int piece);
+  __device__ __forceinline__ void form_delta_and_products();
+  __device__ __forceinline__ void form_systems(int piece);
+  __device__ __forceinline__ void output_errors_adjoint(int piece);
+  __device__ __forceinline__ void correct_errors();
+  __device__ __forceinline__ void errors_adjoint_delta();
+  __device__ __forceinline__ void keys_adjoint_delta();
+  __device__ __forceinline__ void coefficients_adjoint(System system, int piece);
+  __device__ __forceinline__ void store_coefficients_delta(int piece) const;
+  template <int kTiles, class Left, class Right, class Finish>
+  __device__ __forceinline__ void overlap_kept(const Left& left, const Right& right, const Finish& finish);
 };
 
 }  // namespace hope::cuda
+
+#include "backward_delta_rule.h"

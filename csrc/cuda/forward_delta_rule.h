@@ -41,17 +41,19 @@ __device__ __forceinline__ void ForwardScan<Traits>::read_keys(const float (&h)[
   });
 }
 
-// K K^T, a warp one pair of slices in turn.
+// X Y^T of rows in shared memory, a warp one pair of slices in turn: put(row of x, row of y, number).
 template <class Traits>
-__device__ __forceinline__ void ForwardScan<Traits>::overlap_keys(const Element* k) const {
+template <class Put>
+__device__ __forceinline__ void ForwardScan<Traits>::overlap_rows(const Element* left, const Element* right,
+                                                                  const Put& put) const {
   const Lane lane(thread_);
   each_pair(thread_ / kWarp, Traits::kWarps, params_.rows, [&](int s, int t) {
     float x[2][4] = {};
 #pragma unroll
     for (int j = 0; j < Traits::kDimTiles / 2; ++j) {
       uint32_t a[4], b[4];
-      ldmatrix(a, tile(k, s, 16 * j));
-      ldmatrix(b, tile(k, t, 16 * j));
+      ldmatrix(a, tile(left, s, 16 * j));
+      ldmatrix(b, tile(right, t, 16 * j));
       Numbers::mma(x[0], a, {b[0], b[2]});
       Numbers::mma(x[1], a, {b[1], b[3]});
     }
@@ -59,8 +61,31 @@ __device__ __forceinline__ void ForwardScan<Traits>::overlap_keys(const Element*
     for (int n = 0; n < 2; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        delta_rule().overlap(s * kSlice + lane.group + e / 2 * 8, t * kSlice + 8 * n + lane.pair + e % 2) = x[n][e];
+        put(s * kSlice + lane.group + e / 2 * 8, t * kSlice + 8 * n + lane.pair + e % 2, x[n][e]);
   });
+}
+// K K^T.
+template <class Traits>
+__device__ __forceinline__ void ForwardScan<Traits>::overlap_keys(const Element* k) const {
+  overlap_rows(k, k, [&](int row, int column, float x) { delta_rule().overlap(row, column) = x; });
+}
+
+// This warp's part of X Y^T of a pair of slices, from its units of both.
+template <class Traits>
+template <int kTiles>
+__device__ __forceinline__ void ForwardScan<Traits>::overlap_units(const uint32_t (&left)[kTiles][2],
+                                                                   const uint32_t (&right)[kTiles][2], float4* part) {
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    float x[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int m = 0; m < kTiles; m += 2)
+      if (m + 1 < kTiles)
+        Numbers::mma(x, {left[m][0], left[m][1], left[m + 1][0], left[m + 1][1]}, {right[m][n], right[m + 1][n]});
+      else
+        Numbers::mma(x, {left[m][0], left[m][1], 0, 0}, {right[m][n], 0});
+    part[n * kWarp] = float4{x[0], x[1], x[2], x[3]};
+  }
 }
 
 // H H^T, summed over the hidden units, so many pairs of slices at once as make a sum.
@@ -74,17 +99,7 @@ __device__ __forceinline__ void ForwardScan<Traits>::overlap_hidden() {
       uint32_t a[Traits::kUnitTiles][2], b[Traits::kUnitTiles][2];
       load_kept(s, kKeptHidden, a);
       load_kept(t, kKeptHidden, b);
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        float x[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-        for (int m = 0; m < Traits::kUnitTiles; m += 2)
-          if (m + 1 < Traits::kUnitTiles)
-            Numbers::mma(x, {a[m][0], a[m][1], a[m + 1][0], a[m + 1][1]}, {b[m][n], b[m + 1][n]});
-          else
-            Numbers::mma(x, {a[m][0], a[m][1], 0, 0}, {b[m][n], 0});
-        part[n * kWarp] = float4{x[0], x[1], x[2], x[3]};
-      }
+      overlap_units(a, b, part);
       part += 2 * kWarp;
     });
     sum_.finish(sums_++, true, [&](int row, int column, float x0, float x1) {

@@ -535,7 +535,7 @@ class ForwardScan : protected ScanBlock<Traits> {
   // ---- (2) for dgd --------------------------------------------------------------------------------------------------
 
   __device__ __forceinline__ DeltaRule<Traits> delta_rule() const {
-    return {shared_, params_.layout.delta, params_.rows};
+    return {shared_, params_.layout.delta, params_.rows, thread_};
   }
   // Retention of a chunk's tokens; null: all ones.
   __device__ __forceinline__ const float* retention(int piece) const {
@@ -546,7 +546,12 @@ class ForwardScan : protected ScanBlock<Traits> {
   template <class Visit>
   __device__ __forceinline__ void each_pair(int first, int step, int count, const Visit& visit) const;
   __device__ __forceinline__ void read_keys(const float (&h)[Traits::kInTiles][4], int stage, int slice);
+  template <class Put>
+  __device__ __forceinline__ void overlap_rows(const Element* left, const Element* right, const Put& put) const;
   __device__ __forceinline__ void overlap_keys(const Element* k) const;
+  template <int kTiles>
+  static __device__ __forceinline__ void overlap_units(const uint32_t (&left)[kTiles][2], const uint32_t (&right)[kTiles][2],
+                                                       float4* part);
   __device__ __forceinline__ void overlap_hidden();
   __device__ __forceinline__ void right_of_inputs(float (&r)[Traits::kInTiles][4], const Turned& turned,
                                                   const Element* delta, int slice) const;

@@ -8,7 +8,6 @@ namespace {
 
 // Why the class of a problem that has a forward has no backward.
 Status supports_class(const ScanProblem& p) {
-  if (p.rule != Rule::gd) return refused("the CUDA scan's backward computes the rule gd only");
   const bool glu = p.form == Form::glu;
   if (p.dim <= 64 && p.hidden <= (glu ? 128 : 256)) return {};
   return refused(glu ? "the CUDA scan's backward keeps the adjoint in the registers of one block: of a glu dim at most 64, "
@@ -42,7 +41,7 @@ Status supports_backward(const ScanProblem& problem, const BackwardResult& resul
     if (!kFits<Traits>)
       return refused(Traits::kForm == Form::glu
                          ? "the CUDA scan's backward has no registers for momentum at this size: of a glu dim at most 32"
-                         : "the CUDA scan's backward has no registers for momentum at this size: hidden at most 128");
+                         : "the CUDA scan's backward has no registers for momentum or dgd at this size: hidden at most 128");
     const BackwardParams params = make_backward_params<Traits>(problem, result, device);
     return params.layout.bytes ? Status{}
                                : refused("the CUDA scan's backward keeps a chunk in shared memory: chunk_size is too large");
@@ -68,8 +67,9 @@ Status scan_backward(const ScanProblem& problem, const BackwardResult& result, c
   if (!workspace) return {StatusCode::invalid_argument, "the workspace is missing"};
   return with_backward_kind(problem, [&](auto kind) {
     using Kind = decltype(kind);
-    return problem.momentum_step ? start_backward<Kind, true>(problem, result, device, workspace, stream)
-                                 : start_backward<Kind, false>(problem, result, device, workspace, stream);
+    if constexpr (Kind::kRule == Rule::gd)
+      if (problem.momentum_step) return start_backward<Kind, true>(problem, result, device, workspace, stream);
+    return start_backward<Kind, false>(problem, result, device, workspace, stream);
   });
 }
 

@@ -53,11 +53,22 @@ struct ScanTraits {
   static_assert(kStateRegisters <= 128, "the state, its products and their operands share 255 registers of a thread");
 };
 
-// Of dgd, in shared memory (scan_delta_rule.h): where its parts start. The corrected errors lie where the parts of sums
-// were, of which the chunk needs no more when they are formed.
+// Of dgd, in shared memory (scan_delta_rule.h): where its parts start. In the forward the corrected errors lie where the parts
+// of sums were, of which the chunk needs no more when they are formed.
 struct DeltaLayout {
   int tokens = 0, right = 0, corrected = 0, overlap = 0, solvers = 0;
+  int gradients = 0;  // in the backward, see scan_delta_adjoint.h
 };
+
+// Lays out all but the corrected errors and the gradients from `start`, a multiple of 16, on; returns the end.
+template <class Traits>
+constexpr int lay_out_delta(DeltaLayout& layout, int start, int rows) {
+  layout.tokens = start;
+  layout.right = layout.tokens + (4 * rows + kSlice) * 4;
+  layout.overlap = layout.right + rows * Traits::kPitch * 4;
+  layout.solvers = layout.overlap + rows * (rows + 8) * 4;
+  return layout.solvers + 2 * rows * (rows + 8) * 2;
+}
 
 // Shared memory of one block: where its parts start, in bytes.
 struct ScanLayout {
@@ -78,12 +89,9 @@ ScanLayout scan_layout(int rows, int stages, bool writes, bool reads, int blocks
   layout.block_sums = layout.partial + 2 * Traits::kWarps * kSumBytes;
   layout.kept = layout.block_sums + (blocks > 1 ? 2 * kSumBytes : 0);
   layout.tensor_bytes = rows * Traits::kPitch * 2;
-  layout.delta.tokens = layout.kept + (writes ? rows / kSlice * Traits::kKept * Traits::kThreads * 16 : 0);
-  layout.delta.right = layout.delta.tokens + (4 * rows + kSlice) * 4;
+  layout.tokens = layout.kept + (writes ? rows / kSlice * Traits::kKept * Traits::kThreads * 16 : 0);
   layout.delta.corrected = layout.partial;
-  layout.delta.overlap = layout.delta.right + 2 * layout.tensor_bytes;
-  layout.delta.solvers = layout.delta.overlap + rows * (rows + 8) * 4;
-  layout.tokens = Traits::kDelta && writes ? layout.delta.solvers + 2 * rows * (rows + 8) * 2 : layout.delta.tokens;
+  if (Traits::kDelta && writes) layout.tokens = lay_out_delta<Traits>(layout.delta, layout.tokens, rows);
   layout.stage_bytes = layout.tensor_bytes * ((writes ? 2 : 0) + (reads ? 1 : 0));
   layout.bytes = layout.tokens + stages * layout.stage_bytes;
   return layout;

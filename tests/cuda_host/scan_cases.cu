@@ -55,15 +55,18 @@ FORWARD_CASES(Form::glu, Rule::gd, true)
 FORWARD_CASES(Form::glu, Rule::dgd, false)
 FORWARD_CASES(Form::glu, Rule::dgd, true)
 
-#define BACKWARD_CASES(kForm, kMomentum)                                                                              \
+#define BACKWARD_CASES(kMomentum, ...)                                                                                \
   template <>                                                                                                         \
-  Status start_backward<BackwardKind<kForm>, kMomentum>(const ScanProblem& problem, const BackwardResult& result,     \
-                                                        const Device& device, void* workspace, void* stream) {        \
-    return start_case<BackwardKind<kForm>, kMomentum>(problem, result, device, workspace, stream);                    \
+  Status start_backward<BackwardKind<__VA_ARGS__>, kMomentum>(const ScanProblem& problem,                             \
+                                                              const BackwardResult& result, const Device& device,     \
+                                                              void* workspace, void* stream) {                        \
+    return start_case<BackwardKind<__VA_ARGS__>, kMomentum>(problem, result, device, workspace, stream);              \
   }
-BACKWARD_CASES(Form::mlp, false)
-BACKWARD_CASES(Form::mlp, true)
-BACKWARD_CASES(Form::glu, false)
-BACKWARD_CASES(Form::glu, true)
+BACKWARD_CASES(false, Form::mlp)
+BACKWARD_CASES(true, Form::mlp)
+BACKWARD_CASES(false, Form::mlp, Rule::dgd)
+BACKWARD_CASES(false, Form::glu)
+BACKWARD_CASES(true, Form::glu)
+BACKWARD_CASES(false, Form::glu, Rule::dgd)
 
 }  // namespace hope::cuda

@@ -75,7 +75,7 @@ int scan_backward(const ScanProblem* problem, const BackwardResult* result, cons
 int run_case(const char* name) {
   const std::string words = name;
   const auto has = [&](const char* word) { return words.find(word) != std::string::npos; };
-  const bool momentum = has("momentum"), glu = has("glu"), cluster = has("cluster");
+  const bool momentum = has("momentum"), glu = has("glu"), cluster = has("cluster"), delta = has("dgd");
   const int64_t D = has("small") ? 32 : cluster ? (glu ? 40 : 72) : 64, H = cluster ? 136 : 4 * D;
   const int64_t C = has("short") ? 12 : 20, chunks = 2, pending = 3, T = chunks * C - pending + 2;
   Numbers numbers;
@@ -91,7 +91,7 @@ int run_case(const char* name) {
   p.form = glu ? Form::glu : Form::mlp;
   p.activation = Activation::gelu_tanh;
   p.objective = has("self") ? Objective::self : Objective::l2;
-  p.rule = has("dgd") ? Rule::dgd : Rule::gd;
+  p.rule = delta ? Rule::dgd : Rule::gd;
   p.residual = 1;
   p.dtype = DType::bfloat16;
   p.batch = p.heads = p.sequence_count = 1;
@@ -101,7 +101,7 @@ int run_case(const char* name) {
   p.q = has("write") ? TokenView{} : view(q);
   p.k = view(k), p.v = view(v), p.pending_k = view(old_k), p.pending_v = view(old_v);
   p.step = step.data();
-  if (p.rule == Rule::dgd)
+  if (delta)
     p.retention = retention.data();
   else
     p.decay = scalars.data();
@@ -119,7 +119,8 @@ int run_case(const char* name) {
     r.checkpoints[i] = checkpoints[i].data();
     if (momentum) r.momentum[i] = states[3 + i].data(), r.checkpoints[kMaxWeights + i] = checkpoints[3 + i].data();
   }
-  const int64_t room = !has("single") ? 232448 : D == 64 ? 120000 : glu && has("backward") ? 66000 : 58000;
+  const int64_t small_room = has("backward") ? (delta ? 75000 : 58000) + (glu ? (delta ? 10000 : 8000) : 0) : 58000;
+  const int64_t room = !has("single") ? 232448 : D == 64 ? 120000 : small_room;
   const cuda::Device device{90, room};
   if (has("backward")) {
     // All gradients, over the results of a forward; the checkpoints are zeros.
@@ -130,7 +131,11 @@ int run_case(const char* name) {
     BackwardResult b{};
     b.grad_output = view(y);
     b.q = view(dq), b.k = view(dk), b.v = view(dv), b.pending_k = view(old_dk), b.pending_v = view(old_dv);
-    b.step = gates[0].data(), b.decay = factors[0].data();
+    b.step = gates[0].data();
+    if (delta)
+      b.retention = gates[1].data();
+    else
+      b.decay = factors[0].data();
     if (momentum) {
       b.momentum_step = gates[1].data();
       b.momentum_carry = factors[1].data(), b.momentum_decay = factors[2].data();

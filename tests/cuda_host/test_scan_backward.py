@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,8 +30,12 @@ from tests.cuda_host.forward_cases import (
 from tests.golden_cases import GOLDEN, load_golden
 
 pytestmark = needs_host_layer
-QUICK_GOLDEN = ["mlp_carried_state", "mlp_gd_momentum", "glu_gd_dot_momentum"]
+QUICK_GOLDEN = ["mlp_carried_state", "mlp_gd_momentum", "glu_gd_dot_momentum", "mlp_dgd_retention"]
 KERNEL = [build.ROOT / "csrc/cuda" / f"backward_{part}.h" for part in ("block", "products", "scan")]
+DELTA_RULE = [build.ROOT / "csrc/cuda/backward_delta_rule.h"]
+# Momentum, or the other rule, in problems of `small`; the steps of dgd make its corrections as large as the errors.
+MOMENTUM = ("gd", {"momentum": True})
+DELTA = ("dgd", {"max_lr": 0.4})
 
 
 def assert_close_to_truth(problem: Problem, dtype: torch.dtype, **options) -> None:
@@ -54,13 +60,15 @@ SIZES = [
     ("mlp", 64, 256, 40, 85),
     ("mlp", 64, 256, 64, 133),  # what threads keep of a chunk is in the workspace
     ("mlp", 32, 128, 16, 83),  # five chunks, two checkpoints
+    ("mlp", 32, 128, 90, 91),
     ("mlp", 64, 128, 40, 85),
+    ("mlp", 64, 128, 64, 65),
     ("mlp", 5, 6, 4, 11),
     ("mlp", 17, 129, 7, 24),
     ("mlp", 33, 20, 1, 5),
     ("glu", 32, 128, 16, 83),
     ("glu", 64, 128, 40, 85),
-    ("glu", 64, 128, 96, 197),  # what threads keep of a chunk is in the workspace
+    ("glu", 64, 128, 64, 133),  # what threads keep of a chunk is in the workspace
     ("glu", 5, 6, 4, 11),
     ("glu", 17, 100, 7, 24),
     ("glu", 33, 20, 1, 5),
@@ -69,17 +77,16 @@ SIZES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("momentum", [False, True], ids=["plain", "momentum"])
+@pytest.mark.parametrize(("rule", "momentum"), [("gd", False), ("gd", True), ("dgd", False)])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_any_size_that_fits_stays_within_twice_the_eager_error(host, sizes, momentum, dtype):
+def test_any_size_that_fits_stays_within_twice_the_eager_error(host, sizes, rule, momentum, dtype):
     form, dim, hidden, chunk_size, tokens = sizes
     sizes = {"dim": dim, "hidden": hidden, "chunk_size": chunk_size, "tokens": tokens}
-    sizes |= {"batch": 1, "heads": 1 if dim * hidden > 4096 else 2}
-    problem = make_problem(
-        MemorySpec(form), retention=True, momentum=momentum, initial_momentum=momentum, max_lr=0.1, **sizes
-    )
-    if momentum and (dim > 32 if form == "glu" else hidden > 128):
-        with pytest.raises(scan.Refused, match="no registers for momentum at this size"):
+    sizes |= {"batch": 1, "heads": 1 if dim * hidden > 4096 else 2, "max_lr": 0.1 if rule == "gd" else 0.4}
+    spec = MemorySpec(form, rule=rule)
+    problem = make_problem(spec, retention=True, momentum=momentum, initial_momentum=momentum, **sizes)
+    if (momentum and form == "glu" and dim > 32) or (form == "mlp" and hidden > 128 and (momentum or rule == "dgd")):
+        with pytest.raises(scan.Refused, match="no registers for momentum"):
             evaluate_package(problem.cast(dtype), "cpu")
     else:
         assert_close_to_truth(with_mild_retention(problem), dtype)
@@ -97,8 +104,10 @@ ALL_SPECS = [
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda spec: f"{spec.form}-{spec.objective}-{spec.activation}")
 def test_every_objective_and_activation(host, spec, dtype):
-    for momentum in (False, True):
-        assert_close_to_truth(small(spec, batch=1, momentum=momentum), dtype)
+    for rule, options in (("gd", {}), MOMENTUM, DELTA):
+        # With seed 0 a product is 3e-5 before the second write of dgd, and relu2's second derivative jumps at 0.
+        seed = int(rule == "dgd" and spec.activation == "relu2")
+        assert_close_to_truth(small(replace(spec, rule=rule), batch=1, seed=seed, **options), dtype)
 
 
 @pytest.mark.parametrize(
@@ -110,17 +119,25 @@ def test_every_objective_and_activation(host, spec, dtype):
         (MemorySpec("mlp", "relu2", objective="error"), False, torch.bfloat16),
         (MemorySpec("glu"), False, torch.bfloat16),
         (MemorySpec("glu", "silu", residual=False, objective="self"), True, torch.float16),
+        (MemorySpec("mlp", rule="dgd"), False, torch.float16),
+        (MemorySpec("mlp", "silu", residual=False, objective="self", rule="dgd"), False, torch.bfloat16),
+        (MemorySpec("mlp", "gelu", objective="dot", rule="dgd"), False, torch.bfloat16),
+        (MemorySpec("glu", "relu2", objective="error", rule="dgd"), False, torch.float16),
     ],
-    ids=["l2", "self", "dot", "error", "glu-l2", "glu-self"],
+    ids=[
+        *("l2", "self", "dot", "error", "glu-l2", "glu-self"),
+        *("dgd-l2", "dgd-self", "dgd-dot", "dgd-glu-error"),
+    ],
 )
 def test_an_objective_with_some_activation(host, spec, momentum, dtype):
-    assert_close_to_truth(small(spec, batch=1, momentum=momentum, initial_momentum=momentum), dtype)
+    max_lr = 0.1 if spec.rule == "gd" else 0.4
+    assert_close_to_truth(small(spec, batch=1, momentum=momentum, initial_momentum=momentum, max_lr=max_lr), dtype)
 
 
 @pytest.mark.parametrize("dtype", ONE_HALF, ids=str)
 @pytest.mark.parametrize(
     "name",
-    [n if n in QUICK_GOLDEN else slow(n) for n in GOLDEN if n.startswith(("mlp", "glu")) and "dgd" not in n],
+    [n if n in QUICK_GOLDEN else slow(n) for n in GOLDEN if n.startswith(("mlp", "glu"))],
 )
 def test_golden_cases(host, name, dtype):
     """The truth is the stored one: tokens and weights are rounded to `dtype` first for the eager path as for this one,
@@ -149,19 +166,36 @@ def test_golden_cases(host, name, dtype):
     assert_within_budget(run("cpu"), run("reference"), case.expected, dtype)
 
 
+@pytest.mark.parametrize("zeros", [0, 2])
+def test_delta_gradient_descent_without_retention_and_with_retention_of_zero(host, zeros):
+    problem = small(MemorySpec("mlp", rule="dgd"), batch=1, max_lr=0.4, retention=zeros > 0)
+    if zeros:
+        problem["retention"][:, 5], problem["retention"][:, 27] = 0.0, 0.0
+    assert_close_to_truth(problem, torch.bfloat16)
+
+
+def test_delta_gradient_descent_on_keys_that_are_all_the_same(host):
+    """Every token corrects the others' errors: little is left of them."""
+    problem = small(MemorySpec("mlp", rule="dgd"), batch=1, tokens=40, max_lr=0.4)
+    problem.tensors["k"] = problem["k"][:, :1].expand_as(problem["k"]).clone()
+    assert_close_to_truth(problem, torch.bfloat16)
+
+
 # ---- ways to call ----------------------------------------------------------------------------------------------------
 
+WAYS = [("mlp", *MOMENTUM), ("mlp", *DELTA), slow("glu", *MOMENTUM), slow("glu", *DELTA)]
 
-@pytest.mark.parametrize("form", ONE_FORM)
+
+@pytest.mark.parametrize(("form", "rule", "options"), WAYS)
 @pytest.mark.parametrize("bptt_chunks", [1, 2])
-def test_gradients_stop_where_the_state_is_detached(host, bptt_chunks, form):
-    problem = small(MemorySpec(form), batch=1, tokens=86, momentum=True)
+def test_gradients_stop_where_the_state_is_detached(host, bptt_chunks, form, rule, options):
+    problem = small(MemorySpec(form, rule=rule), batch=1, tokens=86, **options)
     assert_close_to_truth(problem, torch.bfloat16, bptt_chunks=bptt_chunks)
 
 
-@pytest.mark.parametrize("form", ONE_FORM)
-def test_gradients_flow_through_carried_states_and_pending_tokens(host, form):
-    problem = small(MemorySpec(form), batch=2, momentum=True)
+@pytest.mark.parametrize(("form", "rule", "options"), WAYS)
+def test_gradients_flow_through_carried_states_and_pending_tokens(host, form, rule, options):
+    problem = small(MemorySpec(form, rule=rule), batch=2, **options)
     assert_close_to_truth(problem, torch.bfloat16, lengths=[3, 7, 1, 35])
 
 
@@ -184,10 +218,10 @@ def test_tokens_of_any_stride_and_alignment(host, form):
     assert_identical(flat(host.again()), expected)
 
 
-@pytest.mark.parametrize("form", ONE_FORM)
+@pytest.mark.parametrize(("form", "rule", "options"), WAYS)
 @pytest.mark.parametrize("kind", ["packed", slow("padded")])
-def test_packed_and_padded_sequences_are_what_they_are_alone(host, kind, form):
-    problem = small(MemorySpec(form), batch=4, momentum=True, shared=False).cast(torch.bfloat16)
+def test_packed_and_padded_sequences_are_what_they_are_alone(host, kind, form, rule, options):
+    problem = small(MemorySpec(form, rule=rule), batch=4, shared=False, **options).cast(torch.bfloat16)
     rows = [(0, 46), (3, 22), (40, 46), (7, 7)]
     weight_names = [name for name in problem.tensors if name.startswith("weight")]
     names = [name for name in problem.tensors if name not in weight_names]
@@ -195,7 +229,7 @@ def test_packed_and_padded_sequences_are_what_they_are_alone(host, kind, form):
     def loss(output: Tensor, state) -> Tensor:
         return output.float().square().sum() + sum(w.square().sum() for w in (*state.weights, *(state.momentum or ())))
 
-    def gradients(tensors: dict[str, Tensor], weights, **options) -> dict[str, Tensor]:
+    def gradients(tensors: dict[str, Tensor], weights, **layout) -> dict[str, Tensor]:
         leaves = {name: t.detach().clone().requires_grad_() for name, t in tensors.items()}
         weights = [w.detach().clone().requires_grad_() for w in weights]
         output, state = memory_scan(
@@ -204,9 +238,9 @@ def test_packed_and_padded_sequences_are_what_they_are_alone(host, kind, form):
             spec=problem.spec,
             chunk_size=problem.chunk_size,
             retention=leaves["retention"],
-            momentum=leaves["momentum"],
+            momentum=leaves.get("momentum"),
             backend="cpu",
-            **options,
+            **layout,
         )
         found = torch.autograd.grad(loss(output, state), [*leaves.values(), *weights], materialize_grads=True)
         return dict(zip([*leaves, *weight_names], found, strict=True))
@@ -241,9 +275,9 @@ def test_packed_and_padded_sequences_are_what_they_are_alone(host, kind, form):
         first += end - start
 
 
-@pytest.mark.parametrize("form", ONE_FORM)
-def test_reads_alone_and_writes_alone(host, form):
-    problem = small(MemorySpec(form), batch=1, tokens=150).cast(torch.bfloat16)
+@pytest.mark.parametrize(("form", "rule"), [("mlp", "gd"), ("mlp", "dgd"), slow("glu", "gd"), slow("glu", "dgd")])
+def test_reads_alone_and_writes_alone(host, form, rule):
+    problem = small(MemorySpec(form, rule=rule), batch=1, tokens=150).cast(torch.bfloat16)
 
     def read(part: Problem, backend: str) -> Evaluation:
         return evaluate(part, lambda p: {"output": memory_read(p["q"], p.weights, spec=p.spec, backend=backend)})
@@ -266,9 +300,11 @@ def test_reads_alone_and_writes_alone(host, form):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", FORMS)
-def test_what_is_absent_counts_as_zero_and_what_is_unwanted_changes_nothing(host, form):
-    problem = small(MemorySpec(form), batch=1, momentum=True, initial_momentum=True, tokens=86).cast(torch.bfloat16)
+@pytest.mark.parametrize(("form", "rule"), [("mlp", "gd"), ("mlp", "dgd"), ("glu", "gd"), ("glu", "dgd")])
+def test_what_is_absent_counts_as_zero_and_what_is_unwanted_changes_nothing(host, form, rule):
+    momentum = rule == "gd"
+    problem = small(MemorySpec(form, rule=rule), batch=1, momentum=momentum, initial_momentum=momentum, tokens=86)
+    problem = problem.cast(torch.bfloat16)
     evaluate_package(problem, "cpu", lengths=[3, 83])
     assert len(host.gradients) == 2
     host.gradients.clear()
@@ -276,40 +312,44 @@ def test_what_is_absent_counts_as_zero_and_what_is_unwanted_changes_nothing(host
     problem, saved, *upstream = host.arguments
     expected = flat(host.gradients[0])
     assert_identical(flat(host.again()), expected)
-    for unwanted in ("q", "k", "v", "step", "decay", "momentum_carry", "weights", "momentum"):
+    gates = ("decay", "momentum_carry", "momentum") if momentum else ("retention",)
+    for unwanted in ("q", "k", "v", "step", "weights", *gates):
         found = flat(host.again(unwanted=(unwanted,)))
         matrices = len(problem.weights) if unwanted in ("weights", "momentum") else 0
         names = {f"{unwanted}{i}" for i in range(matrices)} or {unwanted}
         for name, x in found.items():
             assert x.isnan().all() if name in names else torch.equal(x, expected[name]), (unwanted, name)
-    output, weights, momentum = upstream
-    for absent in range(3):
+    output, weights, speeds = upstream
+    for absent in range(3 if momentum else 2):
         without = [[None] * len(g) if isinstance(g, list) else None for g in upstream]
         zeros = [
             [torch.zeros_like(x) for x in weights] if absent == 1 else weights,
-            [torch.zeros_like(x) for x in momentum] if absent == 2 else momentum,
+            [torch.zeros_like(x) for x in speeds] if absent == 2 else speeds,
         ]
         host.arguments = problem, saved, torch.zeros_like(output) if absent == 0 else output, *zeros
         expected_without = flat(host.again())
-        given = [output, weights, momentum]
+        given = [output, weights, speeds]
         given[absent] = without[absent]
         host.arguments = problem, saved, *given
         assert_identical(flat(host.again()), expected_without)
 
 
-@pytest.mark.parametrize(("form", "least"), [("mlp", 64_000), ("glu", 67_000)])
-def test_two_runs_stages_and_places_give_the_same_bits(host, form, least):
+@pytest.mark.parametrize(
+    ("form", "rule", "least"),
+    [("mlp", "gd", 64_000), ("glu", "gd", 67_000), ("mlp", "dgd", 78_000), slow("glu", "dgd", 88_000)],
+)
+def test_two_runs_stages_and_places_give_the_same_bits(host, form, rule, least):
     """The device decides how many sets of partial sums there are and where threads keep what."""
-    problem = small(MemorySpec(form, objective="self"), batch=1, momentum=True).cast(torch.float16)
+    problem = small(MemorySpec(form, objective="self", rule=rule), batch=1, momentum=rule == "gd").cast(torch.float16)
     evaluate_package(problem, "cpu")
     expected = flat(host.gradients[0])
-    for device in ({}, {"architecture": 80}, {"shared_memory": 90_000}, {"shared_memory": least}):
+    for device in ({}, {"architecture": 80}, {"shared_memory": 3 * least // 2}, {"shared_memory": least}):
         assert_identical(flat(host.again(**device)), expected)
 
 
-@pytest.mark.parametrize("form", ONE_FORM)
-def test_a_row_does_not_depend_on_its_neighbours_even_if_they_are_nan(host, form):
-    problem = small(MemorySpec(form), batch=2, shared=False).cast(torch.bfloat16)
+@pytest.mark.parametrize(("form", "rule"), [("mlp", "gd"), ("mlp", "dgd"), slow("glu", "gd"), slow("glu", "dgd")])
+def test_a_row_does_not_depend_on_its_neighbours_even_if_they_are_nan(host, form, rule):
+    problem = small(MemorySpec(form, rule=rule), batch=2, shared=False).cast(torch.bfloat16)
     whole = evaluate_package(problem, "cpu")
     problem["k"][1, 5] = torch.nan
     spoiled = evaluate_package(problem, "cpu")
@@ -368,10 +408,10 @@ def test_what_is_not_covered_is_refused_with_the_reason(host):
 @pytest.mark.parametrize(
     ("spec", "sizes", "reason"),
     [
-        (MemorySpec("mlp", rule="dgd"), {}, "backward computes the rule gd only"),
         (MemorySpec("mlp"), {"dim": 65}, "backward keeps the adjoint in the registers of one block"),
         (MemorySpec("mlp"), {"hidden": 257}, "backward keeps the adjoint in the registers of one block"),
-        (MemorySpec("mlp"), {"hidden": 129, "momentum": True}, "no registers for momentum at this size: hidden"),
+        (MemorySpec("mlp"), {"hidden": 129, "momentum": True}, "no registers for momentum or dgd at this size: hidden"),
+        (MemorySpec("mlp", rule="dgd"), {"hidden": 129}, "no registers for momentum or dgd at this size: hidden"),
         (MemorySpec("glu"), {"dim": 65}, "one block: of a glu dim at most 64"),
         (MemorySpec("glu"), {"hidden": 129}, "of a glu dim at most 64, hidden at most 128"),
         (MemorySpec("glu"), {"dim": 33, "momentum": True}, "no registers for momentum at this size: of a glu dim"),
@@ -384,20 +424,45 @@ def test_what_only_the_forward_covers_is_refused_with_the_reason(host, spec, siz
         evaluate_package(problem, "cpu")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("form", "dim", "objective", "architecture", "largest"),
+    [
+        *(("mlp", 32, "l2", 80, 80), ("mlp", 32, "self", 80, 64), ("mlp", 32, "self", 90, 96)),
+        *(("mlp", 64, "self", 80, 48), ("mlp", 64, "self", 90, 64)),
+        *(
+            ("glu", 32, "self", 80, 64),
+            ("glu", 32, "self", 90, 96),
+            ("glu", 64, "self", 80, 32),
+            ("glu", 64, "l2", 90, 64),
+        ),
+    ],
+)
+def test_the_largest_chunk_of_dgd_is_the_documented_one(host, form, dim, objective, architecture, largest):
+    host.architecture = architecture
+    spec = MemorySpec(form, objective=objective, rule="dgd")
+    sizes = {"dim": dim, "hidden": 128, "batch": 1, "max_lr": 0.4}
+    assert_close_to_truth(small(spec, chunk_size=largest, tokens=largest + 1, **sizes), torch.bfloat16)
+    with pytest.raises(scan.Refused, match="chunk_size is too large"):
+        evaluate_package(small(spec, chunk_size=largest + 1, tokens=largest + 2, **sizes).cast(torch.bfloat16), "cpu")
+
+
 # ---- barriers --------------------------------------------------------------------------------------------------------
 
 CASES = ["small short backward", "small single backward", "small self backward", "small momentum backward"]
 GLU_CASES = [f"glu {case}" for case in CASES]
+DELTA_CASES = ["small dgd backward", "small single dgd backward", "small self dgd backward"]
+GLU_DELTA_CASES = [f"glu {case}" for case in DELTA_CASES]
 
 
-def written_barriers() -> list[str]:
-    lines = [(path.name, *line) for path in KERNEL for line in enumerate(path.read_text().splitlines(), 1)]
+def written_barriers(headers: list[Path] = KERNEL) -> list[str]:
+    lines = [(path.name, *line) for path in headers for line in enumerate(path.read_text().splitlines(), 1)]
     return [f"{name}:{number}" for name, number, line in lines if re.search(r"\b__syncthreads\(", line)]
 
 
 @pytest.mark.slow
 @needs_thread_sanitizer
-@pytest.mark.parametrize("case", [*CASES, *GLU_CASES, "backward"])
+@pytest.mark.parametrize("case", [*CASES, *GLU_CASES, *DELTA_CASES, *GLU_DELTA_CASES, "backward"])
 def test_no_thread_sees_what_no_barrier_has_ordered(sanitized, case):
     assert build.races(sanitized, case) == []
 
@@ -406,14 +471,20 @@ def test_no_thread_sees_what_no_barrier_has_ordered(sanitized, case):
 def test_the_smallest_case_is_free_of_races_and_the_last_barrier_is_missed(sanitized):
     assert build.races(sanitized, CASES[0]) == []
     assert build.races(sanitized, CASES[0], without=written_barriers()[-1])
+    assert build.races(sanitized, DELTA_CASES[0]) == []
+    assert build.races(sanitized, DELTA_CASES[0], without=written_barriers(DELTA_RULE)[-1])
 
 
 @pytest.mark.slow
 @needs_thread_sanitizer
-@pytest.mark.parametrize("cases", [CASES, GLU_CASES], ids=FORMS)
-def test_without_any_one_of_its_barriers_the_kernel_races(sanitized, tmp_path, cases):
+@pytest.mark.parametrize(
+    ("cases", "headers"),
+    [(CASES, KERNEL), (GLU_CASES, KERNEL), (DELTA_CASES, DELTA_RULE), (GLU_DELTA_CASES, DELTA_RULE)],
+    ids=[*FORMS, *(f"{form} dgd" for form in FORMS)],
+)
+def test_without_any_one_of_its_barriers_the_kernel_races(sanitized, tmp_path, cases, headers):
     passed = {case: build.barriers(sanitized, tmp_path / "barriers", case) for case in cases}
-    written = written_barriers()
+    written = written_barriers(headers)
     reached = {barrier for barriers in passed.values() for barrier in barriers}
     assert set(written) <= reached
     for barrier in written:

@@ -1,0 +1,9 @@
+// The backward scan of glu memories, written by delta gradient descent.
+#include "backward_kernels.h"
+
+namespace hope::cuda {
+
+template Status start_backward<BackwardKind<Form::glu, Rule::dgd>, false>(
+    const ScanProblem&, const BackwardResult&, const Device&, void*, void*);
+
+}  // namespace hope::cuda
