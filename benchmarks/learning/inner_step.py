@@ -48,7 +48,7 @@ SERIES = {  # what is multiplied, and its colour
     "mixer, initial weights not bounded": "#e07b39",
     "mixer and CMS levels": "#2a9d5c",
 }
-NEXT_TO = {"xytext": (-6, 0), "textcoords": "offset points", "ha": "right", "va": "center"}
+BELOW = {"xytext": (0, -7), "textcoords": "offset points", "ha": "center", "va": "top"}
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Case:
 
 
 CASES = (
-    *(Case("mixer", factor) for factor in (0.1, 1.0, 3.0, 10.0, 100.0, 1000.0)),
+    *(Case("mixer", factor) for factor in (1.0, 3.0, 10.0, 100.0, 1000.0)),
     Case("mixer, initial weights not bounded", 1.0),
     *(Case("mixer and CMS levels", factor) for factor in (3.0, 10.0, 30.0)),
 )
@@ -185,16 +185,16 @@ def plot(report: dict[str, Any], path: Path) -> None:
                     axis.plot([factor] * len(finite), finite, "o", color=colour, markersize=4, alpha=0.6)
                     if lost := len(row) - len(finite):
                         axis.plot([factor], [top], "x", color=colour, markersize=7)
-                        axis.annotate(f"{lost} of {len(row)}", (factor, top), color=INK, fontsize=8, **NEXT_TO)
+                        axis.annotate(f"{lost} of {len(row)}", (factor, top), color=INK, fontsize=8, **BELOW)
                     places.append(factor)
                     means.append(float("nan") if len(finite) < len(row) else statistics.fmean(finite))
                 axis.plot(places, means, color=colour, linewidth=1.2, label=series)
             axis.set_xscale("log")
             axis.set_xticks(factors, [f"{factor:g}" for factor in factors])
             axis.minorticks_off()
-            axis.set_xlabel("bound of the inner step, times the default")
+            axis.set_xlabel("bound of the inner step, times the default; cross: not finite")
             axis.set_ylabel("bits per byte")
-            axis.set_title(f"bytes {condition}; cross: seeds not finite")
+            axis.set_title(f"bytes {condition}")
         axes[0].legend(fontsize=7)
 
 

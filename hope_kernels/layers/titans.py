@@ -346,7 +346,7 @@ class SelfModifyingTitans(TitansLayer):
         value_norm_max: ``v`` is shortened to this norm where it is longer; None leaves it as the equations have it. A
             bound of 1 takes away what makes self-made targets grow, see docs/titans.md.
         weight_norm_max: bound of the spectral norm of every memory's initial ``W_out``, which training may raise to
-            where one write overshoots, see docs/titans.md; None has none, as the equations. A fresh layer is below 2.
+            where one write overshoots, see docs/titans.md; None has none, as the equations. Fresh ones have about 1.5.
         bptt_chunks: n: the outer gradient does not flow through weights written into chunk ``n, 2n, ..``, each memory
             by its own chunks.
         backend: as in :func:`hope_kernels.memory_scan`; None picks the fastest.

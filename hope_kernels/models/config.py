@@ -57,7 +57,7 @@ class HopeConfig:
     projection_chunk_size: int = 64
     lr_max: float | None = None
     value_norm_max: float | None = 1.0
-    weight_norm_max: float | None = 2.0
+    weight_norm_max: float | None = 1.5
     window: int | None = None
     rope_base: float = 10000.0
     levels: tuple[CMSLevel, ...] = (CMSLevel(16), CMSLevel(64), CMSLevel(None))
