@@ -192,7 +192,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
             axis.set_xscale("log")
             axis.set_xticks(factors, [f"{factor:g}" for factor in factors])
             axis.minorticks_off()
-            axis.set_xlabel("bound of the inner step, times the default; cross: not finite")
+            axis.set_xlabel("bound over its default (cross: seeds not finite)")
             axis.set_ylabel("bits per byte")
             axis.set_title(f"bytes {condition}")
         axes[0].legend(fontsize=7)
