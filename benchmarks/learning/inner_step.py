@@ -3,18 +3,21 @@
     python benchmarks/learning/inner_step.py --json inner-step.json --plot inner-step.png
     python benchmarks/learning/inner_step.py --publish
 
-The bound of the mixer's step, ``lr_max``, is multiplied by each of :data:`FACTORS`; ``--levels`` multiplies those of
-the CMS levels too. ``--publish`` puts the report into ``benchmarks/results`` and its table into the README beside this
-file.
+The bounds of the step, ``lr_max``, are multiplied, in three series: that of the mixer alone; those of the CMS levels
+too; and the mixer's at its default in a model whose memories' initial weights have no bound (``weight_norm_max``
+None). ``--publish`` puts the report into ``benchmarks/results`` and its table into the README beside this file.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import multiprocessing
 import os
 import statistics
 import sys
-from dataclasses import replace
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,79 +29,126 @@ import typer  # noqa: E402
 from benchmarks.learning import report as reporting  # noqa: E402
 from benchmarks.learning.models import Size, config_of, parameters_of  # noqa: E402
 from benchmarks.learning.tasks import Text  # noqa: E402
-from benchmarks.learning.train import Recipe, Run, train  # noqa: E402
+from benchmarks.learning.train import Recipe, train  # noqa: E402
 from hope_kernels.bench.machine import stamp  # noqa: E402
 from hope_kernels.bench.plots import INK, figure  # noqa: E402
-from hope_kernels.cli.output import console, fail, progress, write_json  # noqa: E402
+from hope_kernels.cli.output import console, progress, write_json  # noqa: E402
 from hope_kernels.layers.titans import DELTA_LR_MAX  # noqa: E402
 from hope_kernels.models import HopeConfig  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 README = Path(__file__).parent / "README.md"
 NAME = "inner-step"
-FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)  # of the layers' own bounds
 SIZE = Size(chunk_size=16, projection_chunk_size=64, levels=(16, 64), own_bounds=True)  # that of the text task
 PEAK = 1e-2  # the optimiser's learning rate, the higher of the two that models choose from
 
 
-COLOUR = "#1f77b4"
-NEXT_TO = {"xytext": (-6, 0), "textcoords": "offset points", "ha": "right", "va": "center"}
+SERIES = {  # what is multiplied, and its colour
+    "mixer": "#1f77b4",
+    "mixer, initial weights not bounded": "#e07b39",
+    "mixer and CMS levels": "#2a9d5c",
+}
+BELOW = {"xytext": (0, -7), "textcoords": "offset points", "ha": "center", "va": "top"}
 
 
-def config_for(factor: float, vocab_size: int, levels: bool = False) -> HopeConfig:
-    """A Hope with the mixer's bound multiplied by ``factor``, and with ``levels`` those of the CMS levels."""
-    config = config_of("Hope", vocab_size, SIZE)
-    of_cms = tuple(
-        replace(level, lr_max=factor * level.step_bound) if levels and level.chunk_size else level
-        for level in config.levels
-    )
-    return replace(config, lr_max=factor * DELTA_LR_MAX, levels=of_cms)
+@dataclass(frozen=True)
+class Case:
+    """One row of the sweep: a series and the factor of its bounds."""
+
+    series: str
+    factor: float
+
+    def config(self, vocab_size: int) -> HopeConfig:
+        """A Hope with these bounds and everything else the same.
+
+        Raises:
+            ValueError: there is no such series.
+        """
+        if self.series not in SERIES:
+            raise ValueError(f"series: got {self.series!r}; want one of {', '.join(map(repr, SERIES))}")
+        config = replace(config_of("Hope", vocab_size, SIZE), lr_max=self.factor * DELTA_LR_MAX)
+        if "not bounded" in self.series:
+            return replace(config, weight_norm_max=None)
+        if "levels" in self.series:
+            wider = (replace(x, lr_max=self.factor * x.step_bound) if x.chunk_size else x for x in config.levels)
+            return replace(config, levels=tuple(wider))
+        return config
+
+    def seeds(self, usual: int) -> range:
+        """Twice as many at the default bounds, which most will read with."""
+        return range(usual * (2 if self.factor == 1 else 1))
 
 
-def experiment(task: Text, recipe: Recipe, seeds: int, levels: bool) -> list[dict[str, Any]]:
-    """Train at every factor: an entry for each, with its runs."""
-    entries = []
-    with progress() as bar:
-        shown = bar.add_task("inner step", total=len(FACTORS) * seeds, detail="")
-        for factor in FACTORS:
-            config, runs = config_for(factor, task.vocab_size, levels), []
-            for seed in range(seeds):
-                run = train("Hope", task, SIZE, recipe, PEAK, seed, config=config)
-                runs.append(dataclasses.asdict(run))
-                bar.update(shown, advance=1, detail=f"x{factor:g}: {told(run)}")
-            entries.append({"factor": factor, "config": config.to_dict(), "runs": runs})
-    return entries
+CASES = (
+    *(Case("mixer", factor) for factor in (1.0, 3.0, 10.0, 100.0, 1000.0)),
+    Case("mixer, initial weights not bounded", 1.0),
+    *(Case("mixer and CMS levels", factor) for factor in (3.0, 10.0, 30.0)),
+)
 
 
-def report_of(task: Text, recipe: Recipe, levels: bool, entries: list[dict[str, Any]]) -> dict[str, Any]:
+def trained(case: Case, seed: int, task: Text, recipe: Recipe, kept: Path | None) -> dict[str, Any]:
+    """One run; where ``kept`` is a folder, taken from there, or left there."""
+    config = case.config(task.vocab_size)
+    key = {"recipe": dataclasses.asdict(recipe), "seed": seed, "config": config.to_dict()}
+    path = None if kept is None else kept / f"{case.series}-{case.factor:g}-{seed}.json".replace(" ", "-")
+    if path is not None and path.exists():
+        found = json.loads(path.read_text())
+        if {name: found[name] for name in key} != key:
+            raise ValueError(f"kept: {path} is of another configuration or recipe; want another folder")
+        return found["run"]
+    run = dataclasses.asdict(train("Hope", task, SIZE, recipe, PEAK, seed, config=config))
+    if path is not None:
+        write_json(key | {"run": run}, path)
+    return run
+
+
+def experiment(task: Text, recipe: Recipe, seeds: int, jobs: int, kept: Path | None) -> list[dict[str, Any]]:
+    """Train every case: an entry for each, with its runs."""
+    runs = sorted(((seed, case) for case in CASES for seed in case.seeds(seeds)), key=lambda run: run[0])
+    with progress() as bar, ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        waiting = {pool.submit(trained, case, seed, task, recipe, kept): (case, seed) for seed, case in runs}
+        shown = bar.add_task("inner step", total=len(waiting), detail="")
+        found = {}
+        for future in as_completed(waiting):
+            found[waiting[future]] = future.result()
+            bar.update(shown, advance=1, detail=f"x{waiting[future][0].factor:g}: {told(future.result())}")
+    return [
+        {
+            **dataclasses.asdict(case),
+            "config": case.config(task.vocab_size).to_dict(),
+            "runs": [found[case, seed] for seed in case.seeds(seeds)],
+        }
+        for case in CASES
+    ]
+
+
+def report_of(task: Text, recipe: Recipe, entries: list[dict[str, Any]]) -> dict[str, Any]:
     """The report of what :func:`experiment` found."""
     return {
         **stamp(NAME),
         "task": dataclasses.asdict(task),
         "recipe": dataclasses.asdict(recipe),
         "lr": PEAK,
-        "levels": levels,
-        "seeds": [run["seed"] for run in entries[0]["runs"]],
         "parameters": parameters_of(config_of("Hope", task.vocab_size, SIZE)),
         "entries": entries,
     }
 
 
-def told(run: Run) -> str:
+def told(run: dict[str, Any]) -> str:
     """How a run ended, in a word."""
-    return f"broke off at step {run.broke_off}" if run.broke_off is not None else f"{run.final_loss:.3f} nats"
+    return f"broke off at step {run['broke_off']}" if run["broke_off"] is not None else f"{run['final_loss']:.3f} nats"
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as Markdown: a row per factor, bits per byte at the trained length and up to four times that."""
+    """The report as Markdown: a row per case, bits per byte at the trained length and up to four times that."""
     shown = columns(report)
-    head = ["times the default", "`lr_max`", "steps of each seed", *(f"bytes {condition}" for condition in shown)]
+    head = ["multiplied", "times the default", "`lr_max`", "steps of each seed", *(f"bytes {name}" for name in shown)]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for entry in report["entries"]:
         runs = entry["runs"]
         ended = ", ".join(str(run["steps"] if run["broke_off"] is None else run["broke_off"]) for run in runs)
         scores = ["; ".join(said(run, condition) for run in runs) for condition in shown]
-        cells = [f"{entry['factor']:g}", f"{entry['config']['lr_max']:g}", ended, *scores]
+        cells = [entry["series"], f"{entry['factor']:g}", f"{entry['config']['lr_max']:g}", ended, *scores]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -120,41 +170,47 @@ def said(run: dict[str, Any], condition: str) -> str:
 def plot(report: dict[str, Any], path: Path) -> None:
     """Bits per byte by factor, a mark for each seed and a line where all have one; a cross: seeds that have none."""
     shown = columns(report)
+    factors = sorted({entry["factor"] for entry in report["entries"]})
     with figure(path, columns=len(shown), size=(12, 3.6)) as axes:
         for axis, condition in zip(axes, shown, strict=True):
             scores = [[run["scores"].get(condition) for run in entry["runs"]] for entry in report["entries"]]
-            finite = [[score for score in row if score is not None] for row in scores]
-            values = [score for row in finite for score in row]
+            values = [score for row in scores for score in row if score is not None]
             top = max(values) + 0.15 * (max(values) - min(values))
-            for factor, row in zip(FACTORS, finite, strict=True):
-                axis.plot([factor] * len(row), row, "o", color=COLOUR, markersize=4, alpha=0.6)
-                if lost := len(report["seeds"]) - len(row):
-                    axis.plot([factor], [top], "x", color=INK, markersize=7)
-                    axis.annotate(f"{lost} not finite", (factor, top), color=INK, fontsize=8, **NEXT_TO)
-            means = [float("nan") if len(row) < len(report["seeds"]) else statistics.fmean(row) for row in finite]
-            axis.plot(FACTORS, means, color=COLOUR, linewidth=1.2)
+            for series, colour in SERIES.items():
+                places, means = [], []
+                for entry, row in zip(report["entries"], scores, strict=True):
+                    if entry["series"] != series:
+                        continue
+                    factor, finite = entry["factor"], [score for score in row if score is not None]
+                    axis.plot([factor] * len(finite), finite, "o", color=colour, markersize=4, alpha=0.6)
+                    if lost := len(row) - len(finite):
+                        axis.plot([factor], [top], "x", color=colour, markersize=7)
+                        axis.annotate(f"{lost} of {len(row)}", (factor, top), color=INK, fontsize=8, **BELOW)
+                    places.append(factor)
+                    means.append(float("nan") if len(finite) < len(row) else statistics.fmean(finite))
+                axis.plot(places, means, color=colour, linewidth=1.2, label=series)
             axis.set_xscale("log")
-            axis.set_xticks(FACTORS, [f"{factor:g}" for factor in FACTORS])
+            axis.set_xticks(factors, [f"{factor:g}" for factor in factors])
             axis.minorticks_off()
-            axis.set_xlabel("bound of the inner step, times the default")
+            axis.set_xlabel("bound over its default (cross: seeds not finite)")
             axis.set_ylabel("bits per byte")
             axis.set_title(f"bytes {condition}")
+        axes[0].legend(fontsize=7)
 
 
 def main(
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each factor.")] = 2,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each factor; twice as many at the default.")] = 2,
     steps: Annotated[int, typer.Option(min=1, help="Of each run.")] = 250,
-    levels: Annotated[bool, typer.Option("--levels", help="Multiply the bounds of the CMS levels too.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, a thread each.")] = 1,
+    kept: Annotated[Path | None, typer.Option(help="A folder of runs: none is trained twice.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Where the report goes.")] = None,
     plot_path: Annotated[Path | None, typer.Option("--plot", help="Where the picture goes.")] = None,
     publish: Annotated[bool, typer.Option(help="Report, picture and the README's table.")] = False,
 ) -> None:
     """Train a Hope at several bounds of its inner step and say which runs stay finite."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    if publish and levels:
-        raise fail("publish is for the mixer's bound alone; want no --levels")
     task, recipe = Text(), Recipe(steps=steps, batch=4)
-    report = report_of(task, recipe, levels, experiment(task, recipe, seeds, levels))
+    report = report_of(task, recipe, experiment(task, recipe, seeds, jobs, kept))
     console.print(table(report), soft_wrap=True, markup=False)
     for path in [json_path, RESULTS / f"{NAME}.json" if publish else None]:
         if path is not None:

@@ -76,6 +76,7 @@ class TransformersHopeConfig(PreTrainedConfig):
     projection_chunk_size: int = HopeConfig.projection_chunk_size
     lr_max: float | None = HopeConfig.lr_max
     value_norm_max: float | None = HopeConfig.value_norm_max
+    weight_norm_max: float | None = HopeConfig.weight_norm_max
     window: int | None = HopeConfig.window
     rope_base: float = HopeConfig.rope_base
     levels: list[dict[str, Any]] | tuple[CMSLevel, ...] = HopeConfig.levels

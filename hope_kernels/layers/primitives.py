@@ -38,6 +38,24 @@ def clip_norm(x: Tensor, bound: float) -> Tensor:
     return x * (bound * torch.rsqrt(x.square().sum(-1, keepdim=True).clamp(min=bound**2)))
 
 
+def clip_spectral_norm(weight: Tensor, bound: float) -> Tensor:
+    """Matrices ``[.., in, out]`` scaled down to a spectral norm of at most ``bound``; smaller ones as they are.
+
+    Measured is ``(tr (W^T W)^8)^(1/16)``, computed in the state dtype: at least the spectral norm and at most
+    ``out^(1/16)`` of it, of matrix products alone (a decomposition would wait for a GPU), differentiable everywhere.
+    """
+    dtype = state_dtype(weight.dtype)
+    tiny = torch.finfo(dtype).tiny
+    w = weight.to(dtype)
+    with torch.autocast(weight.device.type, enabled=False):
+        gram = w.transpose(-1, -2) @ w
+        # Divided by its trace, its powers neither overflow nor vanish.
+        trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp(min=tiny)
+        power = torch.linalg.matrix_power(gram / trace, 4)
+    norm = trace.sqrt() * (power.square().sum((-1, -2), keepdim=True) + tiny) ** (1 / 16)
+    return weight * (bound / norm.clamp(min=bound)).to(weight.dtype)
+
+
 def project_gates(x: Tensor, weight: Tensor, bias: Tensor, gates: int, heads: int) -> Tensor:
     """``x W^T + b`` for all gates of a layer: ``[.., dim]`` to ``[.., gates, heads]`` in the state dtype of ``x``.
 

@@ -12,6 +12,7 @@ from hope_kernels.layers.level import START_FORGETTING, START_STEP, Tokens
 from hope_kernels.layers.primitives import (
     HeadReadout,
     clip_norm,
+    clip_spectral_norm,
     inverse_sigmoid,
     inverse_softplus,
     l2_norm,
@@ -39,6 +40,16 @@ def tokens_of(raw: dict[str, Tensor], lr_max: float, value_norm_max: float | Non
     return Tokens(l2_norm(raw["k"]).to(raw["k"].dtype), v, *gates)
 
 
+def starting_weights(weights: Sequence[Tensor], weight_norm_max: float | None) -> tuple[Tensor, ...]:
+    """The weights that memories start from: the last layer's of a spectral norm of at most ``weight_norm_max``.
+
+    That layer's norm is the curvature of all before it: by ``|W_out|^2`` the step of ``W_in`` can overshoot.
+    """
+    if weight_norm_max is None:
+        return tuple(weights)
+    return (*weights[:-1], clip_spectral_norm(weights[-1], weight_norm_max))
+
+
 class ProjectionMemories(nn.Module):
     """One memory per head for each adaptive projection, all of them read by one call and written by another.
 
@@ -55,6 +66,7 @@ class ProjectionMemories(nn.Module):
         chunk_size: tokens per write.
         spec: what each memory is.
         lr_max, value_norm_max: bounds of the step and of a target's norm, see :func:`tokens_of`.
+        weight_norm_max: bound of the initial weights, see :func:`starting_weights`.
         bptt_chunks: detach the weights written into chunk n, 2n, ..; None for never.
         backend: as in :func:`hope_kernels.memory_scan`.
     """
@@ -70,6 +82,7 @@ class ProjectionMemories(nn.Module):
         spec: MemorySpec,
         lr_max: float,
         value_norm_max: float | None = None,
+        weight_norm_max: float | None = None,
         bptt_chunks: int | None = None,
         backend: str | None = None,
         device: torch.device | str | None = None,
@@ -77,7 +90,8 @@ class ProjectionMemories(nn.Module):
     ) -> None:
         super().__init__()
         self.adaptive, self.heads, self.chunk_size, self.spec = tuple(adaptive), heads, chunk_size, spec
-        self.lr_max, self.value_norm_max, self.bptt_chunks, self.backend = lr_max, value_norm_max, bptt_chunks, backend
+        self.lr_max, self.value_norm_max, self.weight_norm_max = lr_max, value_norm_max, weight_norm_max
+        self.bptt_chunks, self.backend = bptt_chunks, backend
         self.weights = nn.ParameterList(
             nn.Parameter(torch.empty(len(self.adaptive) * heads, *shape, device=device, dtype=dtype))
             for shape in spec.weight_shapes(head_dim, hidden)
@@ -102,9 +116,8 @@ class ProjectionMemories(nn.Module):
 
     def initial_state(self, batch_size: int) -> MemoryState:
         """The state before the first token; it refers to the parameters, so gradients reach them."""
-        return MemoryState.initial(
-            tuple(self.weights), spec=self.spec, chunk_size=self.chunk_size, batch_size=batch_size
-        )
+        weights = starting_weights(self.weights, self.weight_norm_max)
+        return MemoryState.initial(weights, spec=self.spec, chunk_size=self.chunk_size, batch_size=batch_size)
 
     def forward(
         self, x: Tensor, mixed: Tensor, fixed: dict[str, Tensor], state: MemoryState, pending: Tokens | None

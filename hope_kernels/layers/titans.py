@@ -16,7 +16,7 @@ from hope_kernels import backends
 from hope_kernels.layers.checks import check_batch_size, check_bool, check_bound, check_input, check_int, check_width
 from hope_kernels.layers.level import START_MOMENTUM, Tokens, default_lr_max
 from hope_kernels.layers.primitives import CausalConvolution, GateProjection, inverse_sigmoid, l2_norm
-from hope_kernels.layers.projections import ADAPTIVE, GATE_STARTS, ProjectionMemories, tokens_of
+from hope_kernels.layers.projections import ADAPTIVE, GATE_STARTS, ProjectionMemories, starting_weights, tokens_of
 from hope_kernels.layers.titans_state import TitansState
 from hope_kernels.memory import MemorySpec, MemoryState, memory_scan
 from hope_kernels.memory.spec import Activation, Objective, Rule
@@ -36,7 +36,8 @@ class TitansLayer(nn.Module):
 
     Args:
         adaptive: the projections that are no linear maps here; a subclass makes their results in :meth:`_tokens`.
-        lr_max, value_norm_max: bounds of the step and of a target's norm; None for no bound of the latter.
+        lr_max, value_norm_max, weight_norm_max: bounds of the step, of a target's norm and of the spectral norm of
+            an initial ``W_out``; None for no bound of the last two.
         mixed_norm: the norm per head that the convolution's results start with.
         mixes_heads: whether a linear map follows the memory.
         The others as in :class:`SelfModifyingTitans`.
@@ -60,6 +61,7 @@ class TitansLayer(nn.Module):
         adaptive: tuple[str, ...],
         lr_max: float,
         value_norm_max: float | None,
+        weight_norm_max: float | None,
         mixed_norm: float,
         mixes_heads: bool,
         bptt_chunks: int | None,
@@ -81,7 +83,7 @@ class TitansLayer(nn.Module):
         backends.check_name(backend)
         self.dim, self.heads, self.head_dim, self.chunk_size = dim, heads, dim // heads, chunk_size
         self.retention, self.momentum, self.adaptive = retention, momentum, adaptive
-        self.lr_max, self.value_norm_max = float(lr_max), value_norm_max
+        self.lr_max, self.value_norm_max, self.weight_norm_max = float(lr_max), value_norm_max, weight_norm_max
         self.bptt_chunks, self.backend = bptt_chunks, backend
         self.hidden = expansion * self.head_dim
 
@@ -119,6 +121,7 @@ class TitansLayer(nn.Module):
         parts = [f"dim={self.dim}, heads={self.heads}, C={self.chunk_size}, {self.spec.rule}, lr<={self.lr_max:g}"]
         parts += [name for name in ("retention", "momentum") if getattr(self, name)]
         parts += [] if self.value_norm_max is None else [f"|v|<={self.value_norm_max:g}"]
+        parts += [] if self.weight_norm_max is None else [f"|W_out|<={self.weight_norm_max:g}"]
         parts += [] if self.bptt_chunks is None else [f"bptt={self.bptt_chunks}"]
         return ", ".join([*parts, f"backend={self.backend!r}"])
 
@@ -133,9 +136,8 @@ class TitansLayer(nn.Module):
         It refers to the parameters: gradients through it reach them.
         """
         check_batch_size(type(self).__name__, batch_size)
-        memory = MemoryState.initial(
-            tuple(self.weights), spec=self.spec, chunk_size=self.chunk_size, batch_size=batch_size
-        )
+        weights = starting_weights(self.weights, self.weight_norm_max)
+        memory = MemoryState.initial(weights, spec=self.spec, chunk_size=self.chunk_size, batch_size=batch_size)
         return TitansState(0, batch_size, self.conv.initial_tail(batch_size), memory)
 
     def stream(self, x: Tensor, state: TitansState) -> tuple[Tensor, TitansState]:
@@ -299,6 +301,7 @@ class NeuralMemory(TitansLayer):
             adaptive=(),
             lr_max=default_lr_max(chunk_size) if lr_max is None else lr_max,
             value_norm_max=None,
+            weight_norm_max=None,
             mixed_norm=1.0,  # and targets of the size of the keys
             mixes_heads=True,
             bptt_chunks=bptt_chunks,
@@ -342,6 +345,8 @@ class SelfModifyingTitans(TitansLayer):
             larger chunk size.
         value_norm_max: ``v`` is shortened to this norm where it is longer; None leaves it as the equations have it. A
             bound of 1 takes away what makes self-made targets grow, see docs/titans.md.
+        weight_norm_max: bound of the spectral norm of every memory's initial ``W_out``, which training may raise to
+            where one write overshoots, see docs/titans.md; None has none, as the equations. Fresh ones have about 1.5.
         bptt_chunks: n: the outer gradient does not flow through weights written into chunk ``n, 2n, ..``, each memory
             by its own chunks.
         backend: as in :func:`hope_kernels.memory_scan`; None picks the fastest.
@@ -366,6 +371,7 @@ class SelfModifyingTitans(TitansLayer):
         adaptive: Sequence[str] | None = None,
         lr_max: float | None = None,
         value_norm_max: float | None = None,
+        weight_norm_max: float | None = None,
         bptt_chunks: int | None = None,
         backend: str | None = None,
         device: torch.device | str | None = None,
@@ -375,6 +381,7 @@ class SelfModifyingTitans(TitansLayer):
         check_int(type(self).__name__, "projection_chunk_size", projection_chunk_size)
         check_bound(type(self).__name__, "lr_max", lr_max)
         check_bound(type(self).__name__, "value_norm_max", value_norm_max)
+        check_bound(type(self).__name__, "weight_norm_max", weight_norm_max)
         check_bool(type(self).__name__, "retention", retention)
         if lr_max is None:
             lr_max = DELTA_LR_MAX if rule == "dgd" else default_lr_max(max(chunk_size, projection_chunk_size))
@@ -391,6 +398,7 @@ class SelfModifyingTitans(TitansLayer):
             adaptive=_checked_adaptive(adaptive, retention),
             lr_max=lr_max,
             value_norm_max=value_norm_max,
+            weight_norm_max=weight_norm_max,
             mixed_norm=START_MIXED_NORM,
             mixes_heads=False,
             bptt_chunks=bptt_chunks,
@@ -410,6 +418,7 @@ class SelfModifyingTitans(TitansLayer):
                 spec=self.spec,
                 lr_max=self.lr_max,
                 value_norm_max=value_norm_max,
+                weight_norm_max=weight_norm_max,
                 bptt_chunks=bptt_chunks,
                 backend=backend,
                 device=device,

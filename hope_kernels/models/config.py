@@ -34,6 +34,8 @@ class HopeConfig:
         lr_max: upper bound of an inner learning rate of the mixer; None takes the layer's own default.
         value_norm_max: longer targets of ``"titans"`` are shortened to this norm; None leaves them as the equations
             have them, and training may then move the layer to where it diverges.
+        weight_norm_max: bound of the spectral norm that the memories of ``"titans"`` start with in their last layer;
+            None leaves it to training, which may raise it to where reading on diverges, see docs/titans.md.
         window: tokens that attention looks back on, itself counted; None is all of them, and a cache that grows.
         rope_base: of attention's rotary positions.
         levels: the CMS, fastest level first. ``(CMSLevel(None),)``, :data:`PLAIN_MLP`, is no CMS: a plain MLP without
@@ -55,6 +57,7 @@ class HopeConfig:
     projection_chunk_size: int = 64
     lr_max: float | None = None
     value_norm_max: float | None = 1.0
+    weight_norm_max: float | None = 1.5
     window: int | None = None
     rope_base: float = 10000.0
     levels: tuple[CMSLevel, ...] = (CMSLevel(16), CMSLevel(64), CMSLevel(None))
@@ -74,6 +77,7 @@ class HopeConfig:
             check_bound(owner, name, getattr(self, name))
         check_bound(owner, "lr_max", self.lr_max)
         check_bound(owner, "value_norm_max", self.value_norm_max)
+        check_bound(owner, "weight_norm_max", self.weight_norm_max)
         check_bool(owner, "tie_embeddings", self.tie_embeddings)
         for name, kind in (("mixer", Mixer), ("cms_variant", Variant)):
             if getattr(self, name) not in get_args(kind):

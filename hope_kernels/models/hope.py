@@ -54,6 +54,7 @@ class HopeBlock(nn.Module):
             if config.mixer == "titans":
                 options["projection_chunk_size"] = config.projection_chunk_size
                 options["value_norm_max"] = config.value_norm_max
+                options["weight_norm_max"] = config.weight_norm_max
             kind = SelfModifyingTitans if config.mixer == "titans" else NeuralMemory
             self.mixer = kind(dim, heads, **options)
         self.cms_norm = nn.RMSNorm(dim, eps=config.norm_eps, **factory)

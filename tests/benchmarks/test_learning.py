@@ -23,7 +23,7 @@ from benchmarks.learning import report as reporting  # noqa: E402
 from benchmarks.learning.models import MODELS, TOLERANCE, Size, config_of, inner_step, parameters_of  # noqa: E402
 from benchmarks.learning.tasks import NO_LABEL, TASKS, Needle, Pairs, Questions, Recall, Text  # noqa: E402
 from benchmarks.learning.train import Recipe, Run, means, score_test, train  # noqa: E402
-from hope_kernels.models import HopeOutput  # noqa: E402
+from hope_kernels.models import HopeConfig, HopeOutput  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -229,31 +229,62 @@ def test_committed_results_are_whole_and_the_readme_shows_them(task) -> None:
     assert (RESULTS / f"learning-{task}.png").stat().st_size > 10_000
 
 
-def test_the_sweep_multiplies_the_bounds_it_names_and_nothing_else() -> None:
+def test_the_sweep_changes_the_bounds_it_names_and_nothing_else() -> None:
     usual = config_of("Hope", 256, sweep.SIZE)
-    for factor in sweep.FACTORS:
-        mixer, both = (sweep.config_for(factor, 256, levels) for levels in (False, True))
-        assert mixer.lr_max == pytest.approx(0.1 * factor) == both.lr_max and mixer.levels == usual.levels
-        bounds = [(level.step_bound, wider.step_bound) for level, wider in zip(usual.levels, both.levels, strict=True)]
-        assert all(wider == pytest.approx(factor * bound) for bound, wider in bounds) and bounds[0][0] > 0
-        assert replace(both, levels=usual.levels) == mixer and replace(mixer, lr_max=None) == usual
+    assert {case.series for case in sweep.CASES} == set(sweep.SERIES)
+    for case in sweep.CASES:
+        config = case.config(256)
+        assert config.lr_max == pytest.approx(0.1 * case.factor)
+        bounds = [
+            (level.step_bound, wider.step_bound) for level, wider in zip(usual.levels, config.levels, strict=True)
+        ]
+        levels = case.factor if case.series == "mixer and CMS levels" else 1
+        assert all(wider == pytest.approx(levels * bound) for bound, wider in bounds) and bounds[0][0] > 0
+        assert (config.weight_norm_max is None) == (case.series == "mixer, initial weights not bounded")
+        rest = {"lr_max": None, "weight_norm_max": usual.weight_norm_max, "levels": usual.levels}
+        assert replace(config, **rest) == usual
+    with pytest.raises(ValueError, match="series: got 'levels'; want one of 'mixer'"):
+        sweep.Case("levels", 1.0).config(256)
+
+
+def test_a_kept_run_is_not_trained_again_and_another_is_refused(tmp_path, monkeypatch) -> None:
+    trained = []
+    monkeypatch.setattr(sweep, "train", lambda *a, **k: trained.append(k) or made_up(0, 0.5))
+    case, recipe = sweep.CASES[0], Recipe(steps=1, batch=1)
+    run = sweep.trained(case, 0, Text(), recipe, tmp_path)
+    assert run == dataclasses.asdict(made_up(0, 0.5)) == sweep.trained(case, 0, Text(), recipe, tmp_path)
+    assert len(trained) == 1 and trained[0]["config"] == case.config(256)
+    with pytest.raises(ValueError, match="of another configuration or recipe; want another folder"):
+        sweep.trained(case, 0, Text(), Recipe(steps=2, batch=1), tmp_path)
+    for again in (sweep.trained(case, 1, Text(), recipe, tmp_path), sweep.trained(case, 0, Text(), recipe, None)):
+        assert again == run
+    assert len(trained) == 3
 
 
 def test_a_run_that_breaks_off_is_said_to() -> None:
-    config = replace(sweep.config_for(1.0, 256), lr_max=1e6, value_norm_max=None)
-    run = train("Hope", Text(), sweep.SIZE, Recipe(steps=4, batch=1), 1.0, 0, config=config)
-    assert run.broke_off is not None and sweep.told(run) == f"broke off at step {run.broke_off}"
-    assert sweep.said(dataclasses.asdict(run), "0-256") == "broke off"
+    config = replace(sweep.CASES[0].config(256), lr_max=1e6, value_norm_max=None, weight_norm_max=None)
+    run = dataclasses.asdict(train("Hope", Text(), sweep.SIZE, Recipe(steps=4, batch=1), 1.0, 0, config=config))
+    assert run["broke_off"] is not None and sweep.told(run) == f"broke off at step {run['broke_off']}"
+    assert sweep.said(run, "0-256") == "broke off"
 
 
 def test_the_committed_sweep_is_whole_and_the_readme_shows_it() -> None:
     report = json.loads((RESULTS / "inner-step.json").read_text())
-    assert len(report["seeds"]) >= 2 and [entry["factor"] for entry in report["entries"]] == list(sweep.FACTORS)
-    for entry in report["entries"]:
-        assert entry["config"] == sweep.config_for(entry["factor"], 256, report["levels"]).to_dict()
-        assert [run["seed"] for run in entry["runs"]] == report["seeds"]
+    assert [(entry["series"], entry["factor"]) for entry in report["entries"]] == [
+        (case.series, case.factor) for case in sweep.CASES
+    ]
+    for case, entry in zip(sweep.CASES, report["entries"], strict=True):
+        assert entry["config"] == case.config(256).to_dict()
+        assert [run["seed"] for run in entry["runs"]] == [*case.seeds(2)]
         assert all(len(run["scores"]) == 5 or run["broke_off"] is not None for run in entry["runs"])
     readme = (ROOT / "benchmarks" / "learning" / "README.md").read_text()
     shown = re.search(r"<!-- inner-step: begin -->\n(.*?)\n<!-- inner-step: end -->", readme, re.DOTALL)
     assert shown is not None and shown[1].strip() == sweep.table(report)
     assert (RESULTS / "inner-step.png").stat().st_size > 10_000
+
+
+def test_at_the_default_bounds_every_seed_reads_on() -> None:
+    report = json.loads((RESULTS / "inner-step.json").read_text())
+    (default,) = (e for e in report["entries"] if (e["series"], e["factor"]) == ("mixer", 1))
+    assert HopeConfig.from_dict(default["config"]) == replace(config_of("Hope", 256, sweep.SIZE), lr_max=0.1)
+    assert all(score is not None for run in default["runs"] for score in run["scores"].values())

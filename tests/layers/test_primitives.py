@@ -11,6 +11,7 @@ from hope_kernels.layers.primitives import (
     GateProjection,
     HeadReadout,
     clip_norm,
+    clip_spectral_norm,
     inverse_sigmoid,
     inverse_softplus,
     l2_norm,
@@ -57,6 +58,33 @@ def test_rows_beyond_the_bound_are_shortened_and_zeros_survive() -> None:
     (gradient,) = torch.autograd.grad(clip_norm(x, 1.0).sum(), x)
     torch.testing.assert_close(gradient[1:], torch.ones(2, 2))
     torch.testing.assert_close((gradient[0] * x[0]).sum(), torch.tensor(0.0), rtol=0, atol=1e-6)
+
+
+def test_matrices_beyond_the_bound_are_scaled_to_it_and_no_others() -> None:
+    w = torch.randn(2, 3, 12, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    w[0] *= 1e-3
+    norm = torch.linalg.matrix_norm(w, ord=2)
+    bounded = clip_spectral_norm(w, 1.0)
+    assert torch.equal(bounded[0], w[0])
+    reached = torch.linalg.matrix_norm(bounded[1], ord=2)
+    assert (reached <= 1).all() and (reached >= 5 ** (-1 / 16)).all()
+    torch.testing.assert_close(bounded[1], w[1] * (reached / norm[1])[..., None, None], rtol=1e-12, atol=0)
+    one = torch.outer(torch.arange(1.0, 9.0), torch.arange(4.0)).double()  # one singular value: its norm is exact
+    torch.testing.assert_close(torch.linalg.matrix_norm(clip_spectral_norm(1e12 * one, 3.0), ord=2).item(), 3.0)
+    assert torch.autograd.gradcheck(lambda x: clip_spectral_norm(x, 1.0), w[1].clone().requires_grad_())
+
+
+def test_the_spectral_bound_survives_zeros_and_computes_in_float32() -> None:
+    zero = torch.zeros(2, 6, 3, requires_grad=True)
+    clip_spectral_norm(zero, 2.0).sum().backward()
+    assert torch.equal(zero.grad, torch.ones(2, 6, 3))
+    w = 3 * torch.randn(2, 32, 16, generator=torch.Generator().manual_seed(0))
+    expected = clip_spectral_norm(w, 2.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(clip_spectral_norm(w, 2.0), expected)
+    low = w.bfloat16()
+    scale = clip_spectral_norm(low.float(), 2.0)[:, :1, :1] / low[:, :1, :1].float()
+    assert torch.equal(clip_spectral_norm(low, 2.0), low * scale.bfloat16())
 
 
 def test_the_convolution_is_that_of_pytorch_and_carries_its_tail() -> None:

@@ -156,6 +156,21 @@ def test_long_sequences_stay_bounded_up_to_the_norm_the_documentation_says(rule,
         assert largest(norm=10, value_norm_max=1.0, **arguments) < 2
 
 
+def test_memories_that_training_made_steep_diverge_and_bounded_ones_do_not() -> None:
+    def reached(gain: float, bound: float | None) -> float:
+        torch.manual_seed(0)
+        layer = SelfModifyingTitans(32, 2, 16, 64, value_norm_max=1.0, weight_norm_max=bound, dtype=torch.float64)
+        with torch.no_grad():
+            for weights in (layer.weights, layer.projections.weights):
+                weights[1].mul_(gain)
+            state = layer.stream(long_sequence("correlated", 800), layer.init_state(2))[1]
+        return max(w.abs().max().item() for w in (*state.memory.weights, *state.projections.weights))
+
+    assert not reached(4, None) < 1e3
+    assert reached(4, 2.0) < 1
+    assert reached(1, None) == reached(1, 2.0)  # fresh memories are within the bound
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "lr_max"), [("dgd", 0.1), ("dgd", 0.3), ("dgd", 1.0), ("dgd", 3.0), ("gd", None), ("gd", 0.1)]

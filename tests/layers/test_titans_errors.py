@@ -47,6 +47,7 @@ def test_a_bad_layer_is_refused(kind, options, error, message) -> None:
         ({"rule": "adam"}, ValueError, "rule is 'adam'; want one of 'gd', 'dgd'"),
         ({"momentum": True}, ValueError, "momentum is True with rule 'dgd'; momentum goes with rule 'gd' only"),
         ({"value_norm_max": -1.0}, ValueError, r"value_norm_max is -1\.0; want a finite number above 0"),
+        ({"weight_norm_max": 0}, ValueError, r"weight_norm_max is 0; want a finite number above 0"),
         ({"adaptive": ("q",)}, ValueError, "adaptive has 'q'; want some of 'k', 'v', 'lr', 'retention'"),
         ({"adaptive": "kv"}, TypeError, "adaptive is 'kv'; want a sequence of names, or None for all"),
         ({"adaptive": True}, TypeError, "adaptive is True; want a sequence of names, or None for all"),

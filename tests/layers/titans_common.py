@@ -17,6 +17,7 @@ LAYERS = {
     "gd": {"rule": "gd", "momentum": True},
     "no retention": {"retention": False},
     "bounded targets": {"value_norm_max": 0.3},
+    "bounded weights": {"weight_norm_max": 0.8},
     "fixed k and v": {"adaptive": ("lr", "retention")},
     "fixed gates": {"adaptive": ("v", "k"), "rule": "gd", "momentum": True},
     "only k, no retention": {"adaptive": ("k",), "retention": False, "rule": "gd"},

@@ -98,10 +98,17 @@ def run(layer: Any, x: Tensor) -> dict[str, Tensor]:
     def per_head(y: Tensor) -> Tensor:
         return y.reshape(batch, heads, dim // heads)
 
-    main = Memory([p["weights.0"], p["weights.1"]], batch, layer.chunk_size, layer.spec.rule, layer.bptt_chunks)
+    def starting(w_in: Tensor, w_out: Tensor) -> list[Tensor]:
+        """W_out divided by the sixteenth root of the sum of its singular values' sixteenth powers, over the bound."""
+        if layer.weight_norm_max is None:
+            return [w_in, w_out]
+        size = (torch.linalg.svdvals(w_out) ** 16).sum(-1) ** (1 / 16) / layer.weight_norm_max
+        return [w_in, w_out / torch.where(size > 1, size, 1.0)[:, None, None]]
+
+    main = Memory(starting(p["weights.0"], p["weights.1"]), batch, layer.chunk_size, layer.spec.rule, layer.bptt_chunks)
     projections = {}
     for i, name in enumerate(adaptive):
-        own = [p[f"projections.weights.{j}"][i * heads : (i + 1) * heads] for j in range(2)]
+        own = starting(*(p[f"projections.weights.{j}"][i * heads : (i + 1) * heads] for j in range(2)))
         projections[name] = Memory(own, batch, layer.projection_chunk_size, layer.spec.rule, layer.bptt_chunks)
     linear_gates = [name for name in ("lr", "retention", "momentum") if name in layer.fixed_gates]
 

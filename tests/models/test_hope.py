@@ -197,6 +197,17 @@ def test_a_block_without_a_cms_is_a_transformers() -> None:
     torch.testing.assert_close(block(x), expected)
 
 
+def test_bounds_of_the_configuration_are_those_of_every_memory_of_the_mixer() -> None:
+    bounds = {"lr_max": 0.2, "value_norm_max": 0.7, "weight_norm_max": 1.1}
+    for given in (bounds, {**bounds, "value_norm_max": None, "weight_norm_max": None}):
+        for block in make_model("titans", **given).model.blocks:
+            for part in (block.mixer, block.mixer.projections):
+                assert {name: getattr(part, name) for name in given} == given
+            for held in block.mixer.init_state(1).memory, block.mixer.init_state(1).projections:
+                norms = torch.linalg.matrix_norm(held.weights[1], ord=2)
+                assert ((norms <= 1.1).all()) == (given["weight_norm_max"] is not None), norms
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16])
 def test_ids_may_have_any_integer_dtype(dtype) -> None:
     model, ids = make_model("attention"), ids_of(2, 6)
