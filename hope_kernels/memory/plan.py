@@ -25,9 +25,9 @@ from hope_kernels.memory.state import MemoryState
 ALWAYS = sys.maxsize
 
 # Elements of all weights of one head from which the factored plan is taken without being asked for: weights of a
-# sequence's own then take 64 MiB in float32, and what they take is what limits the number of sequences. Below it scans
-# gain little (docs/factored.md has them up to D = 768, H = 3072, on the CPU), decode of one sequence loses, and splits
-# would no longer have the same bits. No measurement backs it on a GPU.
+# sequence's own then take 64 MiB in float32, and what they take is what limits the number of sequences. Below it decode
+# of one sequence loses and splits would no longer have the same bits, for scans that gain up to 1.8 times (on the CPU
+# up to D = 768, H = 3072: docs/factored.md). No measurement backs it on a GPU.
 LEAST_ELEMENTS = 2**24
 
 # Tokens of a chunk from which it is: each block written costs small products of its own, so that one row alone is
