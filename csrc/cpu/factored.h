@@ -30,13 +30,24 @@ inline Net make_factored_net(const FactoredChunk& chunk, ScanProblem problem) {
   return chunk.dtype == DType::float64 ? make_net<double>(problem) : make_net<float>(problem);
 }
 
-// A chunk of one (sequence, head).
+// Whether the sequences of a head are read together: few tokens of each, which are done in the time that the shared weights take
+// to be read once. Not by how many there are: a sequence's sums are the same alone.
+inline bool reads_together(const FactoredChunk& chunk) {
+  return !chunk.writes && !chunk.kept && chunk.rows <= kStreamRows && kMemoryRows * chunk.dim * chunk.hidden >= kSharedWork;
+}
+
+// A chunk of one head and of one sequence, or of `together` of them.
 template <class T>
 class FactoredTask {
  public:
-  FactoredTask(const FactoredChunk& chunk, const Net& net, const Team& team, idx sequence, idx head)
-      : chunk_(chunk), net_(net), team_(team), sequence_(sequence), head_(head), task_(sequence * chunk.heads + head) {}
-  FactoredTask(const FactoredTask&) = delete;
+  FactoredTask(const FactoredChunk& chunk, const Net& net, const Team& team, idx sequence, idx head, idx together = 1)
+      : chunk_(chunk),
+        net_(net),
+        team_(team),
+        sequence_(sequence),
+        head_(head),
+        task_(sequence * chunk.heads + head),
+        together_(together) {}
 
   // Rows that are computed at once: all that are written, a bounded number where there is only reading.
   static idx piece_rows(const FactoredChunk& chunk) { return chunk.writes ? chunk.rows : min(chunk.rows, kReadRows); }
@@ -44,7 +55,7 @@ class FactoredTask {
 
   void layout(Arena& arena, bool backward) {
     const idx rows = piece_rows(chunk_), keys = chunk_.writes ? rows : 0;
-    capacity_ = rows + (net_.self() ? keys : 0);
+    capacity_ = together_ * rows + (net_.self() ? keys : 0);
     acts_.layout(arena, net_, capacity_, keys, false, false);
     Arena count;
     Kept<T> kept;
@@ -56,7 +67,8 @@ class FactoredTask {
       padded += round_up(chunk_.blocks[j].count);
     }
     scores_ = arena.matrix<T>(capacity_, make_axis<T>(most));
-    scale_ = arena.array<T>(padded + 256);  // a pass over scores reads whole panels
+    scale_size_ = padded + 256;  // a pass over scores reads whole panels
+    scale_ = arena.array<T>(together_ * scale_size_);
     if (!backward) return;
     adjoints_.layout(arena, net_, capacity_, keys, false);
     d_scores_ = arena.matrix<T>(capacity_, make_axis<T>(most));
@@ -68,6 +80,7 @@ class FactoredTask {
   idx kept_bytes() const { return kept_bytes_; }
 
   void forward(const FactoredResult& result) {
+    if (reads_together(chunk_)) return read_together(result);
     load_scale();
     const idx step = piece_rows(chunk_);
     for (idx first = 0; first < chunk_.rows; first += step) forward_rows(first, min(step, chunk_.rows - first), result);
@@ -313,6 +326,42 @@ class FactoredTask {
       store_matrix(team_, own(result, result.errors[i], net_.hidden), a.error[i].rows_from(0, keys));
   }
 
+  // A few tokens of each sequence: products with shared weights for all of them, with pairs for each.
+  void read_together(const FactoredResult& result) {
+    const idx rows = chunk_.rows, total = together_ * rows;
+    const Mat<T> x = acts_.x.rows_from(0, total), y = acts_.out.rows_from(0, total), hidden = acts_.hidden.rows_from(0, total);
+    const auto each = [&](const auto& body) {
+      team_.each(together_, [&](idx i) { body(FactoredTask(*this, i), i * rows); });
+    };
+    each([&](FactoredTask one, idx row) {
+      one.load_scale();
+      load_rows(one.team_, x.rows_from(row, rows), one.token(chunk_.x, 0), chunk_.dtype, chunk_.x.token);
+    });
+    const auto product = [&](const Mat<T>& inputs, int first, int count, const Mat<T>* outs) {
+      for (int i = 0; i < count; ++i) gemm_nn(team_, inputs, weight(first + i), outs[i]);
+      each([&](FactoredTask one, idx row) {
+        Mat<T> own[kMaxInputs];
+        for (int i = 0; i < count; ++i) {
+          own[i] = outs[i].rows_from(row, rows);
+          if (chunk_.decay) scale(one.team_, own[i], one.decay(), own[i]);
+        }
+        one.add_pairs(inputs.rows_from(row, rows), count, own,
+                      [&](const PairBlock& b, int i) { return one.inputs_to_errors(b, first + i); });
+      });
+    };
+    if (net_.has_hidden()) {
+      Mat<T> z[kMaxInputs];
+      for (int i = 0; i < net_.inputs; ++i) z[i] = acts_.z[i].rows_from(0, total);
+      product(x, 0, net_.inputs, z);
+      activate_rows<1>(acts_, hidden, 0, 0);
+    }
+    product(net_.has_hidden() ? hidden : x, net_.weights - 1, 1, &y);
+    if (net_.residual) add(team_, y, x);
+    each([&](FactoredTask one, idx row) {
+      store_rows(one.team_, one.token(result.output, 0), chunk_.dtype, result.output.token, y.rows_from(row, rows));
+    });
+  }
+
   template <int kOrder>
   void activate_rows(const Activations<T>& a, const Mat<T>& hidden, idx sloped, idx curved) {
     if (net_.form == Form::mlp)
@@ -423,10 +472,24 @@ class FactoredTask {
       zero(in_place<T>(grads.weights[i], head_ * net_.in(i) * out(i), net_.in(i), out(i), out(i)));
   }
 
+  // The i-th of several sequences, by a thread alone.
+  FactoredTask(const FactoredTask& all, idx i) : FactoredTask(all) {
+    team_ = Team{};
+    sequence_ += i;
+    task_ += i * chunk_.heads;
+    scale_ += i * scale_size_;
+    scores_.data += i * chunk_.rows * scores_.axis.width * scores_.axis.panels;
+  }
+  FactoredTask(const FactoredTask&) = default;
+
   const FactoredChunk& chunk_;
   const Net& net_;
   Team team_;
-  const idx sequence_, head_, task_;
+  idx sequence_;
+  const idx head_;
+  idx task_;
+  const idx together_;
+  idx scale_size_ = 0;
   Activations<T> acts_;
   Adjoints<T> adjoints_;
   Mat<T> scores_, d_scores_, unscaled_;
@@ -436,26 +499,28 @@ class FactoredTask {
   idx capacity_ = 1, kept_bytes_ = 0;
 };
 
-// Runs body(task) for every (sequence, head). Gradients of a head's weights are the sum over the sequences: in a backward the
-// sequences of a head follow one another, in their order.
+// Runs body(task) for every (sequence, head), or for groups of sequences that are read together. Gradients of a head's weights
+// are the sum over the sequences: in a backward those of a head follow one another, in their order.
 template <class T, class F>
 Status run_factored(const FactoredChunk& chunk, bool backward, F&& body) {
   const Net net = make_factored_net(chunk, {});
-  const idx units = chunk.heads * (backward ? 1 : chunk.batch), each = backward ? chunk.batch : 1;
+  const bool together = !backward && reads_together(chunk);
+  const idx group = backward ? chunk.batch : together ? min(chunk.batch, kReadRows / chunk.rows) : 1;
+  const idx units = chunk.heads * ceil_div(chunk.batch, group), width = together ? group : 1;
   const bool inside = shares_products(net, chunk.rows, units, chunk.threads);
   const Team team{inside ? chunk.threads : 1};
   Arena count;
-  FactoredTask<T> any(chunk, net, team, 0, 0);
+  FactoredTask<T> any(chunk, net, team, 0, 0, width);
   any.layout(count, backward);
   if ((backward || chunk.kept) && chunk.kept_bytes < any.kept_bytes() * FactoredTask<T>::piece_count(chunk))
     return {StatusCode::invalid_argument, "the memory for a backward is too small"};
   return with_scratch(chunk.threads, inside, units, count.used(), [&](void* memory, idx unit) {
-    for (idx i = 0; i < each; ++i) {
-      const idx task = backward ? i * chunk.heads + unit : unit;
+    const idx head = unit % chunk.heads, first = unit / chunk.heads * group, end = min(chunk.batch, first + group);
+    for (idx s = first; s < end; s += width) {
       Arena arena(memory);
-      FactoredTask<T> here(chunk, net, team, task / chunk.heads, task % chunk.heads);
-      here.layout(arena, backward);
-      body(here);
+      FactoredTask<T> task(chunk, net, team, s, head, min(width, end - s));
+      task.layout(arena, backward);
+      body(task);
     }
   });
 }

@@ -132,6 +132,24 @@ def test_threads_and_neighbours_change_no_bit(form):
         assert torch.equal(alone.values[name], want[1:2]), name
 
 
+@pytest.mark.parametrize("retention", [False, True])
+@FORMS
+def test_few_tokens_of_many_sequences_read_the_shared_weights_together(form, retention):
+    """Large weights, up to four tokens: each sequence gets the bits it gets alone, whoever reads with it."""
+    sizes = {"batch": 2, "heads": 2, "dim": 512, "hidden": 512, "chunk_size": 5, "tokens": 11}
+    problem = problem_of(form, **sizes, retention=retention)
+    with torch.no_grad():
+        state = _continue(problem, problem.memory(), FACTORED).state.index_select([0, 1] * 20)
+        for tokens in (1, 4):
+            q = torch.randn(40, tokens, 2, 512, dtype=torch.float64)
+            found = memory_read(q, state, spec=problem.spec, backend=FACTORED)
+            want = memory_read(q, state, spec=problem.spec, backend="reference:factored")
+            torch.testing.assert_close(found, want, rtol=1e-10, atol=1e-12)
+            for row in (0, 33):
+                alone = memory_read(q[[row]], state.index_select([row]), spec=problem.spec, backend=FACTORED)
+                assert torch.equal(alone, found[[row]])
+
+
 @FORMS
 def test_without_gradients_a_stream_has_the_same_bits_and_its_pairs_lie_behind_one_another(form):
     problem = problem_of(form).cast(torch.float32)
