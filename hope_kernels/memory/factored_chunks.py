@@ -220,16 +220,17 @@ class Writing:
             output, *found = _write(self.network, self.spec, pairs, k, v, self.operand)
         else:
             rows = torch.tensor(segment.rows).to(k.device, non_blocking=True)
+            # As they are now: a backward computes this again, after later merges.
+            network, merged = self.network, self.merged
 
             def of_rows(k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-                network = self.network
+                mine = network
                 if merged is not None:
-                    network = with_weights(self.shared, [w.index_select(0, rows) for w in merged], self.operand)
+                    mine = with_weights(self.shared, [w.index_select(0, rows) for w in merged], self.operand)
                 chosen = None if pairs is None else pairs.of_rows(rows)
-                return _write(network, self.spec, chosen, k, v, self.operand)
+                return _write(mine, self.spec, chosen, k, v, self.operand)
 
             # Copies of what these sequences wrote: not to be kept for every chunk.
-            merged = self.merged
             output, *found = _recomputed(of_rows, k, v)
         lr, retention = (None if g is None else g.transpose(1, 2) for g in gates)
         scalars = chunk_coefficients("gd", lr, retention, None)

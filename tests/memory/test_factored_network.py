@@ -196,6 +196,23 @@ def test_gradients_of_left_padded_rows_equal_those_of_each_row_alone():
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("ends", [(9, 13, 13), (5, 19, 0), (19, 4, 12)])
+@pytest.mark.parametrize("form", ["mlp", "glu"])
+def test_gradients_of_rows_that_end_at_tokens_of_their_own_do_not_know_of_a_merge(form, ends):
+    """Rows complete chunks that others do not; what was written by then is merged in the middle of the call."""
+    torch.manual_seed(0)
+    module = Module(form, nn.SiLU(), True, torch.float64)
+    tensors = [t.requires_grad_() for t in inputs(3, 19)]
+    leaves, valid = [*tensors, *module.parameters()], torch.tensor([[0, end] for end in ends])
+    pairs = []
+    for limit in (6, 1000):
+        output, state = scan(module, [(0, 19)], *tensors, valid=valid, limit=limit)
+        assert (state.history.merged is not None) == (limit == 6)
+        pairs.append(torch.autograd.grad(output.square().sum(), leaves))
+    for merged, whole in zip(*pairs, strict=True):
+        torch.testing.assert_close(merged, whole, rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.parametrize("whole_product", [False, True])
 def test_nan_in_padding_reaches_no_gradient(whole_product):
     torch.manual_seed(0)
