@@ -54,7 +54,7 @@ def replace_mlps(
         ValueError, TypeError: nothing matches, an MLP cannot become a memory, or has become one before; the message
             says which and what to do. The module is then unchanged.
     """
-    found = [(name, child, match(name, child)) for name, child in module.named_modules()]
+    found = [(name, child, match(name, child)) for name, child in module.named_modules(remove_duplicate=False)]
     mlps = [(name, child, structure) for name, child, structure in found if structure is not None]
     if not mlps:
         raise ValueError(
@@ -71,7 +71,10 @@ def install(mlps: list[tuple[str, nn.Module, MLPStructure]], sizes: dict[int, in
         raise TypeError(f"rank: got {rank!r}; want an int, 0 for a diagonal correction alone")
     if rank < 0:
         raise ValueError(f"rank: got {rank}; want at least 0")
+    places: dict[int, str] = {}
     for name, module, structure in mlps:
+        if (other := places.setdefault(id(module), name)) != name:
+            raise ValueError(f"{name}: the same module as {other}; want MLPs of their own, each is to be a memory")
         if isinstance(module, MemoryMLP):
             raise ValueError(f"{name}: already a memory; want a model without, remove_cms(model) gives it back")
         _check_mlp(name, module, structure)

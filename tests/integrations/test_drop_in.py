@@ -325,6 +325,9 @@ def test_modules_that_cannot_become_memories_are_refused_and_left_alone():
     model.mlps[0].forward = model.mlps[0].forward
     with pytest.raises(ValueError, match=r"mlps\.0: the memory was wrapped"):
         remove_cms(model)
+    model = Stack()
+    model.mlps[2] = model.mlps[0]
+    refused(model, gated, ValueError, "mlps.2: the same module as mlps.0; want MLPs of their own")
     refused(Stack(), gated, TypeError, "rank: got '4'", rank="4")
     refused(Stack(), gated, ValueError, "rank: got -1", rank=-1)
     with pytest.raises(ValueError, match="x has shape"):
