@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hope_kernels.integrations.context import UNDOABLE_TOKENS, Call, CMSContext, Step, current_call
+from hope_kernels.layers.hooks import is_hooked
 from hope_kernels.layers.primitives import inverse_softplus, project_gates
 from hope_kernels.memory import MemorySpec
 from hope_kernels.memory.factored import FactoredState, factored_scan
@@ -241,7 +242,7 @@ class ModuleNetwork:
         act = self.activate
         if act is F.silu:
             return "silu"
-        if not isinstance(act, nn.Module) or "forward" in vars(act) or act._forward_hooks or act._forward_pre_hooks:
+        if not isinstance(act, nn.Module) or is_hooked(act):
             return None
         if type(act) is nn.GELU:
             return "gelu" if act.approximate == "none" else "gelu_tanh"
@@ -256,7 +257,7 @@ class ModuleNetwork:
 
 def _is_plain(linear: nn.Module) -> bool:
     """Whether the layer is its weight and its bias and nothing more."""
-    return type(linear) is nn.Linear or type(linear).__name__ == "Conv1D"
+    return (type(linear) is nn.Linear or type(linear).__name__ == "Conv1D") and not is_hooked(linear)
 
 
 def _weight(linear: nn.Module) -> Tensor:

@@ -55,6 +55,30 @@ def test_a_memory_switched_on_is_the_oracles_gradients_included(name):
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
 
 
+def _double(module, args, output):
+    return 2 * output
+
+
+def _double_on_the_instance(linear):
+    forward = linear.forward
+    linear.forward = lambda x: 2 * forward(x)
+
+
+@pytest.mark.parametrize("add", [lambda linear: linear.register_forward_hook(_double), _double_on_the_instance])
+@torch.no_grad()
+def test_what_hooks_make_of_a_linear_is_what_is_written(add):
+    """A model whose linears give twice what their weights say is the model with weights twice as large."""
+
+    def logits(change):
+        model = make("llama", torch.float64)
+        for layer in model.model.layers:
+            change(layer.mlp.down_proj)
+        return switch_on(add_cms(model, levels=[3, 6]))(tokens(2, 13)).logits
+
+    found, want = logits(add), logits(lambda linear: linear.weight.mul_(2))
+    torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-9)
+
+
 def test_padded_rows_start_exactly_with_the_gradients_of_the_model_itself():
     model, ids = make("llama", torch.float64), tokens(3, 9)
     ids[1, :4], ids[2, 6:] = 0, 0
