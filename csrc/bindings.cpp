@@ -14,6 +14,7 @@ using hope::bindings::raise;
 using hope::bindings::read_backward;
 using hope::bindings::read_forward;
 using hope::bindings::read_problem;
+using hope::bindings::step_problem;
 
 void scan_forward(const py::tuple& vocabulary, const py::tuple& sizes, const py::tuple& tokens,
                   const py::tuple& coefficients, const py::tuple& states, const py::tuple& results, int threads) {
@@ -122,6 +123,28 @@ void level_update(const py::tuple& tensors, const py::tuple& levels, float weigh
   raise(status);
 }
 
+py::object step_refusal(const py::tuple& settings, const py::tuple& levels) {
+  return hope::bindings::refusal(hope::check_step_problem(step_problem(settings, levels)));
+}
+
+int64_t step_workspace(const py::tuple& settings, const py::tuple& levels) {
+  return hope::cpu::step_workspace(step_problem(settings, levels));
+}
+
+void step(const py::tuple& settings, const py::tuple& levels, int64_t x, int64_t x_row, int64_t output, int64_t workspace,
+          int64_t workspace_bytes, int threads) {
+  hope::StepProblem problem = step_problem(settings, levels);
+  problem.x = reinterpret_cast<const void*>(x);
+  problem.x_row = x_row;
+  problem.output = reinterpret_cast<void*>(output);
+  hope::Status status;
+  {
+    py::gil_scoped_release release;
+    status = hope::cpu::step(problem, reinterpret_cast<void*>(workspace), workspace_bytes, threads);
+  }
+  raise(status);
+}
+
 std::string isa() {
   const char* problem = "";
   const hope::cpu::Variant* variant = hope::cpu::variant(&problem);
@@ -147,6 +170,9 @@ PYBIND11_MODULE(_core, m) {
   m.def("factored_forward", &factored_forward, "One chunk of the factored plan; see hope_kernels.memory.factored_ops.");
   m.def("factored_backward", &factored_backward, "Its adjoint.");
   m.def("transpose_matrices", &transpose_matrices, "Transposed copies of matrices.");
+  m.def("step", &step, "One token through all levels of a CMS; see hope_kernels.backends.cpu.step.");
+  m.def("step_refusal", &step_refusal, "Why the engine does not compute a step, or None.");
+  m.def("step_workspace", &step_workspace, "Bytes that a step needs.");
   m.def("level_update", &level_update, "Update tensors of several levels; see hope_kernels.backends.cpu.");
   m.def("isa", &isa, "Instruction set in use: the newest this processor has, or the one HOPE_KERNELS_CPU_ISA names.");
   m.def("isas", &isas, "Instruction sets this build and this processor share, newest first.");

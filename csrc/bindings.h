@@ -14,6 +14,7 @@
 #include "factored.h"
 #include "level_update.h"
 #include "memory.h"
+#include "step.h"
 
 namespace hope::bindings {
 
@@ -45,10 +46,10 @@ class Items {
     return PyTuple_GET_ITEM(tuple_, position_++);
   }
   int64_t number() { return integer(next()); }
-  float real() {
+  double real() {
     const double value = PyFloat_AsDouble(next());
     if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-    return float(value);
+    return value;
   }
   void* pointer() { return address(next()); }
   TokenView tokens() {
@@ -109,6 +110,13 @@ inline void raise(const hope::Status& status) {
     case hope::StatusCode::unsupported:
     case hope::StatusCode::device_error: throw std::runtime_error(status.message);
   }
+}
+
+// None, or why an engine does not compute it.
+inline py::object refusal(const Status& status) {
+  if (status.code == StatusCode::unsupported) return py::str(status.message);
+  raise(status);
+  return py::none();
 }
 
 // A scan, from the tuples of hope_kernels/backends/core_problem.py.
@@ -273,7 +281,7 @@ class UpdateTables {
            {&UpdateLevel::lr, &UpdateLevel::beta1, &UpdateLevel::beta2, &UpdateLevel::eps, &UpdateLevel::gain1,
             &UpdateLevel::gain2, &UpdateLevel::correction1,
             &UpdateLevel::correction2, &UpdateLevel::scale, &UpdateLevel::max_norm})
-        level.*field = items.real();
+        level.*field = float(items.real());
       levels_.push_back(level);
     }
     Items t(tensors.ptr(), "tensors");
@@ -296,7 +304,7 @@ class UpdateTables {
       tensor.level = static_cast<int32_t>(items.number());
       tensor.gradient_dtype = static_cast<DType>(items.number());
       tensor.copy_dtype = static_cast<DType>(items.number());
-      tensor.decay = items.real();
+      tensor.decay = float(items.real());
       tensor.first_piece = piece;
       if (tensor.level >= 0) start_levels(size_t(tensor.level) + 1);
       const int64_t pieces = piece_count(tensor.size);
@@ -315,6 +323,49 @@ class UpdateTables {
   std::vector<UpdateTensor> tensors_;
   std::vector<UpdateLevel> levels_;
 };
+
+// A step's problem, from a tuple of its settings (dtype, independent, split, batch, heads, dim; addresses of mix and of the
+// positions) and one per level: form, activation, rule, chunk size, segment, hidden, step bound; addresses or None of the initial
+// weights (a tuple), target, gate weight and bias, weights and momentum (tuples), k, v, lr, retention, momentum gate,
+// predictions.
+inline StepProblem step_problem(const py::tuple& settings, const py::tuple& levels) {
+  StepProblem problem{};
+  Items s(settings.ptr(), "settings", 8);
+  problem.dtype = static_cast<DType>(s.number());
+  problem.independent = static_cast<int32_t>(s.number());
+  problem.split = static_cast<int32_t>(s.number());
+  problem.batch = s.number();
+  problem.heads = s.number();
+  problem.dim = s.number();
+  problem.mix = s.pointer();
+  problem.positions = static_cast<int64_t*>(s.pointer());
+  problem.level_count = int64_t(levels.size());
+  Items all(levels.ptr(), "levels");
+  for (int64_t l = 0; l < problem.level_count && l < kMaxStepLevels; ++l) {
+    Items items(all.next(), "a level", 19);
+    StepLevel& level = problem.levels[l];
+    level.form = static_cast<Form>(items.number());
+    level.activation = static_cast<Activation>(items.number());
+    level.rule = static_cast<Rule>(items.number());
+    level.chunk_size = items.number();
+    level.segment = items.number();
+    level.hidden = items.number();
+    level.step_bound = items.real();
+    items.pointers(level.initial, "initial");
+    level.target = items.pointer();
+    level.gate_weight = items.pointer();
+    level.gate_bias = items.pointer();
+    items.pointers(level.weights, "weights");
+    items.pointers(level.momentum, "momentum");
+    level.k = items.pointer();
+    level.v = items.pointer();
+    level.lr = static_cast<float*>(items.pointer());
+    level.retention = static_cast<float*>(items.pointer());
+    level.momentum_gate = static_cast<float*>(items.pointer());
+    level.predictions = static_cast<float*>(items.pointer());
+  }
+  return problem;
+}
 
 // Adds what was compiled with nvcc.
 void add_cuda(py::module_& m);

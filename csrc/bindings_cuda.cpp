@@ -44,13 +44,6 @@ cuda::Device read_device(const py::tuple& device) {
   return found;
 }
 
-// None, or why such a device does not compute it.
-py::object refusal(const Status& status) {
-  if (status.code == StatusCode::unsupported) return py::str(status.message);
-  raise(status);
-  return py::none();
-}
-
 py::object forward_refusal(const py::tuple& vocabulary, const py::tuple& sizes, const py::tuple& tokens,
                            const py::tuple& coefficients, const py::tuple& states, const py::tuple& results,
                            const py::tuple& device) {
@@ -111,51 +104,9 @@ void scan_backward(const py::tuple& vocabulary, const py::tuple& sizes, const py
   });
 }
 
-// A step's problem, from a tuple of its settings (dtype, independent, split, batch, heads, dim; addresses of mix and of the
-// positions) and one per level: form, activation, chunk size, segment, hidden, step bound; addresses or None of the initial
-// weights (a tuple), target, gate weight and bias, weights and momentum (tuples), k, v, lr, retention, momentum gate,
-// predictions.
-cuda::StepProblem step_problem(const py::tuple& settings, const py::tuple& levels) {
-  cuda::StepProblem problem{};
-  Items s(settings.ptr(), "settings", 8);
-  problem.dtype = static_cast<DType>(s.number());
-  problem.independent = static_cast<int32_t>(s.number());
-  problem.split = static_cast<int32_t>(s.number());
-  problem.batch = s.number();
-  problem.heads = s.number();
-  problem.dim = s.number();
-  problem.mix = s.pointer();
-  problem.positions = static_cast<int64_t*>(s.pointer());
-  problem.level_count = int64_t(levels.size());
-  Items all(levels.ptr(), "levels");
-  for (int64_t l = 0; l < problem.level_count && l < cuda::kMaxStepLevels; ++l) {
-    Items items(all.next(), "a level", 18);
-    cuda::StepLevel& level = problem.levels[l];
-    level.form = static_cast<Form>(items.number());
-    level.activation = static_cast<Activation>(items.number());
-    level.chunk_size = items.number();
-    level.segment = items.number();
-    level.hidden = items.number();
-    level.step_bound = items.real();
-    items.pointers(level.initial, "initial");
-    level.target = items.pointer();
-    level.gate_weight = items.pointer();
-    level.gate_bias = items.pointer();
-    items.pointers(level.weights, "weights");
-    items.pointers(level.momentum, "momentum");
-    level.k = items.pointer();
-    level.v = items.pointer();
-    level.lr = static_cast<float*>(items.pointer());
-    level.retention = static_cast<float*>(items.pointer());
-    level.momentum_gate = static_cast<float*>(items.pointer());
-    level.predictions = static_cast<float*>(items.pointer());
-  }
-  return problem;
-}
-
 void step(const py::tuple& settings, const py::tuple& levels, int64_t x, int64_t x_row, int64_t output, int64_t workspace,
           int64_t workspace_bytes, int device, int64_t stream) {
-  cuda::StepProblem problem = step_problem(settings, levels);
+  StepProblem problem = step_problem(settings, levels);
   problem.x = reinterpret_cast<const void*>(x);
   problem.x_row = x_row;
   problem.output = reinterpret_cast<void*>(output);

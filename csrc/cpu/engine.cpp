@@ -195,6 +195,25 @@ Status transpose_matrices(const MatrixView& from, int64_t matrices, int64_t rows
   return {};
 }
 
+int64_t step_workspace(const StepProblem& problem) {
+  const Variant* chosen = variant();
+  return chosen && check_step_problem(problem).code == StatusCode::ok ? chosen->step_workspace(problem) : 0;
+}
+
+Status step(const StepProblem& problem, void* workspace, int64_t workspace_bytes, int threads) {
+  const char* reason = "";
+  const Variant* chosen = variant(&reason);
+  if (!chosen) return {StatusCode::unsupported, reason};
+  const Status status = check_step_problem(problem);
+  if (status.code != StatusCode::ok) return status;
+  if (threads < 1) return {StatusCode::invalid_argument, "threads must be positive"};
+  if (problem.batch == 0) return {};
+  if (!problem.x || !problem.output) return {StatusCode::invalid_argument, "x or output is missing"};
+  if (!workspace || workspace_bytes < chosen->step_workspace(problem))
+    return {StatusCode::invalid_argument, "the workspace is missing or too small"};
+  return chosen->step(problem, workspace, threads);
+}
+
 Status level_update(const LevelUpdateProblem& problem, int threads) {
   const char* reason = "";
   const Variant* chosen = variant(&reason);

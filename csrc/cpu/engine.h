@@ -4,6 +4,7 @@
 #include "../factored.h"
 #include "../level_update.h"
 #include "../memory.h"
+#include "../step.h"
 
 namespace hope::cpu {
 
@@ -18,6 +19,8 @@ struct Variant {
   // See the function of this name below.
   void (*transpose_matrices)(const MatrixView& from, int64_t matrices, int64_t rows, int64_t columns, void* to,
                              int64_t stride, int threads);
+  int64_t (*step_workspace)(const StepProblem&);
+  Status (*step)(const StepProblem&, void* workspace, int threads);
   // `sums` (one for each piece) and `scales` (one for each level) are scratch.
   void (*level_update)(const LevelUpdateProblem&, float* sums, float* scales, int threads);
   // Runs `rounds` rounds of independent multiply-adds held in registers; returns the floating point operations done.
@@ -36,6 +39,10 @@ Status factored_backward(const FactoredChunk& chunk, const FactoredGradients& gr
 // transposed.
 Status transpose_matrices(const MatrixView& from, int64_t matrices, int64_t rows, int64_t columns, void* to, int64_t stride,
                           int threads);
+// Bytes a step needs; nothing in it need survive between calls. 0 for a problem that check_step_problem refuses.
+int64_t step_workspace(const StepProblem& problem);
+// One token of every sequence through all levels, all pointers to memory of this process.
+Status step(const StepProblem& problem, void* workspace, int64_t workspace_bytes, int threads);
 Status level_update(const LevelUpdateProblem& problem, int threads);
 
 // The variant in use: the newest the processor has, or the one HOPE_KERNELS_CPU_ISA names (read at first use).

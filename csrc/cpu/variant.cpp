@@ -2,6 +2,7 @@
 #include "engine.h"
 #include "factored.h"
 #include "level_update.h"
+#include "step.h"
 
 namespace hope::cpu::HOPE_ISA {
 namespace {
@@ -71,6 +72,33 @@ void transpose_matrices(const MatrixView& from, int64_t matrices, int64_t rows, 
     transpose_all(from, matrices, rows, columns, static_cast<float*>(to), stride, threads);
 }
 
+// Calls body with a step in the problem's state dtype.
+template <class F>
+auto with_step(const StepProblem& problem, int threads, F&& body) {
+  if (problem.dtype == DType::float64) {
+    Step<double> step(problem, threads, scan_forward);
+    return body(step);
+  }
+  Step<float> step(problem, threads, scan_forward);
+  return body(step);
+}
+
+int64_t step_workspace(const StepProblem& problem) {
+  return with_step(problem, 1, [](auto& step) {
+    Arena count;
+    step.layout(count);
+    return int64_t(count.used());
+  });
+}
+
+Status step(const StepProblem& problem, void* workspace, int threads) {
+  return with_step(problem, threads, [&](auto& step) {
+    Arena arena(workspace);
+    step.layout(arena);
+    return step.run();
+  });
+}
+
 double multiply_add(int64_t rounds, float* sink) {
   constexpr int kChains = 12;  // enough to hide the latency, few enough to stay in registers everywhere
   vfloat sum[kChains];
@@ -95,6 +123,6 @@ double multiply_add(int64_t rounds, float* sink) {
 #define HOPE_TEXT(x) HOPE_TEXT_(x)
 extern const Variant kVariant;
 const Variant kVariant = {HOPE_TEXT(HOPE_ISA), scan_forward, scan_backward, factored_kept_bytes, factored_forward,
-                          factored_backward, transpose_matrices, level_update, multiply_add};
+                          factored_backward, transpose_matrices, step_workspace, step, level_update, multiply_add};
 
 }  // namespace hope::cpu::HOPE_ISA

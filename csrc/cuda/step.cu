@@ -253,37 +253,26 @@ bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) 
 
 Status check_step(const StepProblem& p) {
   const auto refused = [](const char* message) { return Status{StatusCode::unsupported, message}; };
-  const auto invalid = [](const char* message) { return Status{StatusCode::invalid_argument, message}; };
+  const Status status = check_step_problem(p);
+  if (status.code != StatusCode::ok) return status;
   if (p.dtype != DType::float32 && p.dtype != DType::bfloat16 && p.dtype != DType::float16)
     return refused("tokens must be float32, bfloat16 or float16");
-  if (p.level_count < 1 || p.level_count > kMaxStepLevels) return refused("it takes 1 to 16 levels");
-  if (p.batch < 0 || p.batch > kMaxStepBatch) return refused("it takes up to 256 sequences");
-  if (p.heads < 1 || p.dim < 1) return invalid("heads and features must be positive");
+  if (p.batch > kMaxStepBatch) return refused("it takes up to 256 sequences");
   if (p.dim % 8 != 0 || p.dim > kMaxStepDim) return refused("a head's features must be a multiple of 8, up to 128");
-  if (p.batch > 0 && !p.positions) return invalid("positions are missing");
-  if (p.independent && !p.mix) return invalid("the shares of independent levels are missing");
   for (int64_t l = 0; l < p.level_count; ++l) {
     const StepLevel& level = p.levels[l];
-    if (level.form != Form::linear && (level.hidden < 1 || level.hidden % 8 != 0))
-      return refused("hidden units must be a multiple of 8");
-    if (level.chunk_size < 0 || (level.chunk_size == 0 && l + 1 < p.level_count))
-      return invalid("only the last level may be one that is never written");
-    if (level.segment < 0 || (level.chunk_size > 0 && level.segment % level.chunk_size != 0))
-      return invalid("a segment must be a multiple of the chunk size");
-    for (int i = 0; i < weight_count(level.form); ++i) {
-      if (!level.initial[i]) return invalid("a parameter is missing");
+    if (level.form != Form::linear && level.hidden % 8 != 0) return refused("hidden units must be a multiple of 8");
+    for (int i = 0; i < weight_count(level.form); ++i)
       if (!stepping::aligned(level.initial[i])) return refused("parameters must be aligned to 16 bytes");
-    }
     if (level.chunk_size == 0) continue;
-    if (!level.target || !level.gate_weight || !level.gate_bias) return invalid("a parameter is missing");
+    if (level.rule == Rule::dgd)
+      return refused("rule 'dgd' solves a triangular system at each write, which the kernel does not");
     if (!stepping::aligned(level.target) || !stepping::aligned(level.gate_weight))
       return refused("parameters must be aligned to 16 bytes");
     if (p.batch == 0) continue;
-    if (!level.k || !level.v || !level.lr || !level.predictions) return invalid("a part of the state is missing");
-    for (int i = 0; i < weight_count(level.form); ++i) {
-      if (!level.weights[i] || !level.momentum[i] != !level.momentum_gate) return invalid("a part of the state is missing");
+    if (!level.predictions) return {StatusCode::invalid_argument, "a part of the state is missing"};
+    for (int i = 0; i < weight_count(level.form); ++i)
       if (!stepping::aligned(level.weights[i])) return refused("the state must be aligned to 16 bytes");
-    }
   }
   return {};
 }

@@ -97,7 +97,7 @@ __device__ void project(const Arguments& a, const StepLevel& level, int64_t item
   }
   if (mine) x += number_at(p.dtype, level.gate_bias, j * p.heads + head);
   // The step is in the lane of gate 0 of the same sequence.
-  const float lr = level.step_bound * stable_sigmoid(__shfl_sync(kAllLanes, x, index % kBatch * kSame));
+  const float lr = float(level.step_bound) * stable_sigmoid(__shfl_sync(kAllLanes, x, index % kBatch * kSame));
   if (!mine) return;
   const int64_t at = kept_at(p, level, b, slot_of(level, b), head);
   if (j == 0)

@@ -201,6 +201,21 @@ class CMS(nn.Module):
         Raises:
             ValueError, TypeError: ``x`` or ``buffer`` does not fit; the buffer is unchanged.
         """
+        kernel = buffer.kernel if isinstance(buffer, CMSBuffer) else None
+        if kernel is None or not kernel.ready(self, x):
+            self._check_step(x, buffer)
+            if kernel is not None and not kernel.serves(self):
+                return self._step_by_levels(x, buffer)
+        if kernel is None:
+            return self._step_by_levels(x, buffer)
+        output = kernel.step(x if x.dim() == 2 else x[:, 0])
+        for held, segment in zip(buffer.levels, buffer.segments, strict=True):
+            if held is not None:
+                held.count(segment)
+        buffer.counted = buffer.counted + 1
+        return output.view(x.shape)
+
+    def _check_step(self, x: Tensor, buffer: CMSBuffer) -> None:
         token = x.unsqueeze(1) if isinstance(x, Tensor) and x.dim() == 2 else x
         self._check_input(token, tokens=1)
         self._check_carried("buffer", buffer, CMSBuffer, token)
@@ -209,14 +224,9 @@ class CMS(nn.Module):
                 f"CMS: buffer keeps {buffer.dtype} tokens, this call has {self._token_dtype()}; want the dtype (and "
                 "autocast) it was made with"
             )
-        kernel = buffer.kernel
-        if kernel is not None and kernel.serves(self):
-            output = kernel.step(token[:, 0])
-            for level, held in zip(self.levels, buffer.levels, strict=True):
-                if held is not None:
-                    held.count(level.segment)
-            buffer.counted = buffer.counted + 1
-            return output.view(x.shape)
+
+    def _step_by_levels(self, x: Tensor, buffer: CMSBuffer) -> Tensor:
+        kernel, token = buffer.kernel, x.unsqueeze(1) if x.dim() == 2 else x
         outputs: list[Tensor] = []
         if kernel is not None:
             _ = buffer.position  # counted by the device, which replays of a graph move on unseen

@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from hope_kernels.backends.cpu import step as cpu_step
 from hope_kernels.backends.cuda import runtime
 from tests.cuda_host import build, scan
 
@@ -36,6 +37,7 @@ def on_host(module: ModuleType) -> Iterator[None]:
         return None if device.type == "cpu" else f"the host layer takes CPU tensors, got {device}"
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_step, "refuses", lambda device: "the CUDA engine is under test")
         patch.setattr(runtime, "load", lambda: module)
         patch.setattr(runtime, "no_device", lambda: None)
         patch.setattr(runtime, "current_device", lambda: torch.device("cpu"))

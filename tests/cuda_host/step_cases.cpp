@@ -25,13 +25,13 @@ extern "C" int run_case(const char* name) {
     for (size_t i = 0; i < x.size(); ++i) x[i] = scale * std::sin(float(i) * 0.7f + float(memory.size()));
     return x.data() + (16 - reinterpret_cast<uintptr_t>(x.data()) % 16) % 16 / sizeof(float);
   };
-  hope::cuda::StepProblem p{};
+  hope::StepProblem p{};
   p.dtype = hope::DType::float32;
   p.independent = has("independent");
   p.split = has("split");
   p.batch = batch, p.heads = kHeads, p.dim = kDim, p.level_count = 4;
   for (int l = 0; l < 4; ++l) {
-    hope::cuda::StepLevel& level = p.levels[l];
+    hope::StepLevel& level = p.levels[l];
     level.form = form;
     level.chunk_size = chunks[l];
     level.segment = l == 0 ? 6 : l == 2 ? 2 * chunks[l] : 0;

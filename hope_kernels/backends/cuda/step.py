@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+NAME = "cuda"
+KEEPS_PREDICTIONS = True  # of a chunk's tokens: a write then needs nothing of a memory's other pieces
 # Up to so many pairs of sequence and head a memory is read by several blocks: fewer would leave most of a GPU's 100 or
 # more multiprocessors without work. Beyond, one block reads and writes a pair while its weights are in L2. The bits of
 # the results are the same.
