@@ -442,11 +442,14 @@ std::vector<Array> factored(uint64_t seed, int threads) {
   chunk.dtype = random.chance(0.7) ? DType::float32 : DType::float64;
   chunk.writes = random.chance(0.7);
   chunk.threads = threads;
-  const bool together = random.chance(0.1);               // few tokens of several sequences, for no backward
+  const bool together = random.chance(0.1);             // few tokens of several sequences, for no backward
   const bool large = !together && random.chance(0.06);  // threads share one product
   if (together) chunk.writes = 0;
   chunk.batch = together ? random.one_of({1, 3, 33}) : random.whole(1, 3), chunk.heads = large ? 1 : random.whole(1, 3);
-  chunk.rows = together ? random.whole(1, 4) : large ? 128 : chunk.writes ? random.one_of({1, 4, 5, 16, 33}) : random.one_of({1, 4, 7, 130});
+  chunk.rows = together       ? random.whole(1, 4)
+               : large        ? 128
+               : chunk.writes ? random.one_of({1, 4, 5, 16, 33})
+                              : random.one_of({1, 4, 7, 130});
   chunk.dim = together ? 512 : large ? 128 : random.one_of({16, 32, 80});
   chunk.hidden = chunk.form == Form::linear || together ? chunk.dim : large ? 512 : random.one_of({16, 48, 96});
   const int64_t tasks = chunk.batch * chunk.heads, D = chunk.dim, H = chunk.hidden;
@@ -541,6 +544,82 @@ std::vector<Array> factored(uint64_t seed, int threads) {
   return results;
 }
 
+// Some tokens of sequences at different places through a stack of levels.
+std::vector<Array> steps(uint64_t seed, int threads) {
+  Random random(seed);
+  StepProblem p{};
+  p.dtype = DType(random.whole(0, 3));
+  const bool large = random.chance(0.1);  // threads share products
+  p.batch = random.one_of({1, 3, 5}), p.heads = random.whole(1, 3);
+  p.dim = large ? 96 : random.one_of({1, 7, 16, 33});
+  p.level_count = random.whole(1, 3);
+  p.independent = random.chance(0.3);
+  const DType state = p.dtype == DType::float64 ? DType::float64 : DType::float32;
+  const int64_t width = p.heads * p.dim;
+  std::vector<Array> results, given;
+  const auto filled = [&](std::vector<Array>& arrays, DType dtype, int64_t size, double middle, double scale) {
+    Array array(dtype, size);
+    for (int64_t i = 0; i < size; ++i) array.set(i, middle + scale * random.normal());
+    arrays.push_back(array);
+    return array.data();
+  };
+  const auto parameter = [&](int64_t size, double scale) { return filled(given, p.dtype, size, 0, scale); };
+  const auto held = [&](int64_t size, double middle, double scale) {
+    return static_cast<float*>(filled(results, state, size, middle, scale));
+  };
+  int64_t chunk = 1;
+  for (int64_t l = 0; l < p.level_count; ++l) {
+    StepLevel& level = p.levels[l];
+    const bool plain = l > 0 && l + 1 == p.level_count && random.chance(0.5);
+    level.form = Form(random.whole(0, 2));
+    level.activation = Activation(random.whole(0, 3));
+    level.rule = plain ? Rule::gd : Rule(random.whole(0, 1));
+    chunk *= l == 0 ? random.whole(1, 3) : random.whole(1, 2);
+    level.chunk_size = plain ? 0 : chunk;
+    level.segment = plain ? 0 : random.one_of({0, 1, 2}) * chunk;
+    level.hidden = level.form == Form::linear ? 0 : large ? 192 : random.one_of({1, 8, 21});
+    level.step_bound = 0.1;
+    const int count = weight_count(level.form);
+    const bool momentum = level.rule == Rule::gd && random.chance(0.5), retention = random.chance(0.5);
+    for (int i = 0; i < count; ++i) {
+      const int64_t features = plain ? width : p.dim, copies = plain ? 1 : p.heads;
+      const int64_t size = features * (level.form == Form::linear ? features : level.hidden);
+      level.initial[i] = parameter(copies * size, 0.1);
+      if (plain) continue;
+      level.weights[i] = held(p.batch * copies * size, 0, 0.1);
+      if (momentum) level.momentum[i] = held(p.batch * copies * size, 0, 0.01);
+    }
+    if (plain) continue;
+    const int64_t kept = p.batch * chunk * p.heads, gates = 1 + retention + momentum;
+    level.target = parameter(width * width, 0.1);
+    level.gate_weight = parameter(gates * p.heads * width, 0.1);
+    level.gate_bias = parameter(gates * p.heads, 0.1);
+    level.k = filled(results, p.dtype, kept * p.dim, 0, 0.1);
+    level.v = filled(results, p.dtype, kept * p.dim, 0, 0.1);
+    level.lr = held(kept, 0.05, 0.01);
+    if (retention) level.retention = held(kept, 0.9, 0.01);
+    if (momentum) level.momentum_gate = held(kept, 0.5, 0.1);
+  }
+  if (p.independent) p.mix = parameter(p.level_count, 1);
+  std::vector<int64_t> positions;
+  for (int64_t b = 0; b < p.batch; ++b) positions.push_back(random.whole(0, 5));
+  p.positions = positions.data();
+  p.x_row = width + random.one_of({0, 3});
+  Array output(p.dtype, p.batch * width);
+  results.push_back(output);
+  p.output = output.data();
+  for (int token = 0; token < 5; ++token) {
+    p.x = parameter((p.batch - 1) * p.x_row + width, 1);
+    const std::unique_ptr<char[]> workspace(new char[size_t(cpu::step_workspace(p))]);
+    const Status status = cpu::step(p, workspace.get(), cpu::step_workspace(p), threads);
+    if (status.code != StatusCode::ok) fail("step " + std::to_string(seed) + ": " + status.message);
+  }
+  for (const Array& array : results)
+    for (int64_t i = 0; i < array.count(); ++i)
+      if (array.nan(i)) fail("step " + std::to_string(seed) + ": a result is NaN");
+  return results;
+}
+
 // NaN stands for what nothing had to write.
 void write_sums(std::FILE* file, uint64_t seed, const Case& made) {
   static const char* const kNames[] = {"float32", "float64", "bfloat16", "float16"};
@@ -582,6 +661,7 @@ int main(int count, char** arguments) {
     };
     same("update", update(seed, 1), update(seed, 3));
     same("factored", factored(seed, 1), factored(seed, 3));
+    same("step", steps(seed, 1), steps(seed, 3));
   }
   if (sums && std::fclose(sums) != 0) fail("the sums were not written");
   std::printf("%d cases passed\n", cases);
