@@ -19,12 +19,29 @@ import typer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
 from hope_kernels.bench.call_overhead import OverheadRow, ReadRow, measure, measure_reads
+from hope_kernels.bench.decode import DECODE, DecodeRow, measure_decode
 from hope_kernels.bench.machine import stamp
 
 REPORT = Path(__file__).parent / "results" / "call-overhead.json"
 
 
-def show(rows: list[OverheadRow], reads: list[ReadRow]) -> None:
+def measure_stacks() -> dict[str, list[DecodeRow]]:
+    """One token through four levels of 16 memories, in one call of the core and eagerly, by dtype.
+
+    Raises:
+        RuntimeError: the two do not agree.
+    """
+    return {
+        str(dtype).removeprefix("torch."): [
+            row
+            for batch in (1, 8)
+            for row in measure_decode(DECODE, batch, ["reference", "cpu"], dtype=dtype, device="cpu", problems=[])
+        ]
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+
+
+def show(rows: list[OverheadRow], reads: list[ReadRow], stacks: dict[str, list[DecodeRow]]) -> None:
     """The rows as tables."""
     from rich.console import Console
     from rich.table import Table
@@ -36,7 +53,12 @@ def show(rows: list[OverheadRow], reads: list[ReadRow]) -> None:
     for row in reads:
         numbers = (row.weight_bytes / 1e6, row.median_us, row.gbytes, row.summed)
         large.add_row(row.sizes, *(f"{number:.1f}" for number in numbers))
-    Console().print(table, large)
+    decode = Table("CMS.step", "batch", "median us", "worst us", "GB/s", title="C = 1, 16, 64, None; N16 D64 H256")
+    for dtype, found in stacks.items():
+        for row in found:
+            numbers = (row.us_median, row.us_worst, row.bytes_per_token / row.us_median / 1e3)
+            decode.add_row(f"{row.backend}, {dtype}", str(row.batch), *(f"{number:.1f}" for number in numbers))
+    Console().print(table, large, decode)
 
 
 def main(
@@ -44,9 +66,13 @@ def main(
     report: Annotated[Path, typer.Option(help="JSON to write.")] = REPORT,
 ) -> None:
     """Time one-token calls of memories so small that their arithmetic is nothing, and reads of large ones."""
-    rows, reads = measure(samples), measure_reads()
-    show(rows, reads)
-    found = {"rows": [asdict(row) for row in rows], "reads": [asdict(row) for row in reads]}
+    rows, reads, stacks = measure(samples), measure_reads(), measure_stacks()
+    show(rows, reads, stacks)
+    found = {
+        "rows": [asdict(row) for row in rows],
+        "reads": [asdict(row) for row in reads],
+        "stacks": {dtype: [asdict(row) for row in found] for dtype, found in stacks.items()},
+    }
     report.write_text(json.dumps(stamp("call overhead") | found, indent=1) + "\n")
 
 

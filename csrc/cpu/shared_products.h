@@ -105,33 +105,43 @@ void multiply_transposed(int threads, DType dtype, const TokenRows<T>& x, const 
   });
 }
 
-// y[b][j] = sum_i x[b][i] W[i][j], W [x.n, y.n].
+// y[b][j] = sum_i x[b][i] W[i][j], W [x.n, y.n]: several rows of W at a time, along them.
 template <class T>
 void multiply(int threads, DType dtype, const TokenRows<T>& x, const void* weight, const TokenRows<T>& y) {
-  constexpr int kVectors = kTileVectors;
-  constexpr idx kColumns = kVectors * kLanes<T>;
+  constexpr idx kDepth = 8, kMostColumns = 512, kFewestColumns = 64;
   const Team team{x.rows * x.n * y.n < kThreadedWork ? 1 : threads};
+  const idx share = ceil_div(ceil_div(y.n, team.threads), kFewestColumns) * kFewestColumns;
+  const idx columns = min(kMostColumns, share);
   with_token_element<T>(dtype, [&](auto element) {
     using E = decltype(element);
     const auto* w = static_cast<const typename E::Memory*>(weight);
-    team.each(ceil_div(y.n, kColumns), [&](idx piece) {
-      const idx j = piece * kColumns, valid = min(kColumns, y.n - j);
+    team.each(ceil_div(y.n, columns), [&](idx piece) {
+      const idx j = piece * columns, valid = min(columns, y.n - j), width = ceil_div(valid, kLanes<T>) * kLanes<T>;
+      alignas(64) T room[kDepth][kMostColumns];
       row_groups(x.rows, [&](idx b, auto together) {
         constexpr int kRows = decltype(together)::value;
-        Vec<T> sum[kRows][kVectors] = {};
-        alignas(64) T room[kColumns];
-        for (idx i = 0; i < x.n; ++i) {
-          const T* row = widened<T, E>(w + i * y.n + j, valid, kColumns, room);
-          Vec<T> weights[kVectors];
+        for (int r = 0; r < kRows; ++r) std::memset(y.at(b + r) + j, 0, size_t(width) * sizeof(T));
+        const auto add = [&](idx i, auto depth) {
+          constexpr idx kRowsOfW = decltype(depth)::value;
+          const T* rows[kRowsOfW];
+          for (idx d = 0; d < kRowsOfW; ++d) rows[d] = widened<T, E>(w + (i + d) * y.n + j, valid, width, room[d]);
+          for (idx c = 0; c < width; c += kLanes<T>) {
+            Vec<T> sum[kRows];
 #pragma GCC unroll 4
-          for (int v = 0; v < kVectors; ++v) weights[v] = load(row + v * kLanes<T>);
+            for (int r = 0; r < kRows; ++r) sum[r] = load(y.at(b + r) + j + c);
+#pragma GCC unroll 8
+            for (idx d = 0; d < kRowsOfW; ++d) {
+              const Vec<T> weights = load(rows[d] + c);
 #pragma GCC unroll 4
-          for (int r = 0; r < kRows; ++r)
+              for (int r = 0; r < kRows; ++r) multiply_add(sum[r], x.at(b + r)[i + d], weights);
+            }
 #pragma GCC unroll 4
-            for (int v = 0; v < kVectors; ++v) multiply_add(sum[r][v], x.at(b + r)[i], weights[v]);
-        }
-        for (int r = 0; r < kRows; ++r)
-          for (int v = 0; v < kVectors && v * kLanes<T> < valid; ++v) store(y.at(b + r) + j + v * kLanes<T>, sum[r][v]);
+            for (int r = 0; r < kRows; ++r) store(y.at(b + r) + j + c, sum[r]);
+          }
+        };
+        idx i = 0;
+        for (; i + kDepth <= x.n; i += kDepth) add(i, std::integral_constant<idx, kDepth>{});
+        for (; i < x.n; ++i) add(i, std::integral_constant<idx, 1>{});
       });
     });
   });

@@ -192,7 +192,6 @@ class CMS(nn.Module):
             ]
             buffer.replace(found, levels, state.position)
 
-    @torch.no_grad()
     def step(self, x: Tensor, buffer: CMSBuffer) -> Tensor:
         """One token per sequence, ``[B, dim]`` or ``[B, 1, dim]`` -> the same shape; moves ``buffer`` on in place.
 
@@ -225,6 +224,7 @@ class CMS(nn.Module):
                 "autocast) it was made with"
             )
 
+    @torch.no_grad()
     def _step_by_levels(self, x: Tensor, buffer: CMSBuffer) -> Tensor:
         kernel, token = buffer.kernel, x.unsqueeze(1) if x.dim() == 2 else x
         outputs: list[Tensor] = []
