@@ -119,7 +119,7 @@ class TransformersHopeConfig(PreTrainedConfig):
 
 
 class TransformersHopePreTrainedModel(PreTrainedModel):
-    """What the bare model and the language model share.
+    """What the bare model and the language model share: :meth:`forward` is the bare model's.
 
     Args:
         config: sizes and parts.
@@ -193,19 +193,38 @@ class TransformersHopePreTrainedModel(PreTrainedModel):
             )
         self.model.activation_checkpointing = enable
 
-    def _read(
+    def forward(
         self,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        past_key_values: HopeCache | None,
-        inputs_embeds: Tensor | None,
-        use_cache: bool | None,
-        output_attentions: bool | None,
-        output_hidden_states: bool | None,
-        options: dict[str, Any],
-    ) -> BaseModelOutputWithPast:
-        """The features of the tokens, and what goes with them; arguments as :meth:`TransformersHopeModel.forward`."""
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: HopeCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+        """Features ``[B, T, dim]`` of ``input_ids [B, T]``.
+
+        Args:
+            input_ids: any integer dtype.
+            attention_mask: ``[B, tokens in the cache and new ones]``, 0 for padding, left or right, which is neither
+                counted nor written; its features and logits are 0.
+            position_ids: a memory has none, and attention counts by itself; several sequences packed into a row, which
+                they would show, are refused.
+            past_key_values: of the tokens before; it is moved on.
+            inputs_embeds: ``[B, T, dim]``, rows of the embedding, in place of ``input_ids``.
+            use_cache: whether the cache is returned; None takes the config's answer, no in training.
+            output_attentions: there are none.
+            output_hidden_states: whether what each block reads is returned, and the features.
+            return_dict: False returns a tuple.
+            **kwargs: of the loss; ``cu_seq_lens_q`` is refused, and so is ``seq_idx`` that changes within a row.
+
+        Raises:
+            ValueError, TypeError: naming the argument that does not fit.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(
                 f"input_ids, inputs_embeds: got {'neither' if input_ids is None else 'both'}; want one of them"
@@ -224,8 +243,8 @@ class TransformersHopePreTrainedModel(PreTrainedModel):
             )
         x = self.model.embed(input_ids) if inputs_embeds is None else self._embedded(inputs_embeds)
         valid = self._valid(attention_mask, past_key_values, *x.shape[:2])
-        check_not_packed(options.get("cu_seq_lens_q") is not None, position_ids, x.shape[1], valid)
-        check_one_sequence(options.get("seq_idx"), x.shape[1], valid)
+        check_not_packed(kwargs.get("cu_seq_lens_q") is not None, position_ids, x.shape[1], valid)
+        check_one_sequence(kwargs.get("seq_idx"), x.shape[1], valid)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         layers: list[Tensor] | None = [] if output_hidden_states else None
@@ -235,11 +254,12 @@ class TransformersHopePreTrainedModel(PreTrainedModel):
             features = read_fresh(self.model, x, valid, layers)
         else:
             features = past_key_values.read(self.model, x, valid, layers)
-        return BaseModelOutputWithPast(
+        output = BaseModelOutputWithPast(
             last_hidden_state=features,
             past_key_values=past_key_values if use_cache else None,
             hidden_states=None if layers is None else tuple(layers),
         )
+        return output if _wants_dict(return_dict, self.config) else output.to_tuple()
 
     def _embedded(self, inputs_embeds: Tensor) -> Tensor:
         shape = tuple(inputs_embeds.shape) if isinstance(inputs_embeds, Tensor) else type(inputs_embeds).__name__
@@ -279,51 +299,6 @@ class TransformersHopeModel(TransformersHopePreTrainedModel):
         super().__init__(config)
         self.model = HopeModel(config.to_hope(), backend)
         self.post_init()
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: HopeCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
-        """Features ``[B, T, dim]`` of ``input_ids [B, T]``.
-
-        Args:
-            input_ids: any integer dtype.
-            attention_mask: ``[B, tokens in the cache and new ones]``, 0 for padding, left or right, which is neither
-                counted nor written; its features and logits are 0.
-            position_ids: a memory has none, and attention counts by itself; several sequences packed into a row, which
-                they would show, are refused.
-            past_key_values: of the tokens before; it is moved on.
-            inputs_embeds: ``[B, T, dim]``, rows of the embedding, in place of ``input_ids``.
-            use_cache: whether the cache is returned; None takes the config's answer, no in training.
-            output_attentions: there are none.
-            output_hidden_states: whether what each block reads is returned, and the features.
-            return_dict: False returns a tuple.
-            **kwargs: of the loss; ``cu_seq_lens_q`` is refused, and so is ``seq_idx`` that changes within a row.
-
-        Raises:
-            ValueError, TypeError: naming the argument that does not fit.
-        """
-        output = self._read(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            use_cache,
-            output_attentions,
-            output_hidden_states,
-            kwargs,
-        )
-        return output if _wants_dict(return_dict, self.config) else output.to_tuple()
 
 
 class TransformersHopeForCausalLM(TransformersHopePreTrainedModel, GenerationMixin):
@@ -395,7 +370,7 @@ class TransformersHopeForCausalLM(TransformersHopePreTrainedModel, GenerationMix
         Raises:
             ValueError, TypeError: naming the argument that does not fit.
         """
-        read = self._read(
+        read = super().forward(
             input_ids,
             attention_mask,
             position_ids,
@@ -404,7 +379,8 @@ class TransformersHopeForCausalLM(TransformersHopePreTrainedModel, GenerationMix
             use_cache,
             output_attentions,
             output_hidden_states,
-            kwargs,
+            return_dict=True,
+            **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.logits(read.last_hidden_state[:, kept])
