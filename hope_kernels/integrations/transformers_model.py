@@ -74,6 +74,10 @@ class TransformersHopeConfig(PreTrainedConfig):
     mixer: str = HopeConfig.mixer
     chunk_size: int = HopeConfig.chunk_size
     projection_chunk_size: int = HopeConfig.projection_chunk_size
+    rule: str = HopeConfig.rule
+    retention: bool = HopeConfig.retention
+    momentum: bool | None = HopeConfig.momentum
+    adaptive: list[str] | tuple[str, ...] | None = HopeConfig.adaptive
     lr_max: float | None = HopeConfig.lr_max
     value_norm_max: float | None = HopeConfig.value_norm_max
     weight_norm_max: float | None = HopeConfig.weight_norm_max
@@ -92,7 +96,8 @@ class TransformersHopeConfig(PreTrainedConfig):
         if isinstance(self.levels, list | tuple):  # dictionaries, before an error prints the config
             self.levels = [dataclasses.asdict(x) if isinstance(x, CMSLevel) else x for x in self.levels]
         super().__post_init__(**kwargs)
-        self.levels = self.to_hope().to_dict()["levels"]
+        values = self.to_hope().to_dict()
+        self.adaptive, self.levels = values["adaptive"], values["levels"]
 
     @property
     def initializer_range(self) -> float:

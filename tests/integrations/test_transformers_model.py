@@ -28,7 +28,7 @@ from tests.integrations.hope_support import (
     transformers,
     varied,
 )
-from tests.models.common import MIXERS, VOCABULARY, config_of, ids_of
+from tests.models.common import ABLATIONS, MIXERS, VOCABULARY, config_of, ids_of
 
 GREEDY = {"do_sample": False, "max_new_tokens": 8}
 
@@ -36,7 +36,10 @@ GREEDY = {"do_sample": False, "max_new_tokens": 8}
 # ------------------------------------------------------------------------------------------------ config and files
 
 
-@pytest.mark.parametrize("config", [*map(config_of, MIXERS), *PRESETS.values()], ids=lambda c: f"{c.mixer} {c.dim}")
+CONFIGS = [*map(config_of, MIXERS), *(config_of("titans", **changes) for changes in ABLATIONS.values())]
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, *PRESETS.values()], ids=lambda c: f"{c.mixer} {c.dim}")
 def test_a_config_carries_every_field_there_and_back(config, tmp_path):
     found = TransformersHopeConfig.from_hope(config, eos_token_id=2)
     assert found.to_hope() == config and found.eos_token_id == 2 and found.model_type == "hope"
