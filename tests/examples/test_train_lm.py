@@ -289,6 +289,26 @@ def test_a_killed_run_continues_to_the_same_numbers_bit_for_bit(
     assert run(inputs, "killed") == whole, "a run that has ended says the same once more"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("step", range(13))
+def test_a_run_stopped_behind_any_step_continues_to_the_same_numbers(
+    inputs: Path, whole: list[dict[str, float]], monkeypatch: pytest.MonkeyPatch, step: int
+):
+    honest, out = train_lm.Trainer.held_out if step == 12 else train_lm.Trainer.step, f"stopped-{step}"
+
+    def stopping(self, *arguments):
+        if self.step_count == step:
+            raise KeyboardInterrupt
+        return honest(self, *arguments)
+
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(train_lm.Trainer, honest.__name__, stopping)
+        run(inputs, out)
+    assert run(inputs, out) == whole
+    weights = [(inputs / name / "model" / "model.safetensors").read_bytes() for name in ("whole", out)]
+    assert weights[0] == weights[1]
+
+
 def test_the_state_of_a_memory_not_yet_written_does_not_follow_the_parameters(inputs: Path):
     """Else it would differ from the one that a checkpoint brings back."""
     trainer = trainer_of(inputs, "unused", "--window 2")
@@ -346,6 +366,9 @@ def test_a_broken_checkpoint_is_named(inputs: Path, tmp_path: Path):
     place.mkdir()
     (place / "process-00000.pt").write_bytes(b"no file of torch")
     with pytest.raises(ValueError, match=r"process-00000\.pt cannot be read"):
+        lm_checkpoint.load(place, ALONE)
+    torch.save({"step": 3, "state": None}, place / "process-00000.pt")
+    with pytest.raises(ValueError, match=r"is no checkpoint of a training: it lacks \['random', 'reader', 'settings'\]"):
         lm_checkpoint.load(place, ALONE)
     (place / "process-00001.pt").write_bytes(b"")
     with pytest.raises(ValueError, match="written by 2 processes; want 1"):
