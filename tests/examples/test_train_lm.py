@@ -301,9 +301,10 @@ def test_a_run_stopped_behind_any_step_continues_to_the_same_numbers(
             raise KeyboardInterrupt
         return honest(self, *arguments)
 
-    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as context:
         context.setattr(train_lm.Trainer, honest.__name__, stopping)
-        run(inputs, out)
+        with pytest.raises(KeyboardInterrupt):
+            run(inputs, out)
     assert run(inputs, out) == whole
     weights = [(inputs / name / "model" / "model.safetensors").read_bytes() for name in ("whole", out)]
     assert weights[0] == weights[1]
@@ -368,7 +369,7 @@ def test_a_broken_checkpoint_is_named(inputs: Path, tmp_path: Path):
     with pytest.raises(ValueError, match=r"process-00000\.pt cannot be read"):
         lm_checkpoint.load(place, ALONE)
     torch.save({"step": 3, "state": None}, place / "process-00000.pt")
-    with pytest.raises(ValueError, match=r"is no checkpoint of a training: it lacks \['random', 'reader', 'settings'\]"):
+    with pytest.raises(ValueError, match=r"is no checkpoint of a training: it lacks .*'settings'"):
         lm_checkpoint.load(place, ALONE)
     (place / "process-00001.pt").write_bytes(b"")
     with pytest.raises(ValueError, match="written by 2 processes; want 1"):
