@@ -427,14 +427,17 @@ class TransformersHopeForCausalLM(TransformersHopePreTrainedModel, GenerationMix
                 "its blocks: want None, and an assistant_model or prompt_lookup_num_tokens"
             )
         mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
+        # The library leaves masks of ones out.
+        length = generation_config._mask_length if mask is None else mask.shape[1]
+        if length == 0:
+            raise ValueError("input_ids: got a prompt without a token; want at least one")
         if mask is not None and bool((mask[:, -1] == 0).any()):
             raise ValueError(
                 "attention_mask: the last token of a prompt is padding, and text goes on behind it; generate wants "
                 "prompts padded on the left"
             )
         if isinstance(cache, HopeCache):
-            # The library leaves masks of ones out, and reads a prompt once more of which it has nothing left to read.
-            length = generation_config._mask_length if mask is None else mask.shape[1]
+            # The library reads a prompt once more of which it has nothing left to read.
             if length <= cache.get_seq_length():
                 raise ValueError(
                     f"past_key_values: holds {cache.get_seq_length()} tokens, and input_ids has {length}; want the "

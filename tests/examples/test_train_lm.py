@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import signal
@@ -391,6 +392,20 @@ def test_a_broken_checkpoint_is_named(inputs: Path, tmp_path: Path):
 def test_what_does_not_fit_is_named(inputs: Path, more: str, told: str):
     with pytest.raises(SystemExit, match=told):
         run(inputs, "refused", more)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (json.dumps({**CONFIGS["titans"], "vocab_size": 100}), "config: vocab_size is 100; the text needs 256"),
+        ('{"dim": 8', r"config: .*broken\.json is no JSON"),
+        ('{"width": 8}', r"HopeConfig: got unknown names \['width'\]"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_named(inputs: Path, text: str, told: str):
+    (inputs / "broken.json").write_text(text)
+    with pytest.raises(SystemExit, match=told):
+        run(inputs, "refused", "--config IN/broken.json")
 
 
 def test_rows_that_cannot_be_shared_are_refused():

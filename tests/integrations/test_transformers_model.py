@@ -362,6 +362,14 @@ def test_a_cache_that_holds_all_of_the_prompt_is_refused():
     assert cache.get_seq_length() == 5
 
 
+def test_a_prompt_without_a_token_is_refused():
+    model, _ = make()
+    nothing = torch.zeros(2, 0, dtype=torch.long)
+    for options in ({"inputs": nothing}, {"inputs": nothing, "attention_mask": nothing}):
+        with pytest.raises(ValueError, match="input_ids: got a prompt without a token; want at least one"):
+            model.generate(**options, **GREEDY)
+
+
 def test_prompts_padded_on_the_right_are_refused():
     model, _ = make()
     ids, mask = padded(rows_of(6, 3), "right")

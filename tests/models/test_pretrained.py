@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -155,9 +156,13 @@ def test_a_field_that_is_out_of_range_is_named(changes, error, match) -> None:
 
 
 @pytest.mark.parametrize(("name", "millions"), [("1m", 1), ("20m", 20), ("340m", 340), ("760m", 760), ("1.3b", 1300)])
-def test_presets_have_the_size_in_their_name(name, millions) -> None:
+def test_presets_have_the_size_in_their_name_and_in_the_documentation(name, millions) -> None:
     model = HopeForCausalLM(HopeConfig.preset(name), device="meta")
     assert model.parameter_count() / 1e6 == pytest.approx(millions, rel=0.05)
+    config, document = model.config, Path(__file__).parents[2] / "docs" / "models.md"
+    levels = ", ".join(str(level.chunk_size) for level in config.levels[:-1])
+    sizes = f"{config.dim} | {config.depth} | {config.heads} | {config.vocab_size:,} | {levels}"
+    assert f'| `"{name}"` | {sizes} | {model.parameter_count():,} |' in document.read_text()
 
 
 def test_there_is_no_other_preset() -> None:
