@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
 PREFIX, WRITING = "checkpoint-", ".writing-"
+VALUES = {"settings", "step", "reader", "random", "state"}  # of every process; the first one has the weights too
 
 
 def save(folder: Path, step: int, values: Mapping[str, Any], layout: Layout, keep: int = 2) -> Path:
@@ -56,16 +57,20 @@ def load(checkpoint: Path, layout: Layout, rank: int | None = None) -> dict[str,
     """What a process wrote: this one, or ``rank``; tensors on this process's device.
 
     Raises:
-        ValueError: there were other processes, or the file cannot be read.
+        ValueError: there were other processes, or the file cannot be read or is another one.
     """
     found = len(list(checkpoint.glob("process-*.pt")))
     if found != layout.world:
         raise ValueError(f"resume: {checkpoint} was written by {found} processes; want {layout.world}, as there are")
     path = checkpoint / _name(layout, rank)
     try:
-        return torch.load(path, map_location=layout.device, weights_only=True)
+        values = torch.load(path, map_location=layout.device, weights_only=True)
     except Exception as error:  # whatever a broken file brings up
         raise ValueError(f"resume: {path} cannot be read: {error}") from error
+    missing = VALUES - values.keys() if isinstance(values, dict) else VALUES
+    if missing:
+        raise ValueError(f"resume: {path} is no checkpoint of a training: it lacks {sorted(missing)}")
+    return values
 
 
 def check(found: Mapping[str, Any], want: Mapping[str, Any]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +65,39 @@ assert torch.equal(again(prompts).logits, model(prompts).logits)
         )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_page_of_equations_has_all_of_hopes_and_names_what_is_there() -> None:
+    rows = re.findall(r"^\| (\(\d.*?) \|.*?\| (.*?) \|", (ROOT / "docs" / "equations.md").read_text(), re.MULTILINE)
+    found: set[int] = set()
+    for numbers, places in rows:
+        for first, last in re.findall(r"\((\d+)\)(?: to \((\d+)\))?", numbers):
+            found |= set(range(int(first), int(last or first) + 1))
+        text = ""
+        for word in re.findall(r"`([^`]+)`", places):
+            if "." in word:
+                path = next((p for p in (ROOT / "hope_kernels" / word, ROOT / word) if p.exists()), None)
+                assert path is not None, f"{numbers}: there is no {word}"
+                text = path.read_text()
+            elif text:
+                pattern = word if word.startswith('"') else rf"(def|class) {word}\b"
+                assert re.search(pattern, text), f"{numbers}: {word} is not where it is said to be"
+    assert found == {57, 70, 71, 72, 74, *range(83, 98)}
+
+
+def test_the_pictures_are_those_that_the_code_draws(tmp_path: Path) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    pictures = ROOT / "docs" / "pictures"
+    for picture in pictures.glob("*.svg"):
+        if f"Matplotlib v{matplotlib.__version__}," not in picture.read_text():
+            pytest.skip(f"another matplotlib than {matplotlib.__version__} drew the pictures")
+    shutil.copy(pictures / "draw.py", tmp_path)
+    command, environment = [sys.executable, str(tmp_path / "draw.py")], os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    names = sorted(path.name for path in pictures.glob("*.svg"))
+    assert names == sorted(path.name for path in tmp_path.glob("*.svg"))
+    assert [name for name in names if (tmp_path / name).read_bytes() != (pictures / name).read_bytes()] == []
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name)

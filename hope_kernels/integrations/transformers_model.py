@@ -74,6 +74,10 @@ class TransformersHopeConfig(PreTrainedConfig):
     mixer: str = HopeConfig.mixer
     chunk_size: int = HopeConfig.chunk_size
     projection_chunk_size: int = HopeConfig.projection_chunk_size
+    rule: str = HopeConfig.rule
+    retention: bool = HopeConfig.retention
+    momentum: bool | None = HopeConfig.momentum
+    adaptive: list[str] | tuple[str, ...] | None = HopeConfig.adaptive
     lr_max: float | None = HopeConfig.lr_max
     value_norm_max: float | None = HopeConfig.value_norm_max
     weight_norm_max: float | None = HopeConfig.weight_norm_max
@@ -92,7 +96,8 @@ class TransformersHopeConfig(PreTrainedConfig):
         if isinstance(self.levels, list | tuple):  # dictionaries, before an error prints the config
             self.levels = [dataclasses.asdict(x) if isinstance(x, CMSLevel) else x for x in self.levels]
         super().__post_init__(**kwargs)
-        self.levels = self.to_hope().to_dict()["levels"]
+        values = self.to_hope().to_dict()
+        self.adaptive, self.levels = values["adaptive"], values["levels"]
 
     @property
     def initializer_range(self) -> float:
@@ -119,7 +124,7 @@ class TransformersHopeConfig(PreTrainedConfig):
 
 
 class TransformersHopePreTrainedModel(PreTrainedModel):
-    """What the bare model and the language model share.
+    """What the bare model and the language model share: :meth:`forward` is the bare model's.
 
     Args:
         config: sizes and parts.
@@ -193,19 +198,38 @@ class TransformersHopePreTrainedModel(PreTrainedModel):
             )
         self.model.activation_checkpointing = enable
 
-    def _read(
+    def forward(
         self,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        past_key_values: HopeCache | None,
-        inputs_embeds: Tensor | None,
-        use_cache: bool | None,
-        output_attentions: bool | None,
-        output_hidden_states: bool | None,
-        options: dict[str, Any],
-    ) -> BaseModelOutputWithPast:
-        """The features of the tokens, and what goes with them; arguments as :meth:`TransformersHopeModel.forward`."""
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: HopeCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+        """Features ``[B, T, dim]`` of ``input_ids [B, T]``.
+
+        Args:
+            input_ids: any integer dtype.
+            attention_mask: ``[B, tokens in the cache and new ones]``, 0 for padding, left or right, which is neither
+                counted nor written; its features and logits are 0.
+            position_ids: a memory has none, and attention counts by itself; several sequences packed into a row, which
+                they would show, are refused.
+            past_key_values: of the tokens before; it is moved on.
+            inputs_embeds: ``[B, T, dim]``, rows of the embedding, in place of ``input_ids``.
+            use_cache: whether the cache is returned; None takes the config's answer, no in training.
+            output_attentions: there are none.
+            output_hidden_states: whether what each block reads is returned, and the features.
+            return_dict: False returns a tuple.
+            **kwargs: of the loss; ``cu_seq_lens_q`` is refused, and so is ``seq_idx`` that changes within a row.
+
+        Raises:
+            ValueError, TypeError: naming the argument that does not fit.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(
                 f"input_ids, inputs_embeds: got {'neither' if input_ids is None else 'both'}; want one of them"
@@ -224,8 +248,8 @@ class TransformersHopePreTrainedModel(PreTrainedModel):
             )
         x = self.model.embed(input_ids) if inputs_embeds is None else self._embedded(inputs_embeds)
         valid = self._valid(attention_mask, past_key_values, *x.shape[:2])
-        check_not_packed(options.get("cu_seq_lens_q") is not None, position_ids, x.shape[1], valid)
-        check_one_sequence(options.get("seq_idx"), x.shape[1], valid)
+        check_not_packed(kwargs.get("cu_seq_lens_q") is not None, position_ids, x.shape[1], valid)
+        check_one_sequence(kwargs.get("seq_idx"), x.shape[1], valid)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         layers: list[Tensor] | None = [] if output_hidden_states else None
@@ -235,11 +259,12 @@ class TransformersHopePreTrainedModel(PreTrainedModel):
             features = read_fresh(self.model, x, valid, layers)
         else:
             features = past_key_values.read(self.model, x, valid, layers)
-        return BaseModelOutputWithPast(
+        output = BaseModelOutputWithPast(
             last_hidden_state=features,
             past_key_values=past_key_values if use_cache else None,
             hidden_states=None if layers is None else tuple(layers),
         )
+        return output if _wants_dict(return_dict, self.config) else output.to_tuple()
 
     def _embedded(self, inputs_embeds: Tensor) -> Tensor:
         shape = tuple(inputs_embeds.shape) if isinstance(inputs_embeds, Tensor) else type(inputs_embeds).__name__
@@ -279,51 +304,6 @@ class TransformersHopeModel(TransformersHopePreTrainedModel):
         super().__init__(config)
         self.model = HopeModel(config.to_hope(), backend)
         self.post_init()
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: HopeCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
-        """Features ``[B, T, dim]`` of ``input_ids [B, T]``.
-
-        Args:
-            input_ids: any integer dtype.
-            attention_mask: ``[B, tokens in the cache and new ones]``, 0 for padding, left or right, which is neither
-                counted nor written; its features and logits are 0.
-            position_ids: a memory has none, and attention counts by itself; several sequences packed into a row, which
-                they would show, are refused.
-            past_key_values: of the tokens before; it is moved on.
-            inputs_embeds: ``[B, T, dim]``, rows of the embedding, in place of ``input_ids``.
-            use_cache: whether the cache is returned; None takes the config's answer, no in training.
-            output_attentions: there are none.
-            output_hidden_states: whether what each block reads is returned, and the features.
-            return_dict: False returns a tuple.
-            **kwargs: of the loss; ``cu_seq_lens_q`` is refused, and so is ``seq_idx`` that changes within a row.
-
-        Raises:
-            ValueError, TypeError: naming the argument that does not fit.
-        """
-        output = self._read(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            use_cache,
-            output_attentions,
-            output_hidden_states,
-            kwargs,
-        )
-        return output if _wants_dict(return_dict, self.config) else output.to_tuple()
 
 
 class TransformersHopeForCausalLM(TransformersHopePreTrainedModel, GenerationMixin):
@@ -395,7 +375,7 @@ class TransformersHopeForCausalLM(TransformersHopePreTrainedModel, GenerationMix
         Raises:
             ValueError, TypeError: naming the argument that does not fit.
         """
-        read = self._read(
+        read = super().forward(
             input_ids,
             attention_mask,
             position_ids,
@@ -404,7 +384,8 @@ class TransformersHopeForCausalLM(TransformersHopePreTrainedModel, GenerationMix
             use_cache,
             output_attentions,
             output_hidden_states,
-            kwargs,
+            return_dict=True,
+            **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.logits(read.last_hidden_state[:, kept])
@@ -446,14 +427,17 @@ class TransformersHopeForCausalLM(TransformersHopePreTrainedModel, GenerationMix
                 "its blocks: want None, and an assistant_model or prompt_lookup_num_tokens"
             )
         mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
+        # The library leaves masks of ones out.
+        length = generation_config._mask_length if mask is None else mask.shape[1]
+        if length == 0:
+            raise ValueError("input_ids: got a prompt without a token; want at least one")
         if mask is not None and bool((mask[:, -1] == 0).any()):
             raise ValueError(
                 "attention_mask: the last token of a prompt is padding, and text goes on behind it; generate wants "
                 "prompts padded on the left"
             )
         if isinstance(cache, HopeCache):
-            # The library leaves masks of ones out, and reads a prompt once more of which it has nothing left to read.
-            length = generation_config._mask_length if mask is None else mask.shape[1]
+            # The library reads a prompt once more of which it has nothing left to read.
             if length <= cache.get_seq_length():
                 raise ValueError(
                     f"past_key_values: holds {cache.get_seq_length()} tokens, and input_ids has {length}; want the "

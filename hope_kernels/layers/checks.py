@@ -25,6 +25,12 @@ def check_bool(owner: str, name: str, value: Any) -> None:
         raise TypeError(f"{owner}: {name} is {value!r}; want True or False")
 
 
+def check_momentum(owner: str, rule: str, momentum: bool | None) -> None:
+    """No momentum with delta gradient descent, for which none is defined."""
+    if rule == "dgd" and momentum:
+        raise ValueError(f"{owner}: momentum is True with rule 'dgd'; momentum goes with rule 'gd' only")
+
+
 def check_bound(owner: str, name: str, value: Any) -> None:
     """A finite number above 0, or None where there is no bound or a default one."""
     if value is None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hope_kernels import backends
 from hope_kernels.backends.interface import ScanRequest
-from hope_kernels.layers.checks import check_bool, check_bound, check_int
+from hope_kernels.layers.checks import check_bool, check_bound, check_int, check_momentum
 from hope_kernels.layers.cms_state import LevelBuffer
 from hope_kernels.layers.primitives import (
     GateProjection,
@@ -87,8 +87,7 @@ class CMSLevel:
             check_bool("CMSLevel", name, getattr(self, name))
         check_bound("CMSLevel", "lr_max", self.lr_max)
         _ = self.spec  # validates form, activation and rule
-        if self.rule == "dgd" and self.momentum:
-            raise ValueError("CMSLevel: momentum is True with rule 'dgd'; momentum goes with rule 'gd' only")
+        check_momentum("CMSLevel", self.rule, self.momentum)
         if self.chunk_size is None:
             for name, default in (
                 ("rule", "gd"),

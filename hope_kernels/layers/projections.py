@@ -26,6 +26,24 @@ ADAPTIVE = ("k", "v", "lr", "retention")
 GATE_STARTS = {"lr": inverse_sigmoid(START_STEP), "retention": inverse_softplus(START_FORGETTING)}
 
 
+def checked_adaptive(owner: str, adaptive: Sequence[str] | None, retention: bool) -> tuple[str, ...]:
+    """The adaptive projections, each once and in one order; None is all. ``owner`` begins the messages.
+
+    Raises:
+        ValueError, TypeError: they are not of :data:`ADAPTIVE`, or ``"retention"`` is among them where there is none.
+    """
+    if adaptive is None:
+        return tuple(name for name in ADAPTIVE if retention or name != "retention")
+    if isinstance(adaptive, str) or not isinstance(adaptive, Sequence):
+        raise TypeError(f"{owner}: adaptive is {adaptive!r}; want a sequence of names, or None for all")
+    for name in adaptive:
+        if name not in ADAPTIVE:
+            raise ValueError(f"{owner}: adaptive has {name!r}; want some of {', '.join(map(repr, ADAPTIVE))}")
+    if "retention" in adaptive and not retention:
+        raise ValueError(f"{owner}: adaptive has 'retention' with retention=False; want one or the other")
+    return tuple(name for name in ADAPTIVE if name in adaptive)
+
+
 def tokens_of(raw: dict[str, Tensor], lr_max: float, value_norm_max: float | None = None) -> Tokens:
     """What a memory is given, from the results of the projections.
 

@@ -13,10 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from hope_kernels import backends
-from hope_kernels.layers.checks import check_batch_size, check_bool, check_bound, check_input, check_int, check_width
+from hope_kernels.layers.checks import (
+    check_batch_size,
+    check_bool,
+    check_bound,
+    check_input,
+    check_int,
+    check_momentum,
+    check_width,
+)
 from hope_kernels.layers.level import START_MOMENTUM, Tokens, default_lr_max
 from hope_kernels.layers.primitives import CausalConvolution, GateProjection, inverse_sigmoid, l2_norm
-from hope_kernels.layers.projections import ADAPTIVE, GATE_STARTS, ProjectionMemories, starting_weights, tokens_of
+from hope_kernels.layers.projections import (
+    GATE_STARTS,
+    ProjectionMemories,
+    checked_adaptive,
+    starting_weights,
+    tokens_of,
+)
 from hope_kernels.layers.titans_state import TitansState
 from hope_kernels.memory import MemorySpec, MemoryState, memory_scan
 from hope_kernels.memory.spec import Activation, Objective, Rule
@@ -78,8 +92,7 @@ class TitansLayer(nn.Module):
         for argument, value in (("retention", retention), ("momentum", momentum)):
             check_bool(name, argument, value)
         self.spec = MemorySpec("mlp", activation, residual=True, objective=objective, rule=rule)
-        if rule == "dgd" and momentum:
-            raise ValueError(f"{name}: momentum is True with rule 'dgd'; momentum goes with rule 'gd' only")
+        check_momentum(name, rule, momentum)
         backends.check_name(backend)
         self.dim, self.heads, self.head_dim, self.chunk_size = dim, heads, dim // heads, chunk_size
         self.retention, self.momentum, self.adaptive = retention, momentum, adaptive
@@ -395,7 +408,7 @@ class SelfModifyingTitans(TitansLayer):
             rule=rule,
             retention=retention,
             momentum=momentum,
-            adaptive=_checked_adaptive(adaptive, retention),
+            adaptive=checked_adaptive(type(self).__name__, adaptive, retention),
             lr_max=lr_max,
             value_norm_max=value_norm_max,
             weight_norm_max=weight_norm_max,
@@ -460,19 +473,3 @@ class SelfModifyingTitans(TitansLayer):
                 f"{type(self).__name__}: state has projections at token {held.position} and {kept} tokens pending; "
                 f"want {state.position - state.position % size} and {state.position % size}"
             )
-
-
-def _checked_adaptive(adaptive: Sequence[str] | None, retention: bool) -> tuple[str, ...]:
-    """The adaptive projections, each once and in one order."""
-    if adaptive is None:
-        return tuple(name for name in ADAPTIVE if retention or name != "retention")
-    if isinstance(adaptive, str) or not isinstance(adaptive, Sequence):
-        raise TypeError(f"SelfModifyingTitans: adaptive is {adaptive!r}; want a sequence of names, or None for all")
-    for name in adaptive:
-        if name not in ADAPTIVE:
-            raise ValueError(
-                f"SelfModifyingTitans: adaptive has {name!r}; want some of {', '.join(map(repr, ADAPTIVE))}"
-            )
-    if "retention" in adaptive and not retention:
-        raise ValueError("SelfModifyingTitans: adaptive has 'retention' with retention=False; want one or the other")
-    return tuple(name for name in ADAPTIVE if name in adaptive)

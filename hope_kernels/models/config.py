@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from hope_kernels.layers import CMSLevel
-from hope_kernels.layers.checks import check_bool, check_bound, check_int, check_width
+from hope_kernels.layers.checks import check_bool, check_bound, check_int, check_momentum, check_width
 from hope_kernels.layers.cms import checked_levels
+from hope_kernels.layers.projections import checked_adaptive
+from hope_kernels.memory.spec import Rule
 
 Mixer = Literal["titans", "neural_memory", "attention"]
 Variant = Literal["sequential", "independent", "nested"]
@@ -31,6 +33,12 @@ class HopeConfig:
             ``"neural_memory"``: :class:`~hope_kernels.layers.NeuralMemory`, plain Titans.
         chunk_size: tokens per write of the mixer's main memory.
         projection_chunk_size: tokens per write of the memories that make keys, values and gates (``"titans"``).
+        rule: of the writes of ``"titans"``, ``"dgd"`` or ``"gd"``, plain gradient descent.
+        retention: whether the mixer's memories forget.
+        momentum: whether the writes of the mixer's main memory have a momentum; None takes the layer's own default:
+            ``"neural_memory"`` has one, ``"titans"`` has none, nor can have with ``"dgd"``.
+        adaptive: the projections of ``"titans"`` that are memories, some of ``"k"``, ``"v"``, ``"lr"``,
+            ``"retention"``; the others are linear maps. None for all.
         lr_max: upper bound of an inner learning rate of the mixer; None takes the layer's own default.
         value_norm_max: longer targets of ``"titans"`` are shortened to this norm; None leaves them as the equations
             have them, and training may then move the layer to where it diverges.
@@ -55,6 +63,10 @@ class HopeConfig:
     mixer: Mixer = "titans"
     chunk_size: int = 16
     projection_chunk_size: int = 64
+    rule: Rule = "dgd"
+    retention: bool = True
+    momentum: bool | None = None
+    adaptive: tuple[str, ...] | None = None
     lr_max: float | None = None
     value_norm_max: float | None = 1.0
     weight_norm_max: float | None = 1.5
@@ -79,12 +91,19 @@ class HopeConfig:
         check_bound(owner, "value_norm_max", self.value_norm_max)
         check_bound(owner, "weight_norm_max", self.weight_norm_max)
         check_bool(owner, "tie_embeddings", self.tie_embeddings)
-        for name, kind in (("mixer", Mixer), ("cms_variant", Variant)):
+        check_bool(owner, "retention", self.retention)
+        if self.momentum is not None:
+            check_bool(owner, "momentum", self.momentum)
+        for name, kind in (("mixer", Mixer), ("cms_variant", Variant), ("rule", Rule)):
             if getattr(self, name) not in get_args(kind):
                 want = ", ".join(map(repr, get_args(kind)))
                 raise ValueError(f"HopeConfig: {name} is {getattr(self, name)!r}; want one of {want}")
         if self.mixer == "attention" and self.dim // self.heads % 2:
             raise ValueError(f"HopeConfig: dim is {self.dim} and heads is {self.heads}; attention wants an even width")
+        if self.mixer == "titans":
+            check_momentum(owner, self.rule, self.momentum)
+        if self.adaptive is not None:
+            object.__setattr__(self, "adaptive", checked_adaptive(owner, self.adaptive, self.retention))
         object.__setattr__(self, "levels", checked_levels(self.levels, owner))
 
     @property
@@ -94,7 +113,9 @@ class HopeConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON; :meth:`from_dict` is the inverse."""
-        return dataclasses.asdict(self) | {"levels": [dataclasses.asdict(level) for level in self.levels]}
+        adaptive = None if self.adaptive is None else list(self.adaptive)
+        levels = [dataclasses.asdict(level) for level in self.levels]
+        return dataclasses.asdict(self) | {"adaptive": adaptive, "levels": levels}
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> HopeConfig:

@@ -48,15 +48,14 @@ class HopeBlock(nn.Module):
         if config.mixer == "attention":
             self.mixer = CausalAttention(dim, heads, window=config.window, rope_base=config.rope_base, **factory)
         else:
-            options = {"chunk_size": config.chunk_size, "backend": backend, **factory}
-            if config.lr_max is not None:
-                options["lr_max"] = config.lr_max
+            options = {"retention": config.retention, "lr_max": config.lr_max, "backend": backend, **factory}
+            if config.momentum is not None:
+                options["momentum"] = config.momentum
             if config.mixer == "titans":
-                options["projection_chunk_size"] = config.projection_chunk_size
-                options["value_norm_max"] = config.value_norm_max
-                options["weight_norm_max"] = config.weight_norm_max
+                names = ("projection_chunk_size", "rule", "adaptive", "value_norm_max", "weight_norm_max")
+                options |= {name: getattr(config, name) for name in names}
             kind = SelfModifyingTitans if config.mixer == "titans" else NeuralMemory
-            self.mixer = kind(dim, heads, **options)
+            self.mixer = kind(dim, heads, config.chunk_size, **options)
         self.cms_norm = nn.RMSNorm(dim, eps=config.norm_eps, **factory)
         self.cms = self.mlp = None
         if config.has_cms:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import signal
@@ -289,6 +290,27 @@ def test_a_killed_run_continues_to_the_same_numbers_bit_for_bit(
     assert run(inputs, "killed") == whole, "a run that has ended says the same once more"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("step", range(13))
+def test_a_run_stopped_behind_any_step_continues_to_the_same_numbers(
+    inputs: Path, whole: list[dict[str, float]], monkeypatch: pytest.MonkeyPatch, step: int
+):
+    honest, out = train_lm.Trainer.held_out if step == 12 else train_lm.Trainer.step, f"stopped-{step}"
+
+    def stopping(self, *arguments):
+        if self.step_count == step:
+            raise KeyboardInterrupt
+        return honest(self, *arguments)
+
+    with monkeypatch.context() as context:
+        context.setattr(train_lm.Trainer, honest.__name__, stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run(inputs, out)
+    assert run(inputs, out) == whole
+    weights = [(inputs / name / "model" / "model.safetensors").read_bytes() for name in ("whole", out)]
+    assert weights[0] == weights[1]
+
+
 def test_the_state_of_a_memory_not_yet_written_does_not_follow_the_parameters(inputs: Path):
     """Else it would differ from the one that a checkpoint brings back."""
     trainer = trainer_of(inputs, "unused", "--window 2")
@@ -347,6 +369,9 @@ def test_a_broken_checkpoint_is_named(inputs: Path, tmp_path: Path):
     (place / "process-00000.pt").write_bytes(b"no file of torch")
     with pytest.raises(ValueError, match=r"process-00000\.pt cannot be read"):
         lm_checkpoint.load(place, ALONE)
+    torch.save({"step": 3, "state": None}, place / "process-00000.pt")
+    with pytest.raises(ValueError, match=r"is no checkpoint of a training: it lacks .*'settings'"):
+        lm_checkpoint.load(place, ALONE)
     (place / "process-00001.pt").write_bytes(b"")
     with pytest.raises(ValueError, match="written by 2 processes; want 1"):
         lm_checkpoint.load(place, ALONE)
@@ -367,6 +392,20 @@ def test_a_broken_checkpoint_is_named(inputs: Path, tmp_path: Path):
 def test_what_does_not_fit_is_named(inputs: Path, more: str, told: str):
     with pytest.raises(SystemExit, match=told):
         run(inputs, "refused", more)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (json.dumps({**CONFIGS["titans"], "vocab_size": 100}), "config: vocab_size is 100; the text needs 256"),
+        ('{"dim": 8', r"config: .*broken\.json is no JSON"),
+        ('{"width": 8}', r"HopeConfig: got unknown names \['width'\]"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_named(inputs: Path, text: str, told: str):
+    (inputs / "broken.json").write_text(text)
+    with pytest.raises(SystemExit, match=told):
+        run(inputs, "refused", "--config IN/broken.json")
 
 
 def test_rows_that_cannot_be_shared_are_refused():

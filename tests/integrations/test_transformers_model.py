@@ -28,7 +28,7 @@ from tests.integrations.hope_support import (
     transformers,
     varied,
 )
-from tests.models.common import MIXERS, VOCABULARY, config_of, ids_of
+from tests.models.common import ABLATIONS, MIXERS, VOCABULARY, config_of, ids_of
 
 GREEDY = {"do_sample": False, "max_new_tokens": 8}
 
@@ -36,7 +36,10 @@ GREEDY = {"do_sample": False, "max_new_tokens": 8}
 # ------------------------------------------------------------------------------------------------ config and files
 
 
-@pytest.mark.parametrize("config", [*map(config_of, MIXERS), *PRESETS.values()], ids=lambda c: f"{c.mixer} {c.dim}")
+CONFIGS = [*map(config_of, MIXERS), *(config_of("titans", **changes) for changes in ABLATIONS.values())]
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, *PRESETS.values()], ids=lambda c: f"{c.mixer} {c.dim}")
 def test_a_config_carries_every_field_there_and_back(config, tmp_path):
     found = TransformersHopeConfig.from_hope(config, eos_token_id=2)
     assert found.to_hope() == config and found.eos_token_id == 2 and found.model_type == "hope"
@@ -357,6 +360,14 @@ def test_a_cache_that_holds_all_of_the_prompt_is_refused():
         with pytest.raises(ValueError, match=match):
             model.generate(ids[:, :length], **GREEDY, past_key_values=cache)
     assert cache.get_seq_length() == 5
+
+
+def test_a_prompt_without_a_token_is_refused():
+    model, _ = make()
+    nothing = torch.zeros(2, 0, dtype=torch.long)
+    for options in ({"inputs": nothing}, {"inputs": nothing, "attention_mask": nothing}):
+        with pytest.raises(ValueError, match="input_ids: got a prompt without a token; want at least one"):
+            model.generate(**options, **GREEDY)
 
 
 def test_prompts_padded_on_the_right_are_refused():

@@ -13,6 +13,15 @@ _OPTIONS = {
     "windowed attention": {"mixer": "attention", "window": 4},
     "transformer": {"mixer": "attention", "levels": PLAIN_MLP},
 }
+# The Hope model without one of its parts each.
+ABLATIONS = {
+    "no delta rule": {"rule": "gd"},
+    "momentum": {"rule": "gd", "momentum": True},
+    "no retention": {"retention": False},
+    "fixed keys and targets": {"adaptive": ("lr", "retention")},
+    "no adaptive projection": {"adaptive": ()},
+    "no CMS": {"levels": PLAIN_MLP},
+}
 VOCABULARY = 11
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from hope_kernels.models import HopeState
+from hope_kernels.models import HopeDecoder, HopeState
 from hope_kernels.models.generation import sample
 from tests.models.common import MIXERS, ids_of, make_model
 
@@ -40,6 +42,38 @@ def test_memory_does_not_grow_with_what_is_read(mixer) -> None:
             state = model(part, state=state).state
         sizes.add(bytes_in(state))
     assert len(sizes) == 1
+
+
+def bytes_alive() -> int:
+    """Of all tensors there are in the process."""
+    gc.collect()
+    storages = [x.untyped_storage() for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+@pytest.mark.parametrize("mixer", ["titans", "windowed attention", "attention"])
+def test_memory_does_not_grow_with_what_is_written_but_by_attention_to_all_of_it(mixer) -> None:
+    model, sizes = make_model(mixer), []
+    decoder = HopeDecoder(model, model.init_state(1))
+    for count in range(1, 12 * 8 + 1):
+        decoder.step(torch.tensor([count % 11]))
+        if count in (24, 96):  # behind the end of every chunk
+            sizes.append(bytes_alive())
+    assert (sizes[0] == sizes[1]) == (mixer != "attention"), sizes
+
+
+@pytest.mark.parametrize("mixer", ["titans", "neural_memory", "windowed attention"])
+def test_no_prompt_is_too_long_and_a_long_one_may_be_read_in_parts(mixer) -> None:
+    model, prompt = make_model(mixer, depth=1), ids_of(1, 3001)
+    written = model.generate(prompt, 4, temperature=0)
+    assert written.shape == (1, 3005)
+    state = model.init_state(1)
+    with torch.no_grad():
+        for part in prompt[:, :-1].split(1000, 1):
+            state = model(part, state=state).state
+        decoder, whole = HopeDecoder(model, state), model(written).logits
+    for t in range(3000, 3005):
+        torch.testing.assert_close(decoder.step(written[:, t]), whole[:, t], rtol=1e-9, atol=1e-11)
 
 
 def test_a_state_goes_on_and_does_not_change() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -9,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves
 
-from hope_kernels.models import HopeDecoder, HopeForCausalLM, HopeState
+from hope_kernels.models import HopeConfig, HopeDecoder, HopeForCausalLM, HopeState
 from tests.cases import FLOAT64_BACKENDS
-from tests.models.common import MIXERS, VOCABULARY, config_of, ids_of, make_model
+from tests.models.common import ABLATIONS, MIXERS, VOCABULARY, config_of, ids_of, make_model
 
 TIGHT = {"rtol": 1e-9, "atol": 1e-11}
 
@@ -206,6 +207,35 @@ def test_bounds_of_the_configuration_are_those_of_every_memory_of_the_mixer() ->
             for held in block.mixer.init_state(1).memory, block.mixer.init_state(1).projections:
                 norms = torch.linalg.matrix_norm(held.weights[1], ord=2)
                 assert ((norms <= 1.1).all()) == (given["weight_norm_max"] is not None), norms
+
+
+def test_switches_of_the_configuration_are_those_of_the_mixer() -> None:
+    def found(mixer: str, **changes) -> tuple:
+        layer = make_model(mixer, **changes).model.blocks[1].mixer
+        return layer.spec.rule, layer.retention, layer.momentum, layer.adaptive
+
+    everything = ("k", "v", "lr", "retention")
+    assert found("titans") == ("dgd", True, False, everything)
+    assert found("titans", rule="gd") == ("gd", True, False, everything)
+    assert found("titans", rule="gd", momentum=True) == ("gd", True, True, everything)
+    assert found("titans", retention=False) == ("dgd", False, False, everything[:3])
+    assert found("titans", adaptive=("retention", "lr")) == ("dgd", True, False, everything[2:])
+    assert found("titans", adaptive=()) == ("dgd", True, False, ())
+    assert found("neural_memory") == ("gd", True, True, ())
+    assert found("neural_memory", momentum=False, retention=False) == ("gd", False, False, ())
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_without_one_of_its_parts_it_is_another_model_that_decodes_and_stores_as_the_whole_does(name) -> None:
+    model, ids = make_model("titans", **ABLATIONS[name]), ids_of(2, 12)
+    assert HopeConfig.from_dict(json.loads(json.dumps(model.config.to_dict()))) == model.config
+    whole = model(ids, ids)
+    assert not torch.allclose(whole.logits, make_model("titans")(ids).logits, rtol=0, atol=1e-3)
+    assert all(gradient.abs().max() > 0 for gradient in gradients(model, whole.loss).values())
+    with torch.no_grad():
+        decoder = HopeDecoder(model, model(ids[:, :5], state=model.init_state(2)).state)
+        for t in range(5, 12):
+            torch.testing.assert_close(decoder.step(ids[:, t]), whole.logits[:, t], **TIGHT)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16])

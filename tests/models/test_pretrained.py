@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -139,6 +140,12 @@ def test_configurations_are_json_and_back() -> None:
         ({"norm_eps": -1.0}, ValueError, "norm_eps is -1.0; want a finite number above 0"),
         ({"rope_base": "x"}, TypeError, "rope_base is 'x'"),
         ({"lr_max": -1}, ValueError, "lr_max is -1"),
+        ({"rule": "adam"}, ValueError, "rule is 'adam'; want one of 'gd', 'dgd'"),
+        ({"retention": None}, TypeError, "HopeConfig: retention is None; want True or False"),
+        ({"momentum": 1}, TypeError, "HopeConfig: momentum is 1; want True or False"),
+        ({"momentum": True}, ValueError, "HopeConfig: momentum is True with rule 'dgd'; momentum goes with rule 'gd'"),
+        ({"adaptive": ("q",)}, ValueError, "HopeConfig: adaptive has 'q'; want some of 'k', 'v', 'lr', 'retention'"),
+        ({"adaptive": ("retention",), "retention": False}, ValueError, "HopeConfig: adaptive has 'retention' with"),
         ({"tie_embeddings": "no"}, TypeError, "tie_embeddings is 'no'; want True or False"),
         ({"mixer": "attention", "dim": 12, "heads": 4}, ValueError, "attention wants an even width"),
     ],
@@ -149,9 +156,13 @@ def test_a_field_that_is_out_of_range_is_named(changes, error, match) -> None:
 
 
 @pytest.mark.parametrize(("name", "millions"), [("1m", 1), ("20m", 20), ("340m", 340), ("760m", 760), ("1.3b", 1300)])
-def test_presets_have_the_size_in_their_name(name, millions) -> None:
+def test_presets_have_the_size_in_their_name_and_in_the_documentation(name, millions) -> None:
     model = HopeForCausalLM(HopeConfig.preset(name), device="meta")
     assert model.parameter_count() / 1e6 == pytest.approx(millions, rel=0.05)
+    config, document = model.config, Path(__file__).parents[2] / "docs" / "models.md"
+    levels = ", ".join(str(level.chunk_size) for level in config.levels[:-1])
+    sizes = f"{config.dim} | {config.depth} | {config.heads} | {config.vocab_size:,} | {levels}"
+    assert f'| `"{name}"` | {sizes} | {model.parameter_count():,} |' in document.read_text()
 
 
 def test_there_is_no_other_preset() -> None:
