@@ -51,8 +51,21 @@ __device__ __forceinline__ float sigmoid(float x) {
 
 __device__ __forceinline__ float bounded(float x, float limit) { return x > limit ? limit : x < -limit ? -limit : x; }
 
-template <DType kType, Activation kActivation>
+// x sigmoid(linear x + cubic x^3), which two activations are: silu, and gelu_tanh, 0.5 x (1 + tanh(..)).
+struct Sigmoidal {
+  float linear, cubic;
+};
+__host__ __device__ __forceinline__ Sigmoidal sigmoidal_of(Activation activation) {
+  constexpr float k = 1.59576912f;
+  return activation == Activation::silu ? Sigmoidal{1.0f, 0.0f} : Sigmoidal{k, k * 0.044715f};
+}
+// What one branch computes.
+enum class Branch { sigmoidal, gelu, relu2 };
+
+template <DType kType, Branch kBranch>
 struct Act {
+  const Sigmoidal& of;  // where constants are operands of an instruction: no register holds them
+
   // x <- act(x); slope = act'(x).
   __device__ __forceinline__ void operator()(float& x, float& slope) const {
     float curve;
@@ -62,14 +75,13 @@ struct Act {
   __device__ __forceinline__ void operator()(float& x, float& slope, float& curve) const {
     constexpr float kLimit = 1000.0f;
     const float from_below = x < -kLimit ? -kLimit : x, y = bounded(x, kLimit);
-    if constexpr (kActivation == Activation::gelu_tanh) {
-      // 0.5 x (1 + tanh(u / 2)) = x sigmoid(u), u = k x + kc x^3.
-      constexpr float k = 1.59576912f, kc = k * 0.044715f;
-      const float y2 = y * y, s = sigmoid<kType>(y * fmaf(kc, y2, k)), ds = s - s * s, du = fmaf(3.0f * kc, y2, k);
+    if constexpr (kBranch == Branch::sigmoidal) {
+      const float cy = of.cubic * y, cy2 = cy * y, s = sigmoid<kType>(y * (cy2 + of.linear)), ds = s - s * s;
+      const float du = fmaf(3.0f, cy2, of.linear);
       x = from_below * s;
       slope = fmaf(y * ds, du, s);
-      curve = ds * fmaf(y, fmaf(fmaf(-2.0f, s, 1.0f) * du, du, 6.0f * kc * y), du + du);
-    } else if constexpr (kActivation == Activation::gelu) {
+      curve = ds * fmaf(y, fmaf(fmaf(-2.0f, s, 1.0f) * du, du, 6.0f * cy), du + du);
+    } else if constexpr (kBranch == Branch::gelu) {
       // 0.5 erfc(|y| / sqrt 2) by Abramowitz and Stegun 7.1.26, absolute error below 3e-7: its exponential is the density's.
       const float bell = fast_exp2(-0.721347520f * y * y), t = fast_reciprocal(fmaf(0.231641888f, fabsf(y), 1.0f));
       const float high = fmaf(t, fmaf(t, 0.530702715f, -0.726576014f), 0.710706871f);
@@ -78,11 +90,6 @@ struct Act {
       x = from_below * p;
       slope = fmaf(y, density, p);
       curve = density * fmaf(-y, y, 2.0f);
-    } else if constexpr (kActivation == Activation::silu) {
-      const float s = sigmoid<kType>(y), ds = s - s * s;
-      x = from_below * s;
-      slope = fmaf(y, ds, s);
-      curve = ds * fmaf(y, fmaf(-2.0f, s, 1.0f), 2.0f);
     } else {
       const float r = x <= 0.0f ? 0.0f : x;  // NaN passes through
       curve = x <= 0.0f ? 0.0f : 2.0f;
@@ -92,14 +99,15 @@ struct Act {
   }
 };
 
-// Calls body(Act<kType, activation>{}): one branch for all the numbers `body` goes through.
+// Calls body(Act<kType, ..>): one branch for all the numbers `body` goes through. Each is code of every kernel, wherever it
+// calls this. `constants`: sigmoidal_of(activation), in the kernel's parameters.
 template <DType kType, class Body>
-__device__ __forceinline__ void with_activation(Activation activation, const Body& body) {
+__device__ __forceinline__ void with_activation(Activation activation, const Sigmoidal& constants, const Body& body) {
   switch (activation) {
-    case Activation::gelu_tanh: return body(Act<kType, Activation::gelu_tanh>{});
-    case Activation::gelu: return body(Act<kType, Activation::gelu>{});
-    case Activation::silu: return body(Act<kType, Activation::silu>{});
-    case Activation::relu2: return body(Act<kType, Activation::relu2>{});
+    case Activation::gelu_tanh:
+    case Activation::silu: return body(Act<kType, Branch::sigmoidal>{constants});
+    case Activation::gelu: return body(Act<kType, Branch::gelu>{constants});
+    case Activation::relu2: return body(Act<kType, Branch::relu2>{constants});
   }
 }
 

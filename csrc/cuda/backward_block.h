@@ -15,6 +15,7 @@ class BackwardBlock : protected ForwardScan<Traits> {
   using Forward::begin_phase;
   using typename Forward::Element;
   using typename Forward::Numbers;
+  using Forward::params_;
   using Forward::place_;
   using Forward::problem_;
   using Forward::scale_of;
@@ -40,7 +41,9 @@ class BackwardBlock : protected ForwardScan<Traits> {
     BackwardLayout layout;
     BackwardWorkspace workspace;  // this task's part
     float scale;   // of the chunk's write, see write_scale
+    bool queries;  // outputs of queries have gradients
     bool live[2];  // a gradient has reached the state after a piece; for even and odd pieces: one is read, the next written
+    int piece;        // being walked back
     int first, last;  // states that the piece's segment has up to the piece's own: slots 0, 1, ..
   };
 
@@ -50,6 +53,7 @@ class BackwardBlock : protected ForwardScan<Traits> {
   // ---- pieces of the sequence ----------------------------------------------------------------------------------------
 
   // The newest piece, first to be walked back, comes last in the sequence. Those behind the last chunk read one state.
+  __device__ __forceinline__ int piece() const { return here_.piece; }
   __device__ __forceinline__ bool newest(int piece) const { return piece == place_.pieces - 1; }
   __device__ __forceinline__ int state_before(int piece) const { return min(piece, place_.chunks); }
   __device__ __forceinline__ int slot_before(int piece) const {
@@ -60,7 +64,7 @@ class BackwardBlock : protected ForwardScan<Traits> {
   }
   // Whether a piece's queries have outputs with a gradient.
   __device__ __forceinline__ bool reads(int piece) const {
-    return back_.problem.q.data && this->first_query(piece) < this->token_count(piece);
+    return here_.queries && this->first_query(piece) < this->token_count(piece);
   }
   // Truncated backpropagation: nothing flows back into the write of every bptt_chunks-th state.
   __device__ __forceinline__ bool cuts(int piece) const {
@@ -174,7 +178,7 @@ class BackwardBlock : protected ForwardScan<Traits> {
 
   // One thread says whose turn it is, a barrier before the others look.
   __device__ __forceinline__ void enter(int piece) const {
-    here_.last = state_before(piece), here_.first = here_.last - slot_before(piece);
+    here_.piece = piece, here_.last = state_before(piece), here_.first = here_.last - slot_before(piece);
   }
 
   // ---- states of a segment -------------------------------------------------------------------------------------------
@@ -185,16 +189,18 @@ class BackwardBlock : protected ForwardScan<Traits> {
   }
 
   __device__ __forceinline__ void load_first(int chunk) {
-    if (chunk == 0) return this->load_initial();
     const int64_t row = place_.checkpoint_row(problem_, back_.rebuild.checkpoints, chunk), D = problem_.dim,
                   H = problem_.hidden;
     MatrixView weights[Traits::kInputs + 1], speeds[Traits::kInputs + 1];
 #pragma unroll
     for (int i = 0; i <= Traits::kInputs; ++i) {
       const int64_t rows = i < Traits::kInputs ? D : H, columns = i < Traits::kInputs ? H : D;
-      weights[i] = contiguous(back_.result.checkpoints[i], row, rows, columns);
+      const auto matrix = [&](const MatrixView& initial, const void* checkpoints) {
+        return chunk == 0 ? initial : contiguous(checkpoints, row, rows, columns);
+      };
+      weights[i] = matrix(problem_.weights[i], back_.result.checkpoints[i]);
       if constexpr (Traits::kMomentum)
-        speeds[i] = contiguous(back_.result.checkpoints[kMaxWeights + i], row, rows, columns);
+        speeds[i] = matrix(problem_.momentum[i], back_.result.checkpoints[kMaxWeights + i]);
     }
     this->load_state(weights, speeds);
   }
@@ -331,8 +337,6 @@ class BackwardBlock : protected ForwardScan<Traits> {
       for (int i = thread_; i < (Traits::kInputs + 1) * Traits::kHidden * kParts; i += Traits::kThreads)
         cp_async_16(to + i / kParts * Traits::kPitch + i % kParts * 8, from + i * 8);
     }
-    const int count = this->token_count(piece);
-    const ScanProblem& p = back_.problem;
     if (written(piece)) {
       if constexpr (Traits::kDelta) {
         systems().load_products(this->retention(piece), back_.rebuild.span);
@@ -344,27 +348,37 @@ class BackwardBlock : protected ForwardScan<Traits> {
           if constexpr (Traits::kMomentum) steps(1)[row] = weight(problem_.momentum_step, piece, row, scale);
         }
       }
-      this->load_tensor(tensor(kChunkKeys), p.k, p.pending_k, piece, 0, count);
-      this->load_tensor(tensor(kTargets), p.v, p.pending_v, piece, 0, count);
     }
-    if (reads(piece)) {
-      const int first = this->first_query(piece);
-      this->load_tensor(tensor(kRead), p.q, p.q, piece, first, count);
-      this->load_tensor(tensor(kUpstream), back_.result.grad_output, back_.result.grad_output, piece, first, count);
+    // One loop: the code for one tensor is long.
+#pragma unroll 1
+    for (int t = written(piece) ? 0 : 2; t < (reads(piece) ? 4 : 2); ++t) {
+      const TokenTensor& input = back_.inputs[t];
+      this->load_tensor(tensor(input.place), input.fresh, input.pending, piece, t < 2 ? 0 : this->first_query(piece),
+                        this->token_count(piece));
     }
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();  // everyone's share is there
   }
 
+  // The gradients of a piece's keys and values where it was written, and of its queries.
+  __device__ __forceinline__ void store_gradients(int piece) const {
+#pragma unroll 1
+    for (int t = written(piece) ? 0 : 2; t < (reads(piece) ? 3 : 2); ++t) {
+      const TokenTensor& gradient = back_.gradients[t];
+      const float factor = gradient.place == kDDelta ? (subtracts_values() ? -scale() : scale()) : 1.0f;
+      store_rows(gradient, piece, t < 2 ? 0 : this->first_query(piece), this->token_count(piece), factor);
+    }
+  }
   // Rows [first, count) of a piece times a factor.
-  __device__ __forceinline__ void store_rows(const TokenView& fresh, const TokenView& pending, const Element* from, int piece,
-                                             int first, int count, float factor) const {
+  __device__ __forceinline__ void store_rows(const TokenTensor& gradient, int piece, int first, int count,
+                                             float factor) const {
+    const Element* from = tensor(gradient.place);
     const int old = this->first_query(piece);
     for (int i = thread_ + first * (Traits::kDim / 8); i < count * (Traits::kDim / 8); i += Traits::kThreads) {
       const int row = i / (Traits::kDim / 8), column = i % (Traits::kDim / 8) * 8;
       const int64_t j = int64_t(piece) * back_.rebuild.span + row;
-      const TokenView& view = row < old ? pending : fresh;
+      const TokenView& view = row < old ? gradient.pending : gradient.fresh;
       if (!view.data) continue;
       Element* to = static_cast<Element*>(view.data) +
                     (row < old ? place_.pending(view, j) : place_.fresh(view, j)) + column;
@@ -387,26 +401,16 @@ class BackwardBlock : protected ForwardScan<Traits> {
       }
     }
   }
-  __device__ __forceinline__ void store_written(int piece) const {
-    const BackwardResult& result = back_.result;
-    const int count = back_.rebuild.span;
-    store_rows(result.k, result.pending_k, tensor(kDelta), piece, 0, count, 1.0f);
-    if (problem_.objective == Objective::self)
-      store_rows(result.v, result.pending_v, tensor(kTargets), piece, 0, count, 1.0f);
-    else
-      store_rows(result.v, result.pending_v, tensor(kDDelta), piece, 0, count, subtracts_values() ? -scale() : scale());
-  }
   // With gd the errors of `dot` are the values, and its steps have the other sign.
   __device__ __forceinline__ bool subtracts_values() const {
     return problem_.objective == Objective::l2 || (Traits::kDelta && problem_.objective == Objective::dot);
   }
 
   // Gradient 0 for tokens [begin, end).
-  __device__ __forceinline__ void clear_tokens(const TokenView& fresh, const TokenView& pending, int64_t begin,
-                                               int64_t end) const {
+  __device__ __forceinline__ void clear_tokens(const TokenTensor& gradient, int64_t begin, int64_t end) const {
     for (int64_t j = begin + thread_ / kWarp; j < end; j += Traits::kWarps) {
       const bool old = j < place_.seq.pending;
-      const TokenView& view = old ? pending : fresh;
+      const TokenView& view = old ? gradient.pending : gradient.fresh;
       if (!view.data) continue;
       Element* to = static_cast<Element*>(view.data) + (old ? place_.pending(view, j) : place_.fresh(view, j));
       for (int column = thread_ % kWarp; column < problem_.dim; column += kWarp) to[column] = Element(0.0f);
@@ -414,18 +418,16 @@ class BackwardBlock : protected ForwardScan<Traits> {
   }
   // Nothing behind the last complete chunk was written, and outputs without a gradient give queries none.
   __device__ __forceinline__ void clear_unwritten() const {
-    const BackwardResult& result = back_.result;
-    const int64_t begin = place_.chunks * problem_.chunk_size;
-    clear_tokens(result.k, result.pending_k, begin, place_.end);
-    clear_tokens(result.v, result.pending_v, begin, place_.end);
-    if (!back_.problem.q.data) clear_tokens(result.q, result.q, place_.seq.pending, place_.end);
+#pragma unroll 1
+    for (int t = 0; t < (here_.queries ? 2 : 3); ++t)
+      clear_tokens(back_.gradients[t], t < 2 ? place_.chunks * problem_.chunk_size : place_.seq.pending, place_.end);
   }
   // Nothing depends on what this chunk wrote.
   __device__ __forceinline__ void clear_written(int piece) const {
     const BackwardResult& result = back_.result;
     const int64_t begin = int64_t(piece) * back_.rebuild.span;
-    clear_tokens(result.k, result.pending_k, begin, begin + back_.rebuild.span);
-    clear_tokens(result.v, result.pending_v, begin, begin + back_.rebuild.span);
+#pragma unroll 1
+    for (int t = 0; t < 2; ++t) clear_tokens(back_.gradients[t], begin, begin + back_.rebuild.span);
     const int64_t row = place_.coefficient_row(problem_, piece);
     for (void* gates : {result.step, Traits::kDelta ? result.retention : result.momentum_step})
       for (int t = thread_; gates && t < back_.rebuild.span; t += Traits::kThreads)

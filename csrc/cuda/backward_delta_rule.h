@@ -19,17 +19,17 @@
 namespace hope::cuda {
 
 template <class Traits>
-__device__ __forceinline__ void BackwardScan<Traits>::write_adjoint_delta(int piece) {
-  carry_adjoint(piece, slot_before(piece));
+__device__ __forceinline__ void BackwardScan<Traits>::write_adjoint_delta() {
+  carry_adjoint(piece(), slot_before(piece()));
   form_delta_and_products();
-  form_systems(piece);
-  output_errors_adjoint(piece);
+  form_systems(piece());
+  output_errors_adjoint(piece());
 
   begin_phase();
   const Element* keys = tensor(kChunkKeys);
   overlap_rows(keys, keys, [&](int row, int column, float x) { systems().overlap(row, column) = x; });
   __syncthreads();  // the keys' overlaps are there again
-  systems().form_between(of_tokens(problem_.step, piece), retention(piece), back_.rebuild.span);
+  systems().form_between(of_tokens(problem_.step, piece()), retention(piece()), back_.rebuild.span);
   correct_errors();
   errors_adjoint_delta();
   __syncthreads();  // the adjoint of the last slice's errors is complete, and so are the warps' sums
@@ -39,11 +39,11 @@ __device__ __forceinline__ void BackwardScan<Traits>::write_adjoint_delta(int pi
       [&](int row, int column, float x) {
         if (column < row) systems().add_pair(kInSystem, row, column, -x, scale());
       });
-  coefficients_adjoint(kInSystem, piece);
+  coefficients_adjoint(kInSystem, piece());
   if (back_.result.retention) {
     float of_decay = 0.0f;
     for (int w = 0; w < Traits::kWarps; ++w) of_decay += scalar_sums(0)[w];
-    systems().walk_products(retention(piece), back_.rebuild.span, of_decay);
+    systems().walk_products(retention(piece()), back_.rebuild.span, of_decay);
   }
 
   const float factor = systems().decay(back_.rebuild.span) / scale();
@@ -51,7 +51,7 @@ __device__ __forceinline__ void BackwardScan<Traits>::write_adjoint_delta(int pi
   each_out(state_, decay);
   keys_adjoint_delta();
   each_in(state_, decay);
-  store_coefficients_delta(piece);
+  store_coefficients_delta(piece());
   add_kept_to_in();
 }
 
@@ -69,19 +69,18 @@ __device__ __forceinline__ void BackwardScan<Traits>::form_delta_and_products() 
     PackedUnits hidden, difference;
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
-      Group h;
-      by_weight_in(h, keys, s, i);
-      activate(h);
-      pack(hidden, i, h);
-      keep(s, Parts::kHidden, i, hidden);
-      if (self) {
-        // f(k) - f(v) is one product: that of the difference of their hidden values.
-        Group of_targets;
-        by_weight_in(of_targets, targets, s, i);
-        activate(of_targets);
-        each_unit([&](int n, int e, int) { h[n][e] -= of_targets[n][e]; });
-        pack(difference, i, h);
+      // Of `self` f(k) - f(v) is one product: that of the difference of their hidden values.
+      Group h = {};
+#pragma unroll 1
+      for (int of_keys = self ? 0 : 1; of_keys < 2; ++of_keys) {
+        Group x;
+        by_weight_in(x, of_keys ? keys : targets, s, i);
+        activate(x);
+        pack(hidden, i, x);
+        each_unit([&](int n, int e, int) { h[n][e] = x[n][e] - h[n][e]; });
       }
+      keep(s, Parts::kHidden, i, hidden);
+      if (self) pack(difference, i, h);
     }
     sum_parts(
         self ? 2 * s : s, s, [&](int p, float(&y)[2][4]) { add_weight_out(y, hidden, p); },

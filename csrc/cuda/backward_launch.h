@@ -46,6 +46,11 @@ BackwardParams make_backward_params(const ScanProblem& problem, const BackwardRe
   without_queries.q = {};
   params.rebuild = make_params<Traits>(without_queries, {}, device);
   params.result = result;
+  const BackwardTensor of_values = problem.objective == Objective::self ? kTargets : kDDelta;
+  params.inputs[0] = {problem.k, problem.pending_k, kChunkKeys}, params.inputs[1] = {problem.v, problem.pending_v, kTargets};
+  params.inputs[2] = {problem.q, problem.q, kRead}, params.inputs[3] = {result.grad_output, result.grad_output, kUpstream};
+  params.gradients[0] = {result.k, result.pending_k, kDelta}, params.gradients[1] = {result.v, result.pending_v, of_values};
+  params.gradients[2] = {result.q, result.q, kRead};
   params.slots = int(slot_count(problem));
   params.kept_bytes = kept_bytes<Traits>(params.rebuild.rows);
   const BackwardResult& r = result;

@@ -117,7 +117,15 @@ struct BackwardWorkspace {
   void* momentum_operand = nullptr;  // PackedState: the adjoint as products take it
 };
 
+// Tokens in global memory, and where they are while their piece is walked back.
+struct TokenTensor {
+  TokenView fresh, pending;
+  BackwardTensor place;
+};
+
 struct BackwardParams {
+  TokenTensor inputs[4];     // keys, values, queries, the gradient of outputs
+  TokenTensor gradients[3];  // of keys, values, queries
   ForwardParams rebuild;  // of the same problem without queries
   ScanProblem problem;    // without queries where their outputs have no gradient
   BackwardResult result;

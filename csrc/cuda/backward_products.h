@@ -18,6 +18,7 @@ class BackwardProducts : protected BackwardBlock<Traits> {
   using typename Block::Numbers;
   using typename Block::PackedInputs;
   using typename Block::PackedUnits;
+  using Block::params_;
   using Block::partial;
   using Block::problem_;
   using Block::state_;
@@ -253,7 +254,7 @@ class BackwardProducts : protected BackwardBlock<Traits> {
   template <class... Derivatives>
   __device__ __forceinline__ void activate(Group& h, Derivatives&... derivatives) const {
     constexpr int kDerivatives = sizeof...(Derivatives);
-    with_activation<Traits::kType>(problem_.activation, [&](auto act) {
+    with_activation<Traits::kType>(problem_.activation, params_.sigmoidal, [&](auto act) {
       each_unit([&](int n, int e, int) {
         if constexpr (kDerivatives == 0) {
           float slope;

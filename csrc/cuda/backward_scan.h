@@ -88,6 +88,7 @@ class BackwardScan : private BackwardProducts<Traits> {
   using Products::overlap_rows;
   using Products::overlap_units;
   using Products::pair_at;
+  using Products::piece;
   using Products::place_;
   using Products::predicts;
   using Products::problem_;
@@ -109,8 +110,7 @@ class BackwardScan : private BackwardProducts<Traits> {
   using typename Products::StateTiles;
   using Products::steps;
   using Products::store_adjoint;
-  using Products::store_rows;
-  using Products::store_written;
+  using Products::store_gradients;
   using Products::sum_parts;
   using Products::sum_tiles;
   using Products::systems;
@@ -134,7 +134,7 @@ class BackwardScan : private BackwardProducts<Traits> {
     const BackwardResult& result = back_.result;
     if (thread_ == 0) {
       block_shared<Place>() = place_of(back_.problem, blockIdx.x, back_.rebuild.span);
-      here_ = Here{back_.layout, task_workspace(), 1.0f, {}, 0, 0};
+      here_ = Here{back_.layout, task_workspace(), 1.0f, back_.problem.q.data != nullptr, {}, 0, 0, 0};
       bool live = false;
       for (int i = 0; i <= kInputs; ++i) live |= result.grad_weights[i].data || result.grad_momentum[i].data;
       here_.live[0] = here_.live[1] = live;
@@ -144,36 +144,35 @@ class BackwardScan : private BackwardProducts<Traits> {
     clear_unwritten();
     load_adjoint();
 #pragma unroll 1
-    for (int piece = place_.pieces - 1; piece >= 0; --piece) {
-      if (first_of_segment(piece)) rebuild();
-      if (cuts(piece)) clear_adjoint();
+    while (piece() >= 0) {
+      if (first_of_segment(piece())) rebuild();
+      if (cuts(piece())) clear_adjoint();
       begin_phase();
-      load_piece(piece);
-      if (written(piece)) {
+      load_piece(piece());
+      if (written(piece())) {
         if constexpr (Traits::kDelta)
-          write_adjoint_delta(piece);
+          write_adjoint_delta();
         else
-          write_adjoint(piece);
-      } else if (this->writes(piece)) {
-        clear_written(piece);
+          write_adjoint();
+      } else if (this->writes(piece())) {
+        clear_written(piece());
       }
       // What reads the chunk's first state: the values of `self`, then the queries.
 #pragma unroll 1
       for (int queries = 0; queries < 2; ++queries) {
-        const bool scaled = !queries && written(piece);
-        if (queries ? reads(piece) : scaled && problem_.objective == Objective::self)
-          rows_adjoint(piece, queries, scaled ? scale() : 1.0f);
+        const bool scaled = !queries && written(piece());
+        if (queries ? reads(piece()) : scaled && problem_.objective == Objective::self)
+          rows_adjoint(piece(), queries, scaled ? scale() : 1.0f);
         if (Traits::kType == DType::float16 && scaled) this->multiply_state(scale());
       }
+      const int done = piece();
       __syncthreads();  // the results are complete
       if (thread_ == 0) {
-        here_.live[(piece & 1) ^ 1] = live(piece) || reads(piece);
-        enter(piece - 1);
+        here_.live[(done & 1) ^ 1] = live(done) || reads(done);
+        enter(done - 1);
       }
       begin_phase();
-      if (written(piece)) store_written(piece);
-      if (reads(piece))
-        store_rows(result.q, result.q, tensor(kRead), piece, this->first_query(piece), this->token_count(piece), 1.0f);
+      store_gradients(done);
       __syncthreads();  // nobody reads them any more
     }
     store_adjoint();
@@ -221,15 +220,15 @@ class BackwardScan : private BackwardProducts<Traits> {
 
   // ---- writes --------------------------------------------------------------------------------------------------------
 
-  __device__ __forceinline__ void write_adjoint(int piece) {
-    carry_adjoint(piece, slot_before(piece));
+  __device__ __forceinline__ void write_adjoint() {
+    carry_adjoint(piece(), slot_before(piece()));
     if (predicts()) form_delta();
     __syncthreads();  // the last slice's errors are complete
     errors_adjoint();
     __syncthreads();  // their adjoint is complete, and so are the sums of coefficients
     begin_phase();
-    store_coefficients(piece);
-    const auto decay = [&](int, int, float(&x)[4]) { multiply(x, of_chunk(problem_.decay, piece, 1.0f) / scale()); };
+    store_coefficients(piece());
+    const auto decay = [&](int, int, float(&x)[4]) { multiply(x, of_chunk(problem_.decay, piece(), 1.0f) / scale()); };
     each_out(state_, decay);
     keys_adjoint();
     each_in(state_, decay);
@@ -307,15 +306,14 @@ class BackwardScan : private BackwardProducts<Traits> {
       PackedUnits hidden;
 #pragma unroll
       for (int i = 0; i < kGroups; ++i) {
-        Group h;
-        by_weight_in(h, keys, s, i);
-        activate(h);
-        if (self) {
-          // f(k) - f(v) is one product: that of the difference of their hidden values.
-          Group of_targets;
-          by_weight_in(of_targets, targets, s, i);
-          activate(of_targets);
-          each_unit([&](int n, int e, int) { h[n][e] -= of_targets[n][e]; });
+        // Of `self` f(k) - f(v) is one product: that of the difference of their hidden values.
+        Group h = {};
+#pragma unroll 1
+        for (int of_keys = self ? 0 : 1; of_keys < 2; ++of_keys) {
+          Group x;
+          by_weight_in(x, of_keys ? keys : targets, s, i);
+          activate(x);
+          each_unit([&](int n, int e, int) { h[n][e] = x[n][e] - h[n][e]; });
         }
         pack(hidden, i, h);
       }
@@ -349,6 +347,7 @@ class BackwardScan : private BackwardProducts<Traits> {
       PackedUnits d_passed, hidden;
 #pragma unroll
       for (int i = 0; i < kGroups; ++i) {
+        begin_phase();
         Group h, slopes, curves, error, x;
         by_weight_in(h, keys, s, i);
         activate(h, slopes, curves);
@@ -407,6 +406,7 @@ class BackwardScan : private BackwardProducts<Traits> {
         weigh(hidden_momentum, 1, s);
         weigh(hidden, 0, s);
       }
+      begin_phase();
       sum_parts(
           s,
           [&](int p, float(&y)[2][4]) {
@@ -509,7 +509,7 @@ class BackwardScan : private BackwardProducts<Traits> {
 
   // ---- writes by dgd, in backward_delta_rule.h -----------------------------------------------------------------------
 
-  __device__ __forceinline__ void write_adjoint_delta(int piece);
+  __device__ __forceinline__ void write_adjoint_delta();
   __device__ __forceinline__ void form_delta_and_products();
   __device__ __forceinline__ void form_systems(int piece);
   __device__ __forceinline__ void output_errors_adjoint(int piece);

@@ -164,7 +164,7 @@ __device__ __forceinline__ void ForwardScan<Traits>::right_of_inputs(float (&r)[
   multiply_back(e, turned, delta, slice);
   uint32_t products[Traits::kInTiles][2];
   load_kept(slice, kKeptErrors, products);
-  with_activation<Traits::kType>(problem_.activation, [&](auto activate) {
+  with_activation<Traits::kType>(problem_.activation, params_.sigmoidal, [&](auto activate) {
 #pragma unroll
     for (int n = 0; n < Traits::kUnitTiles; ++n)
 #pragma unroll

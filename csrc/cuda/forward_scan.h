@@ -17,7 +17,6 @@
 
 #include <cuda_runtime.h>
 
-#include "activation.h"
 #include "cuda/ptx.h"
 #include "scan_block.h"
 #include "scan_delta_rule.h"
@@ -159,7 +158,7 @@ class ForwardScan : protected ScanBlock<Traits> {
 
   // The hidden values of a slice, over the first of the kInputs products they are made of: act(z), of a glu act(gate) up.
   __device__ __forceinline__ void activate_slice(float (&z)[Traits::kInTiles][4]) const {
-    with_activation<Traits::kType>(problem_.activation, [&](auto activate) {
+    with_activation<Traits::kType>(problem_.activation, params_.sigmoidal, [&](auto activate) {
 #pragma unroll
       for (int n = 0; n < Traits::kInTiles; n += Traits::kInputs)
 #pragma unroll
@@ -190,7 +189,7 @@ class ForwardScan : protected ScanBlock<Traits> {
       w[1] = weight(problem_.step, piece, slice * kSlice + lane.group + 8, scale);
     }
     uint32_t hidden[Traits::kUnitTiles][2], factors[Traits::kInTiles][2];
-    with_activation<Traits::kType>(problem_.activation, [&](auto activate) {
+    with_activation<Traits::kType>(problem_.activation, params_.sigmoidal, [&](auto activate) {
 #pragma unroll
       for (int n = 0; n < Traits::kUnitTiles; ++n)
 #pragma unroll

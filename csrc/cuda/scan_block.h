@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include "activation.h"
 #include "cuda/ptx.h"
 #include "scan_place.h"
 #include "scan_state.h"
@@ -19,6 +20,7 @@ struct ForwardParams {
   ForwardResult result;
   TokenView tokens[kTensors], pending[kTensors];  // those of the problem
   ScanLayout layout;
+  Sigmoidal sigmoidal;  // of the problem's activation
   void* workspace;      // of ParkedState, for the momentum
   int64_t checkpoints;  // of one sequence, without a table
   int span;             // tokens of a chunk, or of a piece that is only read
@@ -162,12 +164,7 @@ class ScanBlock {
     const int rows = kOut ? units() : problem_.dim, columns = kOut ? problem_.dim : units();
     const int64_t first = place_.sequence * view.sequence + place_.head * view.head +
                           (Traits::kCluster ? first_unit() * (kOut ? view.in : view.out) : 0);
-    if (!view.data)
-      staged.load(static_cast<const float*>(nullptr), view, 0, 0);
-    else if (view.dtype == DType::float32)
-      staged.load(static_cast<const float*>(view.data) + first, view, rows, columns);
-    else
-      staged.load(static_cast<const Element*>(view.data) + first, view, rows, columns);
+    staged.load(view, first, view.data ? rows : 0, columns);
     __syncthreads();  // the matrix is staged
     use(staged);
     __syncthreads();  // nobody reads it any more

@@ -42,6 +42,7 @@ ForwardParams make_params(const ScanProblem& problem, const ForwardResult& resul
   ForwardParams params{};
   params.problem = problem;
   params.result = result;
+  params.sigmoidal = sigmoidal_of(problem.activation);
   params.checkpoints = problem.sequences ? 0 : checkpoints_per_sequence(problem);
   const bool writes = writes_state(problem);
   params.span = writes ? int(problem.chunk_size) : kReadSpan;

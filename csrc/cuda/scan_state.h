@@ -26,6 +26,8 @@ struct Lane {
 // or W_out [kHidden, kDim].
 template <class Traits, bool kOut, int kInput = 0>
 class StagedMatrix {
+  using Element = typename Pair<Traits::kType>::Element;
+
  public:
   static constexpr int kRows = kOut ? Traits::kHidden : Traits::kDim, kColumns = kOut ? Traits::kDim : Traits::kHidden;
 
@@ -48,12 +50,18 @@ class StagedMatrix {
   }
   __device__ __forceinline__ void put(int i, int j, const float4& x) const { put(i, j, {x.x, x.y, x.z, x.w}); }
 
-  // From a matrix of any strides; zero beyond its size.
-  template <class From>
-  __device__ __forceinline__ void load(const From* from, const MatrixView& view, int rows, int columns) const {
+  // From a matrix of any strides, number `first` of the view's on; zero beyond its size.
+  __device__ __forceinline__ void load(const MatrixView& view, int64_t first, int rows, int columns) const {
+    const bool wide = view.dtype == DType::float32;
     for (int r = thread_ / kWarp; r < kRows; r += Traits::kWarps)
-      for (int c = thread_ % kWarp; c < kColumns; c += kWarp)
-        shared_[r * kColumns + c] = r < rows && c < columns ? float(from[r * view.in + c * view.out]) : 0.0f;
+#pragma unroll 4
+      for (int c = thread_ % kWarp; c < kColumns; c += kWarp) {
+        const int64_t at = first + r * view.in + c * view.out;
+        float x = 0.0f;
+        if (r < rows && c < columns)
+          x = wide ? static_cast<const float*>(view.data)[at] : float(static_cast<const Element*>(view.data)[at]);
+        shared_[r * kColumns + c] = x;
+      }
   }
   // To a matrix whose rows begin `pitch` numbers apart.
   __device__ __forceinline__ void store(float* to, int rows, int columns, int pitch) const {

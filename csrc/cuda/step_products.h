@@ -173,7 +173,7 @@ __device__ void root_mean_squares(const StepProblem& p, ProductShared& shared, i
 
 __device__ __forceinline__ float activated(Activation activation, float z, float& slope) {
   slope = 0;
-  with_activation<DType::float32>(activation, [&](auto act) { act(z, slope); });
+  with_activation<DType::float32>(activation, sigmoidal_of(activation), [&](auto act) { act(z, slope); });
   return z;
 }
 
