@@ -2,8 +2,7 @@
 
 Every source is compiled alone, as ``nvcc -std=c++17 -Icsrc`` with no definition on the command line, to machine code of
 each architecture and to PTX: of the newest one for what knows its instructions, clusters of blocks (``*_cluster.cu``),
-of the oldest one for all else, whose machine code comes from that PTX too; the backward's by the assembler's quick way,
-where nvcc is new enough, as CMakeLists.txt has it. A kernel is to keep its numbers in
+of the oldest one for all else, whose machine code comes from that PTX too. A kernel is to keep its numbers in
 registers: one that spills, or whose stack is not empty, must not be shipped. Shared memory is what a kernel has fixed;
 what scans take beside it depends on the chunk and is chosen at the launch.
 """
@@ -100,7 +99,6 @@ def compile_source(
         f"-I{include}",
         *_targets(source, architectures, ptx),
         "-Xptxas=-v",
-        *(["-Xptxas=--Ofast-compile=min"] if _quick(source) else []),
         "-c",
         str(source),
         "-o",
@@ -116,11 +114,6 @@ def compile_source(
     if len(kernels) != result.stderr.count("Compiling entry function"):
         raise DoesNotCompileError(f"{source.name}: what ptxas says of its kernels was not understood")
     return Compiled(source, kernels, seconds)
-
-
-def _quick(source: Path) -> bool:
-    """Whether CMakeLists.txt asks the assembler for less."""
-    return source.stem.startswith("scan_backward_") and int(nvcc_version().split(".")[0]) >= 13
 
 
 def _targets(source: Path, architectures: Sequence[int], ptx: bool) -> list[str]:
