@@ -304,6 +304,7 @@ def test_plans_agree_to_rounding_and_either_may_continue_the_others_stream():
 # ---- tiles -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.interpreted_cases(7)
 @pytest.mark.parametrize(
     ("block", "sizes", "found"),
     [
@@ -365,6 +366,7 @@ def test_what_it_cannot_run_is_refused_with_the_reason():
             memory_read(low["q"], low.weights, spec=low.spec, backend="triton")
 
 
+@pytest.mark.interpreted_cases(2)
 @pytest.mark.parametrize(("interpret", "available"), [("1", True), ("0", torch.cuda.is_available())])
 def test_the_status_names_the_interpreter_or_the_gpu_that_is_missing(interpret, available):
     code = (
