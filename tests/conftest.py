@@ -40,6 +40,14 @@ def _is_interpreted(item: pytest.Item) -> bool:
     return any(str(value).startswith("triton") for value in item.callspec.params.values())
 
 
+def pytest_sessionstart() -> None:
+    from hope_kernels import available_backends
+    from tests.interpreter import patch_once_per_launch
+
+    if available_backends()["triton"].interpreted:
+        patch_once_per_launch()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     from tests.fewest import by_what_they_add
