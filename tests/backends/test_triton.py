@@ -255,6 +255,31 @@ def test_a_resident_scan_is_one_launch_forward_and_one_backward_whatever_the_len
         assert launches_of(problem, "triton:resident", monkeypatch) == (1, 1)
 
 
+@pytest.mark.interpreted_cases(2)
+@pytest.mark.parametrize("packed", [False, True])
+def test_reads_of_more_programs_than_a_grid_may_have_are_several_launches(packed, monkeypatch):
+    from hope_kernels.backends.triton import resident
+
+    problem = problem_for(MemorySpec("linear"), batch=1 if packed else 5, tokens=10 if packed else 2, chunk_size=16)
+    device = problem["q"].device
+    own = torch.randn(5, *problem["weight0"].shape, generator=torch.Generator().manual_seed(0)).to(device)
+    layout = {"cu_seqlens": torch.tensor([0, 2, 2, 3, 7, 10], device=device)} if packed else {}
+
+    def output() -> torch.Tensor:
+        return memory_scan(
+            problem["q"], problem["k"], problem["v"], problem["lr"], (own,), spec=problem.spec, chunk_size=16,
+            retention=problem["retention"], momentum=problem["momentum"], backend="triton:resident", **layout,
+        ).output  # fmt: skip
+
+    expected = output()
+    assert resident.MOST_READING_PROGRAMS == 65535
+    monkeypatch.setattr(resident, "MOST_READING_PROGRAMS", 5)  # two sequences of two heads
+    with monkeypatch.context() as patch:
+        counted = Launches(patch)
+        assert torch.equal(output(), expected)
+    assert counted.names == {"read_kernel": 3}
+
+
 def test_tiled_launches_grow_with_the_chunks_alone(monkeypatch):
     def launches(**sizes: int) -> tuple[int, int]:
         sizes = {"batch": 1, "heads": 1, "chunk_size": 20, **sizes}
