@@ -100,6 +100,17 @@ def test_a_chunk_of_several_blocks_stays_within_twice_the_eager_error(spec):
     assert_within_budget(found, evaluate_package(problem, "reference"), evaluate_oracle(problem), torch.float32)
 
 
+@pytest.mark.interpreted_cases(4)
+@pytest.mark.parametrize("empty", ["batch", "tokens"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_no_sequences_or_no_tokens_leave_the_state_and_gradients_of_the_eager_path(plan, empty):
+    problem = problem_for(MemorySpec("glu"), chunk_size=2, **{empty: 0})
+    found, expected = (evaluate_package(problem, name).named() for name in (f"triton:{plan}", "reference"))
+    assert sorted(found) == sorted(expected)
+    for name, want in expected.items():
+        torch.testing.assert_close(found[name], want, rtol=0, atol=0)
+
+
 # ---- plans -----------------------------------------------------------------------------------------------------------
 
 

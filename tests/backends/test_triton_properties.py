@@ -39,7 +39,8 @@ def property_test(check: Callable, **strategies: st.SearchStrategy) -> Callable:
         ],
     )
     def test(plan: str, precision: Precision, examples: int) -> None:
-        @settings(max_examples=examples, phases=[Phase.generate])  # to shrink a case takes minutes
+        # To shrink a case takes minutes; a deadline would measure how busy the machine is.
+        @settings(max_examples=examples, phases=[Phase.generate], deadline=None)
         @given(**strategies)
         def each(**case: object) -> None:
             check(f"triton:{plan}", precision, **case)
