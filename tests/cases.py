@@ -42,7 +42,8 @@ FLOAT64_BACKENDS = _parameters(["reference", "cpu"])
 
 def device_of(backend: str) -> torch.device:
     """Where a backend's tests run: an accelerator's on it if there is one, all others on the processor."""
-    return torch.device("cuda" if backend == "triton" and torch.cuda.is_available() else "cpu")
+    on_gpu = backend.startswith("triton") and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")
 
 
 _PLAIN = MemorySpec()
@@ -296,8 +297,11 @@ def evaluate_oracle(problem: Problem, *, bptt_chunks: int | None = None) -> Eval
 
 
 def evaluate_package(problem: Problem, backend: str, **options) -> Evaluation:
-    found = evaluate(problem.to(device_of(backend)), lambda p: package_results(p, backend=backend, **options))
-    return Evaluation(*({name: t.cpu() for name, t in part.items()} for part in found))
+    return on_cpu(evaluate(problem.to(device_of(backend)), lambda p: package_results(p, backend=backend, **options)))
+
+
+def on_cpu(evaluation: Evaluation) -> Evaluation:
+    return Evaluation(*({name: t.cpu() for name, t in part.items()} for part in evaluation))
 
 
 def assert_equal_to_rounding(actual: Evaluation, expected: Evaluation, tolerance: float = 1e-10) -> None:
@@ -316,6 +320,29 @@ def assert_equal_to_rounding(actual: Evaluation, expected: Evaluation, tolerance
         if not error <= bound:  # written so that NaN is wrong
             wrong.append(f"{name}: error {error:.2e}, allowed {bound:.2e}")
     assert not wrong, "; ".join(wrong)
+
+
+class Precision(NamedTuple):
+    """The dtype of a computation, and how far its results may be from float64's (:func:`assert_equal_to_rounding`)."""
+
+    dtype: torch.dtype
+    tolerance: float
+
+    def compare(
+        self,
+        backend: str,
+        problem: Problem,
+        compute: Callable[[Problem], Results],
+        truth: Callable[[Problem], Results],
+    ) -> Evaluation:
+        """Evaluates ``compute`` where the backend runs, in this dtype, and ``truth`` on those numbers in float64."""
+        given = problem.cast(self.dtype)
+        found = on_cpu(evaluate(given.to(device_of(backend)), compute))
+        assert_equal_to_rounding(found, evaluate(given.map(lambda _, t: t.double()), truth), self.tolerance)
+        return found
+
+
+EXACT = Precision(torch.float64, 1e-10)
 
 
 def rounding_band(dtype: torch.dtype, summation: float) -> float:

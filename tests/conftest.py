@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import random
 from collections import defaultdict
 from datetime import timedelta
 from types import ModuleType
@@ -27,8 +26,9 @@ settings.register_profile("default", derandomize=True, database=None, max_exampl
 settings.register_profile("thorough", max_examples=400, **_shared)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-# In Triton's interpreter a case takes seconds. The default tier runs this many of a test's cases, drawn once and for
-# all, or as many as its marker `interpreted_cases(n)` says; the slow tier runs the others.
+# In Triton's interpreter a case takes seconds. Of a test's cases only those run that together show every two values of
+# its parameters (see `tests.fewest`): in the default tier the first of them, or as many as the test's marker
+# `interpreted_cases(n)` says, in the slow tier the others.
 INTERPRETED_CASES = 1
 
 
@@ -40,23 +40,35 @@ def _is_interpreted(item: pytest.Item) -> bool:
     return any(str(value).startswith("triton") for value in item.callspec.params.values())
 
 
+def pytest_sessionstart() -> None:
+    from hope_kernels import available_backends
+    from tests.interpreter import patch_once_per_launch
+
+    if available_backends()["triton"].interpreted:
+        patch_once_per_launch()
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    cases = defaultdict(list)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    from tests.fewest import by_what_they_add
+
+    cases, left_out = defaultdict(list), set()
     for item in items:
-        if _is_interpreted(item):
+        if not _is_interpreted(item):
+            continue
+        if torch.bfloat16 in item.callspec.params.values():  # the interpreter computes it wrongly
+            left_out.add(item)
+        else:
             cases[item.path, item.originalname].append(item)
-    for item in (item for found in cases.values() for item in found):
-        if torch.bfloat16 in item.callspec.params.values():
-            item.add_marker(pytest.mark.skip(reason="Triton's interpreter computes bfloat16 wrongly"))
     for found in cases.values():
         marker = found[0].get_closest_marker("interpreted_cases")
-        count = marker.args[0] if marker else INTERPRETED_CASES
-        if len(found) <= count:
-            continue
-        kept = random.Random(found[0].originalname).sample(range(len(found)), count)
-        for index in set(range(len(found))) - set(kept):
+        default = marker.args[0] if marker else INTERPRETED_CASES
+        order, enough = by_what_they_add([item.callspec.params for item in found], found[0].originalname)
+        for index in order[default:]:
             found[index].add_marker(pytest.mark.slow)
+        left_out.update(found[index] for index in order[max(default, enough) :])
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(autouse=True)

@@ -18,16 +18,23 @@ specs = st.builds(
 
 
 @st.composite
-def problems(draw: st.DrawFn, min_batch: int = 1, max_tokens: int = 14, zero_gates: bool = True) -> Problem:
+def problems(
+    draw: st.DrawFn,
+    min_batch: int = 1,
+    max_batch: int = 3,
+    max_heads: int = 3,
+    max_tokens: int = 14,
+    zero_gates: bool = True,
+) -> Problem:
     """Any spec, any gates it allows, odd sizes. Some gates are exactly 0."""
     spec = draw(specs)
     momentum = spec.rule == "gd" and draw(st.booleans())
     problem = make_problem(
         spec,
         chunk_size=draw(st.integers(1, 6)),
-        batch=draw(st.integers(min_batch, 3)),
+        batch=draw(st.integers(min_batch, max_batch)),
         tokens=draw(st.integers(0, max_tokens)),
-        heads=draw(st.integers(1, 3)),
+        heads=draw(st.integers(1, max_heads)),
         dim=draw(st.integers(1, 7)),
         hidden=draw(st.integers(1, 9)),
         retention=draw(st.booleans()),

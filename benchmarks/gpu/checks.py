@@ -232,6 +232,10 @@ def sized(shape: Shape, setting: Setting) -> Shape:
 
 def opcheck(setting: Setting) -> dict:
     """``torch.library.opcheck`` on the operators, one scan and several at once, as the public functions call them."""
+    return _in_parts(setting, "opcheck")
+
+
+def opcheck_part(setting: Setting, *words: str) -> dict:
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_map_only
 
@@ -246,30 +250,58 @@ def opcheck(setting: Setting) -> dict:
             return function(*arguments, **(keywords or {}))
 
     rows: list[dict] = []
-    for backend in setting.distinct_backends():
-        for kind in setting.kinds(backend):
-            problem = setting.problem(dtype=setting.plain_dtype(backend))
-            with Recorder() as recorder:
-                with_gradients(problem, FUNCTIONS[kind](problem, backend))
-            for function, arguments, keywords in recorder.calls:
-                forward = not function.name().endswith("_backward")
+    backend, kind = _backend_and_kind(words)
+    problem = setting.problem(dtype=setting.plain_dtype(backend))
+    with Recorder() as recorder:
+        with_gradients(problem, FUNCTIONS[kind](problem, backend))
+    for function, arguments, keywords in recorder.calls:
+        forward = not function.name().endswith("_backward")
 
-                def fresh(x: torch.Tensor, forward: bool = forward) -> torch.Tensor:
-                    return x.detach().clone().requires_grad_(forward and x.is_floating_point())
+        def fresh(x: torch.Tensor, forward: bool = forward) -> torch.Tensor:
+            return x.detach().clone().requires_grad_(forward and x.is_floating_point())
 
-                given = tree_map_only(torch.Tensor, fresh, arguments)
-                row = {"operator": function.name(), "backend": backend} | checked(
-                    lambda function=function, given=given, keywords=keywords: str(
-                        torch.library.opcheck(function, given, keywords)
-                    )
-                )
-                rows.append(row)
-                setting.leave(rows=rows)
-            seen = {row["operator"] for row in rows if row["backend"] == backend}
-            wanted = {f"hope_kernels::{kind}", f"hope_kernels::{kind}_backward"}
-            if not wanted <= seen:
-                rows.append({"operator": kind, "backend": backend, "passed": False, "outcome": f"only {seen} ran"})
-    return _verdict(rows, lambda row: f"{row['operator']} on {row['backend']}")
+        given = tree_map_only(torch.Tensor, fresh, arguments)
+        row = {"operator": function.name(), "kind": kind, "backend": backend} | checked(
+            lambda function=function, given=given, keywords=keywords: str(
+                torch.library.opcheck(function, given, keywords)
+            )
+        )
+        rows.append(row)
+        setting.leave(rows=rows)
+    seen = {row["operator"] for row in rows}
+    if not {f"hope_kernels::{kind}", f"hope_kernels::{kind}_backward"} <= seen:
+        rows.append({"kind": kind, "backend": backend, "passed": False, "outcome": f"only {seen} ran"})
+    return _verdict(rows, _of_operator)
+
+
+def _in_parts(setting: Setting, stage: str) -> dict:
+    """``stage:BACKEND:KIND`` of all backends and operators, side by side: each compiles kernels of its own."""
+    parts = {
+        f"{stage}:{backend}:{kind}": {"backend": backend, "kind": kind}
+        for backend in setting.distinct_backends()
+        for kind in setting.kinds(backend)
+    }
+    rows: list[dict] = []
+
+    def finished(name: str, result: dict) -> None:
+        found = result.get("rows", [])
+        rows.extend(found)
+        if result["passed"] is not True and all(row["passed"] for row in found):
+            rows.append(parts[name] | {"passed": False, "outcome": result["summary"] or "no summary"})
+        setting.leave(rows=rows)
+
+    done = setting.parts(parts, at_once=1 if setting.dry else len(parts), finished=finished)
+    rows += [parts[name] | {"passed": False, "outcome": "not reached"} for name in parts if name not in done]
+    return _verdict(rows, _of_operator)
+
+
+def _backend_and_kind(words: tuple[str, ...]) -> tuple[str, str]:
+    """A backend's name may have a colon itself."""
+    return ":".join(words[:-1]), words[-1]
+
+
+def _of_operator(row: dict) -> str:
+    return f"{row.get('operator', row['kind'])} on {row['backend']}"
 
 
 def checked(run: Callable[[], object]) -> dict:
@@ -288,6 +320,11 @@ def _verdict(rows: list[dict], name: Callable[[dict], str]) -> dict:
 
 def compile(setting: Setting) -> dict:
     """``torch.compile(fullgraph=True)`` at two lengths, forward and backward: the eager call's results, one graph."""
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")  # of each part
+    return _in_parts(setting, "compile")
+
+
+def compile_part(setting: Setting, *words: str) -> dict:
     from torch._dynamo.testing import CompileCounterWithBackend
 
     def compare(backend: str, kind: str) -> str:
@@ -307,22 +344,21 @@ def compile(setting: Setting) -> dict:
             raise AssertionError(outcome)
         return outcome
 
-    return _each(setting, compare)
+    return _checked_part(words, compare)
 
 
-def _each(setting: Setting, check: Callable[[str, str], str]) -> dict:
-    """``check(backend, kind)`` of every backend and operator."""
-    rows: list[dict] = []
-    for backend in setting.distinct_backends():
-        for kind in setting.kinds(backend):
-            rows.append({"backend": backend, "kind": kind} | checked(partial(check, backend, kind)))
-            torch._dynamo.reset()
-            setting.leave(rows=rows)
-    return _verdict(rows, lambda row: f"{row['kind']} on {row['backend']}")
+def _checked_part(words: tuple[str, ...], check: Callable[[str, str], str]) -> dict:
+    """``check(backend, kind)``."""
+    backend, kind = _backend_and_kind(words)
+    return _verdict([{"backend": backend, "kind": kind} | checked(partial(check, backend, kind))], _of_operator)
 
 
 def graph(setting: Setting) -> dict:
     """A call of fixed shape captured in a CUDA graph and replayed on other inputs: the eager call's results."""
+    return _in_parts(setting, "graph")
+
+
+def graph_part(setting: Setting, *words: str) -> dict:
     from hope_kernels.bench.gpu import capture
 
     def compare(backend: str, kind: str) -> str:
@@ -352,7 +388,7 @@ def graph(setting: Setting) -> dict:
             raise AssertionError(f"relative differences {found}")
         return f"relative differences {found}"
 
-    return _each(setting, compare)
+    return _checked_part(words, compare)
 
 
 # ---- compute-sanitizer -----------------------------------------------------------------------------------------------
@@ -453,4 +489,11 @@ def update_levels(device: str) -> None:
 
 
 STAGES = {stage.__name__: stage for stage in (build, parity, shapes, opcheck, compile, graph, sanitizer)}
-PARTS = {"parity": parity_part, "shapes": shapes_part, "sanitized": sanitized_part}
+PARTS = {
+    "parity": parity_part,
+    "shapes": shapes_part,
+    "opcheck": opcheck_part,
+    "compile": compile_part,
+    "graph": graph_part,
+    "sanitized": sanitized_part,
+}

@@ -100,6 +100,17 @@ def test_a_chunk_of_several_blocks_stays_within_twice_the_eager_error(spec):
     assert_within_budget(found, evaluate_package(problem, "reference"), evaluate_oracle(problem), torch.float32)
 
 
+@pytest.mark.interpreted_cases(4)
+@pytest.mark.parametrize("empty", ["batch", "tokens"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_no_sequences_or_no_tokens_leave_the_state_and_gradients_of_the_eager_path(plan, empty):
+    problem = problem_for(MemorySpec("glu"), chunk_size=2, **{empty: 0})
+    found, expected = (evaluate_package(problem, name).named() for name in (f"triton:{plan}", "reference"))
+    assert sorted(found) == sorted(expected)
+    for name, want in expected.items():
+        torch.testing.assert_close(found[name], want, rtol=0, atol=0)
+
+
 # ---- plans -----------------------------------------------------------------------------------------------------------
 
 
@@ -255,6 +266,31 @@ def test_a_resident_scan_is_one_launch_forward_and_one_backward_whatever_the_len
         assert launches_of(problem, "triton:resident", monkeypatch) == (1, 1)
 
 
+@pytest.mark.interpreted_cases(2)
+@pytest.mark.parametrize("packed", [False, True])
+def test_reads_of_more_programs_than_a_grid_may_have_are_several_launches(packed, monkeypatch):
+    from hope_kernels.backends.triton import resident
+
+    problem = problem_for(MemorySpec("linear"), batch=1 if packed else 5, tokens=10 if packed else 2, chunk_size=16)
+    device = problem["q"].device
+    own = torch.randn(5, *problem["weight0"].shape, generator=torch.Generator().manual_seed(0)).to(device)
+    layout = {"cu_seqlens": torch.tensor([0, 2, 2, 3, 7, 10], device=device)} if packed else {}
+
+    def output() -> torch.Tensor:
+        return memory_scan(
+            problem["q"], problem["k"], problem["v"], problem["lr"], (own,), spec=problem.spec, chunk_size=16,
+            retention=problem["retention"], momentum=problem["momentum"], backend="triton:resident", **layout,
+        ).output  # fmt: skip
+
+    expected = output()
+    assert resident.MOST_READING_PROGRAMS == 65535
+    monkeypatch.setattr(resident, "MOST_READING_PROGRAMS", 5)  # two sequences of two heads
+    with monkeypatch.context() as patch:
+        counted = Launches(patch)
+        assert torch.equal(output(), expected)
+    assert counted.names == {"read_kernel": 3}
+
+
 def test_tiled_launches_grow_with_the_chunks_alone(monkeypatch):
     def launches(**sizes: int) -> tuple[int, int]:
         sizes = {"batch": 1, "heads": 1, "chunk_size": 20, **sizes}
@@ -304,6 +340,7 @@ def test_plans_agree_to_rounding_and_either_may_continue_the_others_stream():
 # ---- tiles -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.interpreted_cases(7)
 @pytest.mark.parametrize(
     ("block", "sizes", "found"),
     [
@@ -365,6 +402,7 @@ def test_what_it_cannot_run_is_refused_with_the_reason():
             memory_read(low["q"], low.weights, spec=low.spec, backend="triton")
 
 
+@pytest.mark.interpreted_cases(2)
 @pytest.mark.parametrize(("interpret", "available"), [("1", True), ("0", torch.cuda.is_available())])
 def test_the_status_names_the_interpreter_or_the_gpu_that_is_missing(interpret, available):
     code = (

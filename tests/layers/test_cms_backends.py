@@ -50,14 +50,17 @@ def test_steps_follow_the_stream(backend, variant):
 
 
 @pytest.mark.skipif(not available_backends()["triton"], reason=available_backends()["triton"].reason)
-def test_levels_of_an_independent_system_share_one_launch(monkeypatch):
+@pytest.mark.parametrize(("variant", "launches"), [("independent", 1), ("sequential", 3)])
+def test_levels_are_one_launch_together_or_each_whatever_the_length(variant, launches, monkeypatch):
+    """The three written levels of an independent system share one, those of a sequential system have one each."""
     from tests.backends.test_triton import Launches
 
-    cms = make_cms("independent", backend="triton").float().to(device_of("triton"))
-    x = tokens(2, 12).float().to(device_of("triton")).requires_grad_()
-    with monkeypatch.context() as patch:
-        counted = Launches(patch)
-        output = cms(x)
-        forward = counted.total
-        output.sum().backward()
-    assert (forward, counted.total - forward) == (1, 1)
+    cms = make_cms(variant, backend="triton").float().to(device_of("triton"))
+    for length in (6, 8):  # the slowest level writes: a level that only reads is a launch of another kernel
+        x = tokens(1, length).float().to(device_of("triton")).requires_grad_()
+        with monkeypatch.context() as patch:
+            counted = Launches(patch)
+            output = cms(x)
+            forward = counted.total
+            output.sum().backward()
+        assert (forward, counted.total - forward) == (launches, launches)

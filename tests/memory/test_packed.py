@@ -1,4 +1,6 @@
-"""Packed sequences (`cu_seqlens`) and padded rows (`valid`) equal the same sequences one by one."""
+"""Packed sequences (`cu_seqlens`) and padded rows (`valid`) equal the same sequences one by one.
+
+Backends without float64 are held to the `assert_..` of this file by tests of their own."""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from hope_kernels import MemorySpec, MemoryState, memory_scan
 from tests.cases import (
+    EXACT,
     FLOAT64_BACKENDS,
     GATES,
     PENDING,
@@ -64,6 +67,7 @@ def sequence_results(
 
 def call(problem: Problem, memory, backend: str, tokens: slice = slice(None), **layout):
     part = problem.map(lambda name, t: t[:, tokens] if name in TOKENS else t)
+    layout = {n: x.to(part["q"].device) if isinstance(x, torch.Tensor) else x for n, x in layout.items()}
     return memory_scan(
         *(part[name] for name in ("q", "k", "v", "lr")),
         memory,
@@ -94,9 +98,9 @@ def initial_memory(problem: Problem, sequences: int, with_momentum: bool):
     )
 
 
-def packed_problem(spec, gates, lengths, *, shared, chunk_size, initial_momentum, seed=0) -> Problem:
+def packed_problem(spec, gates, lengths, *, shared, chunk_size, initial_momentum, heads) -> Problem:
     """All sequences in one row; weights and momentum, where not shared, one per sequence."""
-    options = {**gates, "chunk_size": chunk_size, "heads": 2, "dim": 4, "hidden": 5, "seed": seed}
+    options = {**gates, "chunk_size": chunk_size, "heads": heads, "dim": 4, "hidden": 5}
     row = make_problem(spec, batch=1, tokens=sum(lengths), **options)
     states = make_problem(
         spec, batch=len(lengths), tokens=0, shared=shared, initial_momentum=initial_momentum, **options
@@ -108,20 +112,30 @@ def offsets(lengths: list[int], dtype: torch.dtype = torch.int64) -> torch.Tenso
     return torch.tensor([0, *accumulate(lengths)], dtype=dtype)
 
 
+PACKED = {
+    "gated": gated_specs(),
+    "lengths": st.lists(st.integers(0, 9), min_size=1, max_size=5),
+    "shared": st.booleans(),
+    "carried": st.booleans(),
+    "chunk_size": st.integers(1, 5),
+    "dtype": st.sampled_from([torch.int32, torch.int64]),
+    "bptt_chunks": st.sampled_from([None, None, 1, 2]),
+}
+
+
 @pytest.mark.parametrize("backend", FLOAT64_BACKENDS)
-@given(
-    gated=gated_specs(),
-    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=5),
-    shared=st.booleans(),
-    carried=st.booleans(),
-    chunk_size=st.integers(1, 5),
-    dtype=st.sampled_from([torch.int32, torch.int64]),
-    bptt_chunks=st.sampled_from([None, None, 1, 2]),
-)
-def test_packed_sequences_equal_separate_ones(backend, gated, lengths, shared, carried, chunk_size, dtype, bptt_chunks):
+@given(**PACKED)
+def test_packed_sequences_equal_separate_ones(backend, **case):
+    assert_packed_sequences_equal_separate_ones(backend, EXACT, **case)
+
+
+def assert_packed_sequences_equal_separate_ones(
+    backend, precision, *, gated, lengths, shared, carried, chunk_size, dtype, bptt_chunks, heads=2
+):
     spec, gates = gated
     carried = carried and gates["momentum"]
-    problem = packed_problem(spec, gates, lengths, shared=shared, chunk_size=chunk_size, initial_momentum=carried)
+    options = {"shared": shared, "chunk_size": chunk_size, "initial_momentum": carried, "heads": heads}
+    problem = packed_problem(spec, gates, lengths, **options)
     bounds = offsets(lengths).tolist()
 
     def packed(p):
@@ -132,26 +146,33 @@ def test_packed_sequences_equal_separate_ones(backend, gated, lengths, shared, c
         return pieces | logical_state(state, "momentum" in p.tensors)
 
     spans = [[(0, bounds[s], bounds[s + 1])] for s in range(len(lengths))]
-    expected = evaluate(problem, lambda p: sequence_results(p, spans, bptt_chunks))
-    assert_equal_to_rounding(evaluate(problem, packed), expected)
+    precision.compare(backend, problem, packed, lambda p: sequence_results(p, spans, bptt_chunks))
+
+
+PACKED_CALLS = {
+    "gated": gated_specs(),
+    "calls": st.integers(1, 4).flatmap(
+        lambda s: st.lists(st.lists(st.integers(0, 6), min_size=s, max_size=s), min_size=2, max_size=3)
+    ),
+    "shared": st.booleans(),
+    "chunk_size": st.integers(1, 5),
+    "bptt_chunks": st.sampled_from([None, None, 1, 2]),
+}
 
 
 @pytest.mark.parametrize("backend", FLOAT64_BACKENDS)
-@given(
-    gated=gated_specs(),
-    calls=st.integers(1, 4).flatmap(
-        lambda s: st.lists(st.lists(st.integers(0, 6), min_size=s, max_size=s), min_size=2, max_size=3)
-    ),
-    shared=st.booleans(),
-    chunk_size=st.integers(1, 5),
-    bptt_chunks=st.sampled_from([None, None, 1, 2]),
-)
-def test_packed_calls_continue_each_sequence_from_its_own_position(
-    backend, gated, calls, shared, chunk_size, bptt_chunks
+@given(**PACKED_CALLS)
+def test_packed_calls_continue_each_sequence_from_its_own_position(backend, **case):
+    assert_packed_calls_continue_each_sequence(backend, EXACT, **case)
+
+
+def assert_packed_calls_continue_each_sequence(
+    backend, precision, *, gated, calls, shared, chunk_size, bptt_chunks, heads=2
 ):
     spec, gates = gated
     flat = [length for lengths in calls for length in lengths]
-    problem = packed_problem(spec, gates, flat, shared=True, chunk_size=chunk_size, initial_momentum=False)
+    options = {"shared": True, "chunk_size": chunk_size, "initial_momentum": False, "heads": heads}
+    problem = packed_problem(spec, gates, flat, **options)
     sequences = len(calls[0])
     if not shared:
         own = {
@@ -177,9 +198,7 @@ def test_packed_calls_continue_each_sequence_from_its_own_position(
         )
 
     spans = [[(0, bounds(c)[s], bounds(c)[s + 1]) for c in range(len(calls))] for s in range(sequences)]
-    assert_equal_to_rounding(
-        evaluate(problem, packed), evaluate(problem, lambda p: sequence_results(p, spans, bptt_chunks))
-    )
+    precision.compare(backend, problem, packed, lambda p: sequence_results(p, spans, bptt_chunks))
 
 
 @st.composite
@@ -192,23 +211,31 @@ def valid_ranges(draw, rows: int, tokens: int) -> list[tuple[int, int]]:
     return found
 
 
+PADDED = {
+    "gated": gated_specs(),
+    "ranges": st.integers(0, 10).flatmap(lambda t: st.tuples(st.just(t), valid_ranges(3, t))),
+    "shared": st.booleans(),
+    "chunk_size": st.integers(1, 4),
+    "carried": st.booleans(),
+}
+
+
 @pytest.mark.parametrize("backend", FLOAT64_BACKENDS)
-@given(
-    gated=gated_specs(),
-    ranges=st.integers(0, 10).flatmap(lambda t: st.tuples(st.just(t), valid_ranges(3, t))),
-    shared=st.booleans(),
-    chunk_size=st.integers(1, 4),
-    carried=st.booleans(),
-)
-def test_padded_rows_equal_unpadded_ones_whatever_the_padding_holds(
-    backend, gated, ranges, shared, chunk_size, carried
+@given(**PADDED)
+def test_padded_rows_equal_unpadded_ones_whatever_the_padding_holds(backend, **case):
+    assert_padded_rows_equal_unpadded_ones(backend, EXACT, **case)
+
+
+def assert_padded_rows_equal_unpadded_ones(
+    backend, precision, *, gated, ranges, shared, chunk_size, carried, heads=2
 ):
     spec, gates = gated
     tokens, valid = ranges
+    rows = len(valid)
     carried = carried and gates["momentum"]
-    options = {**gates, "heads": 2, "dim": 4, "hidden": 5, "initial_momentum": carried, "shared": shared}
-    problem = make_problem(spec, chunk_size=chunk_size, batch=3, tokens=tokens, **options)
-    inside = torch.zeros(3, tokens, dtype=torch.bool)
+    options = {**gates, "heads": heads, "dim": 4, "hidden": 5, "initial_momentum": carried, "shared": shared}
+    problem = make_problem(spec, chunk_size=chunk_size, batch=rows, tokens=tokens, **options)
+    inside = torch.zeros(rows, tokens, dtype=torch.bool)
     for b, (first, last) in enumerate(valid):
         inside[b, first:last] = True
     problem = problem.map(
@@ -218,19 +245,18 @@ def test_padded_rows_equal_unpadded_ones_whatever_the_padding_holds(
     )
 
     def padded(p):
-        memory = initial_memory(p, 3, carried)
+        memory = initial_memory(p, rows, carried)
         output, state = call(p, memory, backend, valid=torch.tensor(valid, dtype=torch.int32))
         assert torch.equal(output[~inside], torch.zeros_like(output[~inside])), "the output of padding is not 0"
         pieces = {f"output of {b}": output[b : b + 1, first:last] for b, (first, last) in enumerate(valid)}
         assert state.position.tolist() == [last - first for first, last in valid]
         return pieces | logical_state(state, "momentum" in p.tensors)
 
-    found = evaluate(problem, padded)
+    spans = [[(b, first, last)] for b, (first, last) in enumerate(valid)]
+    found = precision.compare(backend, problem, padded, lambda p: sequence_results(p, spans))
     for name in TOKENS:
         if name in found.gradients:
             assert (found.gradients[name][~inside] == 0).all(), f"gradient of {name} in the padding is not 0"
-    spans = [[(b, first, last)] for b, (first, last) in enumerate(valid)]
-    assert_equal_to_rounding(found, evaluate(problem, lambda p: sequence_results(p, spans)))
 
 
 @pytest.mark.parametrize("backend", FLOAT64_BACKENDS)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +30,9 @@ Upstream = tuple["Tensor | None", list["Tensor | None"], list["Tensor | None"]]
 
 # Where the table has no configuration and the plan was asked for by name: it runs, spilling registers perhaps.
 _UNLISTED = Configuration.of(block_hidden=16, num_warps=8)
+
+# CUDA's limit of a grid's second dimension, along which reads have their sequences and heads.
+MOST_READING_PROGRAMS = 65535
 
 
 def _configuration(kernel: str, problem: ScanProblem) -> Configuration:
@@ -72,9 +76,9 @@ def scans_forward(problems: Sequence[ScanProblem], *, save: bool) -> list[Forwar
     writing = [i for i in present if problems[i].k is not None]
     reading = [i for i in present if problems[i].k is None and problems[i].tokens.shape[1]]
     # A token's output must not depend on whether the call is long enough to write: reads take the forward's blocks.
-    plans = {i: _plan(problems[i], "resident_forward") for i in present}
-    arguments = {i: launch.problem_arguments(problems[i]) for i in present}
-    programs = {i: problems[i].sequence_count * plans[i].heads for i in present}
+    plans = {i: _plan(problems[i], "resident_forward") for i in writing}
+    arguments = {i: launch.problem_arguments(problems[i]) for i in writing}
+    programs = {i: problems[i].sequence_count * problems[i].tokens.shape[2] for i in present}
 
     def each(indices: list[int], of) -> tuple:
         return tuple(of(i) for i in indices)
@@ -91,15 +95,44 @@ def scans_forward(problems: Sequence[ScanProblem], *, save: bool) -> list[Forwar
             **_options("resident_forward", [problems[i] for i in writing]),
         )
     if reading:
-        blocks = max(triton.cdiv(problems[i].tokens.shape[1], plans[i].block_chunk) for i in reading)
-        read_kernel[(blocks, sum(programs[i] for i in reading))](
-            each(reading, lambda i: arguments[i][0]),
-            each(reading, lambda i: arguments[i][1]),
-            each(reading, lambda i: launch.token_view(results[i][0])),
-            each(reading, plans.__getitem__),
-            **_options("resident_forward", [problems[i] for i in reading]),
-        )
+        reads = [(problems[i], results[i][0]) for i in reading]
+        if sum(programs[i] for i in reading) <= MOST_READING_PROGRAMS:
+            _read(reads)
+        else:
+            for problem, output in reads:
+                for part in _read_parts(problem, output):
+                    _read([part])
     return results
+
+
+def _read(reads: Sequence[tuple[ScanProblem, Tensor]]) -> None:
+    """Outputs of problems that only read, in one launch."""
+    problems = [problem for problem, _ in reads]
+    plans = [_plan(problem, "resident_forward") for problem in problems]
+    described, sizes = zip(*map(launch.problem_arguments, problems), strict=True)
+    blocks = max(
+        triton.cdiv(problem.tokens.shape[1], plan.block_chunk) for problem, plan in zip(problems, plans, strict=True)
+    )
+    programs = sum(problem.sequence_count * plan.heads for problem, plan in zip(problems, plans, strict=True))
+    read_kernel[(blocks, programs)](
+        described,
+        sizes,
+        tuple(launch.token_view(output) for _, output in reads),
+        tuple(plans),
+        **_options("resident_forward", problems),
+    )
+
+
+def _read_parts(problem: ScanProblem, output: Tensor) -> Iterator[tuple[ScanProblem, Tensor]]:
+    """A problem that only reads, in parts of as many sequences as one launch takes, each with where its output goes."""
+    step = max(1, MOST_READING_PROGRAMS // problem.tokens.shape[2])
+    for first in range(0, problem.sequence_count, step):
+        part = slice(first, first + step)
+        weights = tuple(w[part] if w.dim() == 4 else w for w in problem.weights)
+        if problem.sequences is None:
+            yield replace(problem, q=problem.tokens[part], weights=weights), output[part]
+        else:
+            yield replace(problem, sequences=problem.sequences[part], weights=weights), output
 
 
 def _saved_states(problem: ScanProblem, saved: list[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
