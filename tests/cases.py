@@ -40,9 +40,9 @@ COMPILED_BACKENDS = _parameters(["cpu", *_accelerators])
 FLOAT64_BACKENDS = _parameters(["reference", "cpu"])
 
 
-def device_of(backend: str) -> torch.device:
+def device_of(backend: str | None) -> torch.device:
     """Where a backend's tests run: an accelerator's on it if there is one, all others on the processor."""
-    on_gpu = backend.startswith("triton") and torch.cuda.is_available()
+    on_gpu = backend is not None and backend.startswith("triton") and torch.cuda.is_available()
     return torch.device("cuda" if on_gpu else "cpu")
 
 

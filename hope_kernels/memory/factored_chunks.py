@@ -135,10 +135,12 @@ def _write(
 
 
 def _recomputed(function: Callable[..., Any], *tensors: Any) -> Any:
-    """``function(*tensors)``, its intermediates recomputed in the backward rather than kept."""
+    """``function(*tensors)``, its intermediates recomputed in the backward rather than kept. It draws no numbers."""
     if not torch.is_grad_enabled():
         return function(*tensors)
-    return torch.utils.checkpoint.checkpoint(function, *tensors, use_reentrant=False)
+    # The random state is not asked for: torch locks its generator meanwhile, and when the garbage collector then lets
+    # another thread run that asks too, both wait for ever.
+    return torch.utils.checkpoint.checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
 
 
 # ----------------------------------------------------------------------------------------------------------------

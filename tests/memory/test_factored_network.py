@@ -213,6 +213,20 @@ def test_gradients_of_rows_that_end_at_tokens_of_their_own_do_not_know_of_a_merg
         torch.testing.assert_close(merged, whole, rtol=1e-9, atol=1e-10)
 
 
+def test_what_is_recomputed_does_not_ask_for_the_random_state(monkeypatch):
+    """Threads that ask for it while torch's generator is locked and the garbage collector runs wait for each other."""
+
+    def asked(*_):
+        raise AssertionError("the random state was asked for")
+
+    module, tensors = Module("glu", nn.SiLU(), True, torch.float64), inputs(2, 11)
+    monkeypatch.setattr(torch, "get_rng_state", asked)
+    output, _ = scan(
+        module, [(0, 11)], *(t.requires_grad_() for t in tensors), valid=torch.tensor([[0, 11], [0, 5]]), limit=4
+    )
+    output.sum().backward()
+
+
 @pytest.mark.parametrize("whole_product", [False, True])
 def test_nan_in_padding_reaches_no_gradient(whole_product):
     torch.manual_seed(0)
