@@ -42,10 +42,19 @@ READS = 20  # reads in a row that count as one sample of decode: one alone is to
 SIZES = {
     "256x1024": Shape("256x1024", "weights of a sequence in cache", 4, 256, 1, 256, 1024, 128),
     "768x3072": Shape("768x3072", "the layers of a small pre-trained model", 4, 256, 1, 768, 3072, 128),
+    "2048x8192": Shape("2048x8192", "those of a model of a billion parameters", 4, 512, 1, 2048, 8192, 512),
 }
 # Tokens of a call; two chunks at least, because a backward wants something that reads what was written.
-SCANNED = {"256x1024": (256, 384, 512, 1024), "768x3072": (256, 384, 640, 896)}
-READ_AFTER = {"256x1024": (32, 64, 128, 192, 256, 512), "768x3072": (32, 128, 256, 512, 768, 1024)}
+SCANNED = {
+    "256x1024": (256, 384, 512, 1024),
+    "768x3072": (256, 384, 640, 896),
+    "2048x8192": (1024, 1536, 2048),
+}
+READ_AFTER = {
+    "256x1024": (32, 64, 128, 192, 256, 512),
+    "768x3072": (32, 128, 256, 512, 768, 1024),
+    "2048x8192": (128, 512, 1024, 2048),
+}
 SEQUENCES = (4, 1)
 
 
