@@ -91,6 +91,24 @@ def checkpoint_shapes(problem: ScanProblem) -> list[tuple[int, ...]]:
     return shapes * 2 if problem.has_momentum else shapes
 
 
+def read_arguments(
+    q: Tensor, weights: tuple[Tensor, ...], spec: MemorySpec, chunk_size: int, output: Tensor
+) -> tuple[tuple, ...]:
+    """What :class:`CoreProblem` says of a problem that only reads, for which it would look at much that is absent.
+
+    ``q`` (:func:`readable`) and ``output``, both ``[B, T, N, D]``, and the weights must outlive the call.
+    """
+    batch, length, heads, dim = q.shape
+    return (
+        vocabulary(spec, q.dtype),
+        (batch, length, heads, dim, weights[0].shape[-1], batch, 0, chunk_size, 0, 0, 0, 1),
+        (tokens_tuple(q), None, None, None, None),
+        (None, None, None, None, None, None),
+        (tuple([matrix_tuple(w) for w in weights]), (), None),
+        (tokens_tuple(output), (), (), (), (), None),
+    )
+
+
 class CoreProblem:
     """A problem as the tuples the core takes. Keeps alive every tensor whose address is in them."""
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hope_kernels import backends
+from hope_kernels.backends import cpu
 from hope_kernels.backends.interface import ScanProblem, ScanRequest
 from hope_kernels.memory import factored, joint_ops, ops, plain, plan, reference
 from hope_kernels.memory import validation as check
@@ -137,8 +138,8 @@ class _Prepared(NamedTuple):
         return self.finish(*_run(self.problem, self.backend, self.direct))
 
 
-class _PreparedFactored(NamedTuple):
-    """A checked scan by the factored plan, at least to begin with."""
+class _PreparedCall(NamedTuple):
+    """A checked scan that is not one problem: by the factored plan, at least to begin with, or one that only reads."""
 
     run: Callable[[], MemoryOutput]
     backend: str
@@ -159,7 +160,7 @@ def _prepare(
     valid: Tensor | None = None,
     bptt_chunks: int | None = None,
     backend: str | None = None,
-) -> _Prepared | _PreparedFactored:
+) -> _Prepared | _PreparedCall:
     reads_keys = q is k
     tokens = q, k, v, lr, retention, momentum = _under_autocast(q, k, v, lr, retention, momentum)
     call = None
@@ -169,6 +170,13 @@ def _prepare(
         check.check_gate_values(spec, lr, retention, momentum)
         state = _unchecked_state(memory, spec, chunk_size, q)
         layout, name = make_layout(q, state, chunk_size, None, None), "cpu"
+        if layout.chunks == 0 and _is_direct(call, name):
+
+            def read_and_keep() -> MemoryOutput:
+                output = cpu.read(q, state.stored_weights, spec, chunk_size)
+                return MemoryOutput(output, _after(state, layout, chunk_size, k, v, lr, retention, momentum))
+
+            return _PreparedCall(read_and_keep, name)
     else:
         rows = _check_scan(*tokens, spec, chunk_size, cu_seqlens, valid, bptt_chunks)
         state = _state_of(memory, spec, chunk_size, q, rows)
@@ -191,7 +199,7 @@ def _prepare(
             factored_call = _factored_call(
                 name, (k if reads_keys else q, k, v), (lr, retention), state, chunk_size, layout, until
             )
-            return _PreparedFactored(factored_call, name.removesuffix(backends.FACTORED) + backends.FACTORED)
+            return _PreparedCall(factored_call, name.removesuffix(backends.FACTORED) + backends.FACTORED)
         if name == "cpu" and not until:
             plain.remember(call)
     state = state.merged()
@@ -331,8 +339,9 @@ def memory_read(q: Tensor, memory: Memory, *, spec: MemorySpec, backend: str | N
     (q,) = _under_autocast(q)
     call = plain.signature("read", spec, backend, memory, (q,))
     if plain.passed(call):
-        weights = memory.stored_weights if isinstance(memory, MemoryState) else tuple(memory)
-        name = "cpu"
+        weights, name = memory.stored_weights if isinstance(memory, MemoryState) else tuple(memory), "cpu"
+        if _is_direct(call, name):
+            return cpu.read(q, weights, spec, 1)
     else:
         check.check_spec(spec)
         check.check_tokens({"q": q})

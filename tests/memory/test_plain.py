@@ -68,7 +68,10 @@ CALLS: dict[str, Callable[[], Any]] = {
     "read": read,
     "read of a state": lambda: read(memory=MemoryState.initial(P.weights, spec=SPEC, chunk_size=4)),
     "read of a written state": lambda: read(memory=write()),
+    "read of no rows": lambda: read(P["q"][:0]),
+    "read of no tokens": lambda: read(P["q"][:, :0]),
     "scan that keeps its token": scan,
+    "scan that keeps its tokens and all gates": lambda: stream(GATED, 2),
     "scan with tokens pending": lambda: stream(P, 3),
     "scan that completes a chunk": lambda: stream(P, 4),
     "scan beyond a chunk, all gates": lambda: stream(GATED, 6),
@@ -78,6 +81,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "write": write,
     "write with all gates": lambda: write(GATED),
     "scan of bfloat16": lambda: stream(P.cast(torch.bfloat16), 5),
+    "scan of bfloat16 in chunks whose products round": lambda: stream(problem(chunk_size=16).cast(torch.bfloat16), 3),
     "scan of strided tokens": lambda: scan(P.map(lambda _, x: x.mT.contiguous().mT if x.dim() == 4 else x)),
 }
 

@@ -15,12 +15,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hope_kernels.backends.core_problem import DTYPES, CoreProblem, checkpoint_shapes, last_chunk, readable
+from hope_kernels.backends.core_problem import (
+    DTYPES,
+    CoreProblem,
+    checkpoint_shapes,
+    last_chunk,
+    read_arguments,
+    readable,
+)
 from hope_kernels.backends.interface import BackendStatus, ScanGradients, ScanProblem, ScanRequest, build_info
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from hope_kernels.memory.spec import MemorySpec
     from hope_kernels.optim.problem import UpdateProblem
 
 
@@ -125,6 +133,18 @@ def scan_forward(problem: ScanProblem, *, save: bool) -> tuple[Tensor, list[Tens
     if described.sequence_count:  # empty tensors have no address, and there is nothing to do
         module.scan_forward(*described.arguments, arguments, torch.get_num_threads())
     return results
+
+
+def read(q: Tensor, weights: tuple[Tensor, ...], spec: MemorySpec, chunk_size: int) -> Tensor:
+    """``f_W(q)`` ``[B, T, N, D]``: what :func:`scan_forward` makes of such a problem, in half of Python's time.
+
+    For plain CPU tensors without gradients. ``chunk_size`` is that of the stream: it tells how products round.
+    """
+    output = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if q.shape[0]:
+        q = readable(q)
+        core().scan_forward(*read_arguments(q, weights, spec, chunk_size, output), torch.get_num_threads())
+    return output
 
 
 def scan_backward(
