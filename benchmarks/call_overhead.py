@@ -18,7 +18,14 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
-from hope_kernels.bench.call_overhead import OverheadRow, ReadRow, measure, measure_reads
+from hope_kernels.bench.call_overhead import (
+    OverheadRow,
+    PendingRow,
+    ReadRow,
+    measure,
+    measure_pending,
+    measure_reads,
+)
 from hope_kernels.bench.decode import DECODE, DecodeRow, measure_decode
 from hope_kernels.bench.machine import stamp
 
@@ -41,7 +48,9 @@ def measure_stacks() -> dict[str, list[DecodeRow]]:
     }
 
 
-def show(rows: list[OverheadRow], reads: list[ReadRow], stacks: dict[str, list[DecodeRow]]) -> None:
+def show(
+    rows: list[OverheadRow], reads: list[ReadRow], pending: list[PendingRow], stacks: dict[str, list[DecodeRow]]
+) -> None:
     """The rows as tables."""
     from rich.console import Console
     from rich.table import Table
@@ -53,12 +62,15 @@ def show(rows: list[OverheadRow], reads: list[ReadRow], stacks: dict[str, list[D
     for row in reads:
         numbers = (row.weight_bytes / 1e6, row.median_us, row.gbytes, row.summed)
         large.add_row(row.sizes, *(f"{number:.1f}" for number in numbers))
+    long = Table("memory_scan", "pending", "median us", "memory_read us", title="behind many tokens of a long chunk")
+    for row in pending:
+        long.add_row(row.sizes, f"{row.pending} and more", f"{row.median_us:.0f}", f"{row.read_us:.0f}")
     decode = Table("CMS.step", "batch", "median us", "worst us", "GB/s", title="C = 1, 16, 64, None; N16 D64 H256")
     for dtype, found in stacks.items():
         for row in found:
             numbers = (row.us_median, row.us_worst, row.bytes_per_token / row.us_median / 1e3)
             decode.add_row(f"{row.backend}, {dtype}", str(row.batch), *(f"{number:.1f}" for number in numbers))
-    Console().print(table, large, decode)
+    Console().print(table, large, long, decode)
 
 
 def main(
@@ -66,11 +78,12 @@ def main(
     report: Annotated[Path, typer.Option(help="JSON to write.")] = REPORT,
 ) -> None:
     """Time one-token calls of memories so small that their arithmetic is nothing, and reads of large ones."""
-    rows, reads, stacks = measure(samples), measure_reads(), measure_stacks()
-    show(rows, reads, stacks)
+    rows, reads, pending, stacks = measure(samples), measure_reads(), measure_pending(), measure_stacks()
+    show(rows, reads, pending, stacks)
     found = {
         "rows": [asdict(row) for row in rows],
         "reads": [asdict(row) for row in reads],
+        "pending": [asdict(row) for row in pending],
         "stacks": {dtype: [asdict(row) for row in found] for dtype, found in stacks.items()},
     }
     report.write_text(json.dumps(stamp("call overhead") | found, indent=1) + "\n")

@@ -4,7 +4,7 @@ One sequence, one head, 16 features and 16 hidden units: 512 multiply-adds a rea
 microsecond. The rest is Python: checks, the choice of an engine, describing the call to it, the new state.
 
 Beside that, reads of one token from memories so large that their weights come from main memory: how near they are to
-the time it takes to look at those weights once.
+the time it takes to look at those weights once; and tokens that are kept behind many others of a long chunk.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ CALLS_IN_A_ROW = 64  # as one sample: a call alone is too short for the clock, a
 
 # Sequences, heads, D, H of memories whose weights exceed most caches.
 LARGE_READS = ((1, 1, 768, 3072), (8, 1, 768, 3072), (1, 1, 2048, 8192), (256, 4, 64, 256))
+
+# Sequences, heads, D, H, C of streams that go on a token at a time from half a chunk.
+LONG_CHUNKS = ((1, 16, 64, 256, 512), (8, 16, 64, 256, 512), (8, 1, 768, 3072, 512))
 
 # What is timed: each returns its output, or the weights it wrote.
 Call = Callable[[], Tensor]
@@ -218,3 +221,63 @@ def measure_reads(samples: int = 25, shapes: Iterable[tuple[int, int, int, int]]
             )
         )
     return rows
+
+
+@dataclass(frozen=True)
+class PendingRow:
+    """``memory_scan`` of one token for each of ``batch`` sequences behind ``pending`` tokens of its chunk and more
+    (``sizes``), which is kept too; ``read_us`` is ``memory_read`` of the same token in the same rounds."""
+
+    sizes: str
+    pending: int
+    median_us: float
+    spread: float
+    read_us: float
+    samples: int
+
+
+@torch.inference_mode()
+def measure_pending(
+    samples: int = 50, shapes: Iterable[tuple[int, int, int, int, int]] = LONG_CHUNKS
+) -> list[PendingRow]:
+    """One-token calls in the middle of a long chunk, each beside the read alone.
+
+    Raises:
+        RuntimeError: the tokens kept are not those that came.
+        ValueError: there are more ``samples`` than half of a chunk has tokens.
+    """
+    return [_pending_row(samples, *shape) for shape in shapes]
+
+
+def _pending_row(samples: int, batch: int, heads: int, dim: int, hidden: int, chunk_size: int) -> PendingRow:
+    sizes, half, warmup = f"B{batch} N{heads} D{dim} H{hidden} C{chunk_size}", chunk_size // 2, 3
+    if samples + warmup >= half:
+        raise ValueError(f"samples: got {samples}; want fewer than {half - warmup} at {sizes}")
+    problem = make_problem(
+        SPEC, batch=batch, tokens=chunk_size, heads=heads, dim=dim, hidden=hidden, chunk_size=chunk_size
+    )
+    state, done = MemoryState.initial(problem.weights, spec=SPEC, chunk_size=chunk_size, batch_size=batch), 0
+
+    def scan(count: int = 1) -> Tensor:
+        nonlocal state, done
+        q, k, v, lr = (x[:, done : done + count] for x in (problem.q, problem.k, problem.v, problem.lr))
+        output, state = memory_scan(q, k, v, lr, state, spec=SPEC, chunk_size=chunk_size, backend="cpu")
+        done += count
+        return output
+
+    def read() -> Tensor:
+        return memory_read(problem.q[:, :1], state, spec=SPEC, backend="cpu")
+
+    scan(half)
+    timings = time_side_by_side({"scan": scan, "read": read}, repeats=samples, warmup=warmup)
+    kept = ((state.pending_k, problem.k), (state.pending_v, problem.v), (state.pending_lr, problem.lr))
+    if not all(torch.equal(a, b[:, :done]) for a, b in kept):
+        raise RuntimeError(f"memory_scan at {sizes} did not keep the tokens that came")
+    return PendingRow(
+        sizes=sizes,
+        pending=half,
+        median_us=1e6 * timings["scan"].median,
+        spread=timings["scan"].spread,
+        read_us=1e6 * timings["read"].median,
+        samples=samples,
+    )

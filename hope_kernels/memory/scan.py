@@ -17,12 +17,12 @@ from torch import Tensor
 from hope_kernels import backends
 from hope_kernels.backends import cpu
 from hope_kernels.backends.interface import ScanProblem, ScanRequest
-from hope_kernels.memory import factored, joint_ops, ops, plain, plan, reference
+from hope_kernels.memory import factored, joint_ops, ops, pending, plain, plan, reference
 from hope_kernels.memory import validation as check
 from hope_kernels.memory.coefficients import Coefficients, chunk_coefficients
 from hope_kernels.memory.layout import TableLayout, UniformLayout, make_layout
 from hope_kernels.memory.spec import MemorySpec
-from hope_kernels.memory.state import MemoryState, Weights
+from hope_kernels.memory.state import PENDING, MemoryState, Weights
 
 Memory = Sequence[Tensor] | MemoryState
 
@@ -271,15 +271,23 @@ def _after(
     **written: Any,
 ) -> MemoryState:
     """``state`` after a call's tokens: position, pending tokens, gates in use, and the fields that were ``written``."""
-    rest = layout.unfinished
+    new, room = (k, v, lr, retention, momentum), None
+    if isinstance(layout, UniformLayout) and layout.chunks == 0 and pending.gathers(state, new):
+        kept, room = pending.append(state, new, chunk_size - 1)
+    else:
+        rest = layout.unfinished
+        kept = (
+            rest(state.pending_k, k),
+            rest(state.pending_v, v),
+            rest(state.pending_lr, lr),
+            None if retention is None else rest(state.pending_retention, retention),
+            None if momentum is None else rest(state.pending_momentum, momentum),
+        )
     return state.replaced(
         chunk_size=chunk_size,
         batch_size=layout.rows,
-        pending_k=rest(state.pending_k, k),
-        pending_v=rest(state.pending_v, v),
-        pending_lr=rest(state.pending_lr, lr),
-        pending_retention=None if retention is None else rest(state.pending_retention, retention),
-        pending_momentum=None if momentum is None else rest(state.pending_momentum, momentum),
+        **dict(zip(PENDING, kept, strict=True)),
+        room=room,
         has_retention=retention is not None,
         has_momentum=momentum is not None,
         **layout.advance(),

@@ -65,6 +65,10 @@ class MemoryState:
     has_momentum: bool | None = None
     factors: Factors | None = None
 
+    # The memory that the pending tokens gather in, see hope_kernels/memory/pending.py. No field: a state made from
+    # another's fields starts without.
+    room = None
+
     @staticmethod
     def initial(
         weights: Sequence[Tensor],
@@ -144,12 +148,12 @@ class MemoryState:
         """The same state with dense weights of each sequence's own where it is factored."""
         return self if self.factors is None else replace(self, stored_weights=self.weights, factors=None)
 
-    def replaced(self, **changes: Any) -> MemoryState:
+    def replaced(self, *, room: Any = None, **changes: Any) -> MemoryState:
         """The same state with other values in some fields: ``dataclasses.replace`` in a tenth of its 7 microseconds."""
         if torch.compiler.is_compiling():
             return replace(self, **changes)
         other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__, **changes)
+        other.__dict__.update(self.__dict__, room=room, **changes)
         return other
 
     def detach(self) -> MemoryState:
@@ -208,6 +212,8 @@ class MemoryState:
         """Tensors and plain values by name; ``torch.save``-able and loadable with ``weights_only=True``."""
         result: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         result["spec"] = self.spec.key
+        if self.room is not None:  # of which only what is used is to be stored
+            result |= {name: x if x is None else x.clone() for name, x in zip(PENDING, self.pending, strict=True)}
         for name in ("stored_weights", "stored_momentum"):
             if result[name] is not None:
                 result[name] = list(result[name])

@@ -22,6 +22,13 @@ def test_rates_of_reads_are_of_all_weights_that_sequences_have():
     assert row.gbytes == pytest.approx(row.weight_bytes / row.median_us / 1e3) and row.summed > 0
 
 
+def test_streams_in_a_long_chunk_are_timed_beside_a_read():
+    (row,) = call_overhead.measure_pending(samples=2, shapes=[(3, 2, 8, 16, 16)])
+    assert row.sizes == "B3 N2 D8 H16 C16" and row.pending == 8 and row.median_us > 0 and row.read_us > 0
+    with pytest.raises(ValueError, match="samples: got 5; want fewer than 5 at B3"):
+        call_overhead.measure_pending(samples=5, shapes=[(3, 2, 8, 16, 16)])
+
+
 def test_wrong_reads_are_never_timed(monkeypatch):
     sabotage_output(monkeypatch, lambda output: output * 1.01)
     with pytest.raises(RuntimeError, match=r"memory_read differs from the reference by 1\.0"):
