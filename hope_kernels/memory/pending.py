@@ -45,11 +45,14 @@ class Room(NamedTuple):
         return False
 
 
-def gathers(state: MemoryState, new: Tokens) -> bool:
-    """Whether ``new`` is to be added to the pending tokens of ``state`` by :func:`append`: many, plain and on the CPU,
-    without gradients, and seen by nobody."""
-    if state.pending_k is None or state.pending_k.nbytes < WORTHWHILE or torch.compiler.is_compiling():
+def gathers(state: MemoryState, new: Tokens, known: bool) -> bool:
+    """Whether ``new`` is to be added to the pending tokens of ``state`` by :func:`append`: where these are many, no
+    gradient is wanted, all are the CPU's own tensors and nobody watches; but for the first, that may be ``known``."""
+    old = state.pending_k
+    if old is None or torch.compiler.is_compiling() or old.nbytes < WORTHWHILE:
         return False
+    if known:
+        return True
     given = [x for x in (*state.pending, *new) if x is not None]
     if torch.is_grad_enabled() and any(x.requires_grad for x in given):
         return False
@@ -76,14 +79,14 @@ def append(state: MemoryState, new: Tokens, most: int) -> tuple[Tokens, Room]:
         memory = [x if x is None else x.new_empty((x.shape[0], capacity, *x.shape[2:])) for x in old]
         for to, x in zip(memory, old, strict=True):
             if x is not None:
-                to[:, :count].copy_(x)
+                to.narrow(1, 0, count).copy_(x)
         room = Room(tuple(memory), [])
     pending = []
     for to, x in zip(room.memory, new, strict=True):
         if x is not None:
-            to[:, count:total].copy_(x)
+            to.narrow(1, count, total - count).copy_(x)
             # A version counter of its own: a graph that holds earlier tokens need not mind what is written behind them.
-            x = to.data[:, :total]
+            x = to.data.narrow(1, 0, total)
         pending.append(x)
     room.newest.append(tuple(pending))
     return tuple(pending), room

@@ -22,7 +22,7 @@ from hope_kernels.memory import validation as check
 from hope_kernels.memory.coefficients import Coefficients, chunk_coefficients
 from hope_kernels.memory.layout import TableLayout, UniformLayout, make_layout
 from hope_kernels.memory.spec import MemorySpec
-from hope_kernels.memory.state import PENDING, MemoryState, Weights
+from hope_kernels.memory.state import MemoryState, Weights
 
 Memory = Sequence[Tensor] | MemoryState
 
@@ -174,7 +174,8 @@ def _prepare(
 
             def read_and_keep() -> MemoryOutput:
                 output = cpu.read(q, state.stored_weights, spec, chunk_size)
-                return MemoryOutput(output, _after(state, layout, chunk_size, k, v, lr, retention, momentum))
+                after = _after(state, layout, chunk_size, k, v, lr, retention, momentum, known=True)
+                return MemoryOutput(output, after)
 
             return _PreparedCall(read_and_keep, name)
     else:
@@ -268,25 +269,28 @@ def _after(
     lr: Tensor,
     retention: Tensor | None,
     momentum: Tensor | None,
+    *,
+    known: bool = False,
     **written: Any,
 ) -> MemoryState:
-    """``state`` after a call's tokens: position, pending tokens, gates in use, and the fields that were ``written``."""
+    """``state`` after a call's tokens: position, pending tokens, gates in use, and the fields that were ``written``.
+
+    ``known``: all tensors are known to be plain, and no gradient is wanted.
+    """
     new, room = (k, v, lr, retention, momentum), None
-    if isinstance(layout, UniformLayout) and layout.chunks == 0 and pending.gathers(state, new):
+    if isinstance(layout, UniformLayout) and layout.chunks == 0 and pending.gathers(state, new, known):
         kept, room = pending.append(state, new, chunk_size - 1)
     else:
         rest = layout.unfinished
-        kept = (
-            rest(state.pending_k, k),
-            rest(state.pending_v, v),
-            rest(state.pending_lr, lr),
-            None if retention is None else rest(state.pending_retention, retention),
-            None if momentum is None else rest(state.pending_momentum, momentum),
-        )
+        kept = [x if x is None else rest(old, x) for old, x in zip(state.pending, new, strict=True)]
     return state.replaced(
         chunk_size=chunk_size,
         batch_size=layout.rows,
-        **dict(zip(PENDING, kept, strict=True)),
+        pending_k=kept[0],
+        pending_v=kept[1],
+        pending_lr=kept[2],
+        pending_retention=kept[3],
+        pending_momentum=kept[4],
         room=room,
         has_retention=retention is not None,
         has_momentum=momentum is not None,
