@@ -27,9 +27,10 @@ from hope_kernels.memory.factored_chunks import ChunkKernels, Gates, History, Wr
 from hope_kernels.memory.factors import INPUT_OF_LAYER, Factors, operand_dtype
 from hope_kernels.memory.layout import TableLayout, UniformLayout
 from hope_kernels.memory.networks import SharedNetwork, WeightNetwork
+from hope_kernels.memory.pending import Room, Tokens, after
 from hope_kernels.memory.schedule import RaggedSchedule, Schedule, UniformSchedule
 from hope_kernels.memory.spec import MemorySpec
-from hope_kernels.memory.state import MemoryState, state_dtype
+from hope_kernels.memory.state import PENDING, MemoryState, state_dtype
 
 ALWAYS = sys.maxsize  # more pairs than any sequence has: never merged
 
@@ -121,6 +122,7 @@ class FactoredState:
             there are none. pending_lr, pending_retention: ``[B, P, N]``, likewise.
         has_retention: whether the stream's calls give that gate; None before the first call.
         spec: what the memories are; None before the first call.
+        room: the memory that the pending tokens gather in, see :mod:`hope_kernels.memory.pending`; never stored.
     """
 
     chunk_size: int
@@ -133,10 +135,20 @@ class FactoredState:
     pending_retention: Tensor | None = None
     has_retention: bool | None = None
     spec: MemorySpec | None = None
+    room: Room | None = field(default=None, repr=False)
+
+    @property
+    def pending(self) -> Tokens:
+        """The pending tokens and their gates."""
+        return self.pending_k, self.pending_v, self.pending_lr, self.pending_retention
 
     def detach(self) -> FactoredState:
         """The same state, cut off from the graph that made it."""
-        return self._map(lambda _, x: x.detach())
+
+        def cut(name: str, x: Tensor) -> Tensor:  # pending tokens go on gathering where they are
+            return x if name in PENDING and not x.requires_grad else x.detach()
+
+        return self._map(cut)
 
     def to(self, device: torch.device | str) -> FactoredState:
         """The state on another device."""
@@ -162,7 +174,9 @@ class FactoredState:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values by name; ``torch.save``-able and loadable with ``weights_only=True``."""
-        result = {x.name: getattr(self, x.name) for x in fields(self) if x.name != "history"}
+        result = {x.name: getattr(self, x.name) for x in fields(self) if x.name not in ("history", "room")}
+        if self.room is not None:  # of which only what is used is to be stored
+            result |= {name: x if x is None else x.clone() for name, x in zip(PENDING, self.pending, strict=False)}
         merged, factors = self.history.merged, self.history.factors
         return result | {
             "spec": None if self.spec is None else self.spec.key,
@@ -178,7 +192,7 @@ class FactoredState:
         Raises:
             ValueError: a name is missing or unknown.
         """
-        names = {x.name for x in fields(FactoredState)} - {"history"} | {"merged", "factors", "counts"}
+        names = {x.name for x in fields(FactoredState)} - {"history", "room"} | {"merged", "factors", "counts"}
         if set(state_dict) != names:
             missing, unknown = sorted(names - set(state_dict)), sorted(set(state_dict) - names)
             raise ValueError(
@@ -304,11 +318,14 @@ def factored_scan(
         one_base_product=one_base_product,
         engine=pair_engine(None, k.device, operand_dtype(k)),
     )
-    fresh = {"k": k, "v": v, "lr": lr, "retention": retention}
-    unfinished = {
-        f"pending_{name}": None if new is None else schedule.unfinished(getattr(state, f"pending_{name}"), new)
-        for name, new in fresh.items()
-    }
+    kept, room = after(
+        state.pending,
+        (k, v, lr, retention),
+        state.room,
+        most=chunk_size - 1,
+        grows=isinstance(schedule, UniformSchedule) and schedule.written == 0,
+        unfinished=schedule.unfinished,
+    )
     if isinstance(schedule, UniformSchedule) and isinstance(state.position, int):
         position: int | tuple[int, ...] = state.position + length
     else:
@@ -318,7 +335,7 @@ def factored_scan(
     return FactoredOutput(
         output,
         FactoredState(
-            chunk_size, position, count, history, **unfinished, has_retention=retention is not None, spec=spec
+            chunk_size, position, count, history, *kept, has_retention=retention is not None, spec=spec, room=room
         ),
     )
 

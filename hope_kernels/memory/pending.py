@@ -7,15 +7,15 @@ keeps a stream of single tokens from copying its whole chunk for every one of th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hope_kernels.memory import plain
-from hope_kernels.memory.state import MemoryState
 
-Tokens = tuple[Tensor | None, ...]  # in the order of PENDING
+Tokens = tuple[Tensor | None, ...]  # keys, values, gates
 
 WORTHWHILE = 1 << 17  # bytes of pending keys; up to there a concatenation takes no longer than what is done here
 
@@ -24,8 +24,7 @@ class Room(NamedTuple):
     """Memory for the pending tokens of a stream.
 
     Attributes:
-        memory: ``[B, capacity, ...]`` for each tensor of :data:`~hope_kernels.memory.state.PENDING`, None for what is
-            not given.
+        memory: ``[B, capacity, ...]`` for each tensor, None for what is not given.
         newest: the pending tensors that reach furthest, or nothing once a call has gone on from them. Taken out in one
             step that no other thread can divide.
     """
@@ -45,29 +44,47 @@ class Room(NamedTuple):
         return False
 
 
-def gathers(state: MemoryState, new: Tokens, known: bool) -> bool:
-    """Whether ``new`` is to be added to the pending tokens of ``state`` by :func:`append`: where these are many, no
-    gradient is wanted, all are the CPU's own tensors and nobody watches; but for the first, that may be ``known``."""
-    old = state.pending_k
-    if old is None or torch.compiler.is_compiling() or old.nbytes < WORTHWHILE:
+def after(
+    old: Tokens,
+    new: Tokens,
+    room: Room | None,
+    *,
+    most: int,
+    grows: bool,
+    unfinished: Callable[[Tensor | None, Tensor], Tensor | None],
+    known: bool = False,
+) -> tuple[Tokens, Room | None]:
+    """The tokens pending after a call, and the room they are in.
+
+    Args:
+        old: those before, ``[B, P, ...]`` each and of one P; None for what is not given, or where there are none.
+        new: the call's, ``[B, T, ...]``; None for what is not given.
+        room: the one that ``old`` is in, if any.
+        most: the most tokens that can be pending.
+        grows: whether every row has ``old`` and then ``new`` pending.
+        unfinished: what makes the tokens pending after the call of those before and the call's, in a copy.
+        known: that all are the CPU's own tensors, no gradient is wanted and nobody watches.
+    """
+    if grows and _gathers(old, new, known):
+        return _append(old, new, room, most)
+    return tuple([x if x is None else unfinished(y, x) for y, x in zip(old, new, strict=True)]), None
+
+
+def _gathers(old: Tokens, new: Tokens, known: bool) -> bool:
+    """Whether there are many tokens and, if that is not known, no gradients, no tensors but the CPU's own, nobody who
+    watches."""
+    if old[0] is None or torch.compiler.is_compiling() or old[0].nbytes < WORTHWHILE:
         return False
     if known:
         return True
-    given = [x for x in (*state.pending, *new) if x is not None]
+    given = [x for x in (*old, *new) if x is not None]
     if torch.is_grad_enabled() and any(x.requires_grad for x in given):
         return False
     return plain.unwatched() and all(plain.is_ordinary(x) for x in given)
 
 
-def append(state: MemoryState, new: Tokens, most: int) -> tuple[Tokens, Room]:
-    """The pending tokens of ``state`` with ``new`` behind them, and the room they are in.
-
-    Args:
-        state: a state with as many pending tokens in every row.
-        new: keys, values ``[B, T, N, D]`` and gates ``[B, T, N]``; None where the state has none.
-        most: the most tokens that can be pending.
-    """
-    old, room = state.pending, state.room
+def _append(old: Tokens, new: Tokens, room: Room | None, most: int) -> tuple[Tokens, Room]:
+    """``old`` with ``new`` behind it: in place where it is its turn, else in another room."""
     count, total = old[0].shape[1], old[0].shape[1] + new[0].shape[1]
     fits = (
         room is not None

@@ -277,12 +277,15 @@ def _after(
 
     ``known``: all tensors are known to be plain, and no gradient is wanted.
     """
-    new, room = (k, v, lr, retention, momentum), None
-    if isinstance(layout, UniformLayout) and layout.chunks == 0 and pending.gathers(state, new, known):
-        kept, room = pending.append(state, new, chunk_size - 1)
-    else:
-        rest = layout.unfinished
-        kept = [x if x is None else rest(old, x) for old, x in zip(state.pending, new, strict=True)]
+    kept, room = pending.after(
+        state.pending,
+        (k, v, lr, retention, momentum),
+        state.room,
+        most=chunk_size - 1,
+        grows=layout.chunks == 0 and isinstance(layout, UniformLayout),
+        unfinished=layout.unfinished,
+        known=known,
+    )
     return state.replaced(
         chunk_size=chunk_size,
         batch_size=layout.rows,

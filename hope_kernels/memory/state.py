@@ -160,7 +160,11 @@ class MemoryState:
         """The same state, cut off from the graph that made it. Nothing is copied: a factored state, or one with nothing
         written, still sees the initial weights change in place; :meth:`merged` makes the former independent of them.
         """
-        return self._map(lambda _, x: x.detach())
+
+        def cut(name: str, x: Tensor) -> Tensor:  # pending tokens go on gathering where they are
+            return x if name in PENDING and not x.requires_grad else x.detach()
+
+        return self._map(cut).replaced(room=self.room)
 
     def to(self, *args: Any, **kwargs: Any) -> MemoryState:
         """The state on another device and/or for tokens of another dtype (arguments as ``Tensor.to``).

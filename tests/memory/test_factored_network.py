@@ -8,6 +8,7 @@ from torch import nn
 from torch.func import functional_call
 
 from hope_kernels import MemorySpec
+from hope_kernels.memory import pending
 from hope_kernels.memory.factored import FactoredState, factored_scan
 from hope_kernels.memory.networks import WeightNetwork
 from tests.cases import cotangent
@@ -375,3 +376,32 @@ def test_a_stored_state_goes_on_with_the_same_bits(ragged, limit, tmp_path):
     renamed = {"count" if name == "counts" else name: x for name, x in loaded.state_dict().items()}
     with pytest.raises(ValueError, match=r"state_dict: missing .'counts'., unknown .'count'."):
         FactoredState.from_state_dict(renamed)
+
+
+def test_pending_tokens_gather_in_place_and_no_state_can_tell(monkeypatch):
+    torch.manual_seed(0)
+    module, tensors = Module("glu", nn.SiLU(), True, torch.float64), inputs(2, 14)
+    spans = [(start, start + 1) for start in range(14)]
+
+    def stream() -> tuple[list, list]:
+        outputs, states, state = [], [], None
+        with torch.no_grad():
+            for span in spans:
+                output, state = scan(module, [span], *tensors, state)
+                outputs.append(output)
+                states.append(state)
+                state = state.detach()
+        return outputs, states
+
+    expected, apart = stream()
+    monkeypatch.setattr(pending, "WORTHWHILE", 0)
+    found, together = stream()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    for state, want in zip(together, apart, strict=True):
+        for x, y in zip(state.pending, want.pending, strict=True):
+            assert (x is None and y is None) or torch.equal(x, y)
+    assert together[1].room is not None and all(state.room is None for state in apart)
+    assert together[1].pending_k.data_ptr() == together[2].pending_k.data_ptr()
+    stored = together[1].state_dict()
+    assert "room" not in stored and stored["pending_k"].untyped_storage().nbytes() == stored["pending_k"].nbytes
+    assert torch.equal(FactoredState.from_state_dict(stored).pending_k, together[1].pending_k)

@@ -188,6 +188,15 @@ def test_threads_that_go_on_from_one_state_each_keep_their_own_tokens():
             assert torch.equal(getattr(memory, f"pending_{name}"), P[name][:, rows]), (i, name)
 
 
+def test_a_detached_state_goes_on_in_place():
+    with torch.no_grad():
+        state = stream([1] * 5)[1][-1].detach()
+        after = scan(slice(5, 6), state).state
+    assert after.pending_k.data_ptr() == state.pending_k.data_ptr()
+    state = stream([1] * 5, P.map(lambda n, x: x.clone().requires_grad_() if n == "k" else x))[1][-1]
+    assert state.pending_k.requires_grad and not state.detach().pending_k.requires_grad
+
+
 def test_what_is_stored_is_what_is_used():
     with torch.no_grad():
         state = stream([1] * 9)[1][-1]
