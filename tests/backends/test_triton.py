@@ -228,6 +228,43 @@ def test_scans_launched_together_are_grouped_by_the_plan_of_the_direction(monkey
     assert called == [("resident forward", [4, 8]), ("tiled forward", [70]), ("tiled backward", [4, 70, 8])]
 
 
+@pytest.mark.parametrize(
+    "spec", [MemorySpec("mlp"), MemorySpec("glu", "silu", objective="self", rule="dgd")], ids=spec_id
+)
+@pytest.mark.interpreted_cases(2)
+def test_scans_launched_together_give_what_each_gives_alone(spec, monkeypatch):
+    """Chunk sizes that one compiled body serves, one that needs another, and pending tokens."""
+    sizes = {"batch": 2, "tokens": 19, "heads": 1, "dim": 5, "hidden": 7, "dtype": torch.float32}
+    options = {"retention": True, "momentum": True, "device": device_of("triton")}
+    problems = [
+        meta_problem(spec, chunk_size=chunk_size, pending=chunk_size - 1, **sizes, **options)
+        for chunk_size in (4, 5, 16, 18)
+    ]
+    random = torch.Generator().manual_seed(0)
+    for problem in problems:
+        for x in (*problem.token_tensors, *problem.coefficients, *problem.weights, *problem.momentum):
+            if x is not None:
+                noise = torch.randn(x.shape, generator=random) / 3
+                x.copy_(noise.sigmoid() / 20 if any(x is gate for gate in problem.coefficients) else noise)
+    upstream = [
+        (torch.randn(problem.q.shape, generator=random).to(problem.q), [None] * len(problem.weights), [])
+        for problem in problems
+    ]
+    resident = either_plan({"forward": True, "backward": True})
+    with resident, monkeypatch.context() as patch:
+        counted = Launches(patch)
+        together = engine.scans_forward(problems, save=True)
+        gradients = engine.scans_backward(problems, [result[3] for result in together], upstream)
+    assert counted.names == {"forward_levels_kernel": 1, "backward_levels_kernel": 1}
+    for problem, found, found_gradients, given in zip(problems, together, gradients, upstream, strict=True):
+        with either_plan({"forward": True, "backward": True}):
+            alone = engine.scan_forward(problem, save=True)
+            alone_gradients = engine.scan_backward(problem, alone[3], *given)
+        torch.testing.assert_close(found[:3], alone[:3], rtol=1e-5, atol=1e-6)  # checkpoints have rows nobody reads
+        for part, expected in zip(found_gradients, alone_gradients, strict=True):
+            torch.testing.assert_close(part, expected, rtol=1e-4, atol=1e-5)
+
+
 class Launches:
     """Kernels launched inside the ``with`` block, by name."""
 

@@ -84,6 +84,42 @@ def test_kernels_of_the_interpreter_are_refused():
     assert "sum_of_squares" in message and "TRITON_INTERPRET" in message
 
 
+# ---- the first call --------------------------------------------------------------------------------------------------
+
+# Kind of memory, bits, features, chunk sizes of the levels; bodies of the forward's and of the backward's kernel, which
+# are functions.
+FIRST_CALLS = [
+    pytest.param("mlp/gd/l2", 16, 64, (1, 2, 4, 8), 1, id="four levels of one body"),
+    pytest.param("mlp/gd/l2", 16, 64, (1, 2, 4, 8, 16, 64), 2, id="six levels of two", marks=pytest.mark.slow),
+    pytest.param("glu/dgd/self", 16, 64, (32,), 0, id="one level", marks=pytest.mark.slow),
+    pytest.param("glu/dgd/self", 16, 1024, (512,), 0, id="one tiled level", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("kind", "bits", "dim", "chunk_sizes", "bodies"), FIRST_CALLS)
+def test_a_first_call_compiles_in_less_than_a_minute(kind, bits, dim, chunk_sizes, bodies, tmp_path):
+    """Of CPU time, which does not depend on what else runs. Four bodies in one function would take minutes."""
+    if len(chunk_sizes) > 3 and tuple(map(int, version("triton").split(".")[:2])) < (3, 9):
+        pytest.skip("older Tritons compile a body for every chunk size")
+    found = compiled("first_call", "sm_90", kind, bits, dim, *chunk_sizes, TRITON_CACHE_DIR=str(tmp_path))
+    assert found["seconds"] < 60
+    assert found["plans"] == (["tiled"] if dim > 128 else ["resident"])
+    assert found["functions"] == [1 + bodies] * 2 * (bodies > 0)
+    assert found["inner_spills"] == [0, 0] * (bodies > 0)
+    assert bodies == 0 or found["launches"] == 2
+
+
+def test_bodies_are_functions_where_a_compiler_can_call_them():
+    """Not where they use tensor memory; on AMD's, where calls cost stack, only from three on."""
+    one, several = "forward_kernel", "forward_levels_kernel"
+    assert compiled("joint_kernels", "sm_80", "sm_90", "sm_100", "gfx942") == {
+        "sm_80": [several, several],
+        "sm_90": [several, several],
+        "sm_100": [one, one],
+        "gfx942": [one, several],
+    }
+
+
 # ---- digests ---------------------------------------------------------------------------------------------------------
 
 KERNELS = '''

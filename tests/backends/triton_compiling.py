@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import resource
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -134,6 +136,73 @@ def variants(plan: str) -> dict:
             hashes = {launch.compiled.hash for launch in launches if launch.kernel == kernel}
             counts.setdefault(kernel, []).append(len(hashes))
     return counts
+
+
+def first_call(architecture: str, kind: str, bits: int, dim: int, *chunk_sizes: int) -> dict:
+    """What a first forward and backward of memories ``kind`` (form/rule/objective) of these chunk sizes, run at once,
+    compile: CPU seconds of this process and its children, plans, launches; and of kernels of several functions how many
+    those are, and accesses to spilled registers in innermost loops."""
+    from hope_kernels.backends import triton as engine
+    from hope_kernels.backends.triton.plan import choose_plan
+
+    problems = _levels(kind, bits, dim, chunk_sizes)
+    before = _cpu_seconds()
+    with compile_only(ARCHITECTURES[architecture]) as launches:
+        plans = {choose_plan(p, direction).name for p in problems for direction in ("forward", "backward")}
+        saved = [result[3] for result in engine.scans_forward(problems, save=True)]
+        gradients = [(torch.empty_like(p.v), [None] * len(p.weights), []) for p in problems]
+        engine.scans_backward(problems, saved, gradients)
+    seconds = _cpu_seconds() - before
+    resident = [launch.compiled for launch in launches if launch.compiled.asm["ttgir"].count("tt.func") > 1]
+    return {
+        "seconds": seconds,
+        "plans": sorted(plans),
+        "launches": len(launches),
+        "functions": [kernel.asm["ttgir"].count("tt.func") for kernel in resident],
+        "inner_spills": [
+            read_resources(kernel, ARCHITECTURES[architecture]).inner_spill_instructions for kernel in resident
+        ],
+    }
+
+
+def joint_kernels(*architectures: str) -> dict:
+    """By architecture, the kernel that runs two and the one that runs three memories at once."""
+    from hope_kernels.backends import triton as engine
+
+    found: dict[str, list[str]] = {}
+    for architecture in architectures:
+        for chunk_sizes in ((4, 16), (1, 4, 16)):
+            with compile_only(ARCHITECTURES[architecture], describe=True) as launches:
+                engine.scans_forward(_levels("mlp/gd/l2", 16, 64, chunk_sizes), save=True)
+            found.setdefault(architecture, []).extend(launch.kernel for launch in launches)
+    return found
+
+
+def _levels(kind: str, bits: int, dim: int, chunk_sizes: tuple[int, ...]) -> list:
+    from hope_kernels.backends.triton.compile_only import meta_problem
+    from hope_kernels.memory.spec import MemorySpec
+
+    form, rule, objective = kind.split("/")
+    return [
+        meta_problem(
+            MemorySpec(form, objective=objective, rule=rule),
+            batch=2,
+            heads=2,
+            tokens=2 * max(chunk_sizes),
+            dim=dim,
+            hidden=4 * dim,
+            chunk_size=chunk_size,
+            dtype={16: torch.bfloat16, 32: torch.float32}[bits],
+            retention=True,
+            momentum=True,
+        )
+        for chunk_size in chunk_sizes
+    ]
+
+
+def _cpu_seconds() -> float:
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 def interpreted() -> dict:

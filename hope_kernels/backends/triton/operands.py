@@ -133,10 +133,71 @@ class Plan:
         return self.objective in ("l2", "self")
 
 
+class LevelPlan(NamedTuple):
+    """A :class:`Plan` and its properties with the chunk size left open: what is compiled for it serves every chunk that
+    the block holds."""
+
+    form: Any
+    activation: Any
+    objective: Any
+    rule: Any
+    residual: Any
+    heads: Any
+    chunk: Any  # a run-time value
+    dim: Any
+    hidden: Any
+    block_chunk: Any
+    block_dim: Any
+    block_hidden: Any
+    operand: Any
+    precision: Any
+    fast_activation: Any
+    shared_read: Any
+    inputs: Any
+    weights: Any
+    needs_prediction: Any
+
+
 @triton.constexpr_function
 def item(plans, i):
     """One of a tuple of plans (plain indexing yields no constexpr in older Tritons)."""
     return plans[i]
+
+
+@triton.jit
+def call_level(function, arguments, program, chunks, plans: tl.constexpr, i: tl.constexpr):
+    """``function(*arguments, program, plan)`` with plan ``i``. If its chunk is 0, its chunk size is that of ``chunks``,
+    which are :func:`encoded`."""
+    plan: tl.constexpr = item(plans, i)
+    if plan.chunk > 0:
+        function(*arguments, program, plan)
+    else:
+        # In place: a tuple that is given a name has tensors for its constants.
+        function(
+            *arguments,
+            program,
+            LevelPlan(
+                plan.form,
+                plan.activation,
+                plan.objective,
+                plan.rule,
+                plan.residual,
+                plan.heads,
+                size(chunks[i]),
+                plan.dim,
+                plan.hidden,
+                plan.block_chunk,
+                plan.block_dim,
+                plan.block_hidden,
+                plan.operand,
+                plan.precision,
+                plan.fast_activation,
+                plan.shared_read,
+                plan.inputs,
+                plan.weights,
+                plan.needs_prediction,
+            ),
+        )
 
 
 @triton.constexpr_function

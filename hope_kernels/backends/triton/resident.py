@@ -12,10 +12,15 @@ import triton
 from hope_kernels.backends.interface import ScanGradients
 from hope_kernels.backends.triton import configurations, launch
 from hope_kernels.backends.triton.configurations import Configuration
-from hope_kernels.backends.triton.operands import Coefficients
+from hope_kernels.backends.triton.operands import Coefficients, encoded
 from hope_kernels.backends.triton.resident_adjoint import FLOAT_PARTS, workspace_sizes
-from hope_kernels.backends.triton.resident_backward import Results, backward_kernel
-from hope_kernels.backends.triton.resident_forward import Scratch, forward_kernel, read_kernel
+from hope_kernels.backends.triton.resident_backward import Results, backward_kernel, backward_levels_kernel
+from hope_kernels.backends.triton.resident_forward import (
+    Scratch,
+    forward_kernel,
+    forward_levels_kernel,
+    read_kernel,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +35,11 @@ Upstream = tuple["Tensor | None", list["Tensor | None"], list["Tensor | None"]]
 
 # Where the table has no configuration and the plan was asked for by name: it runs, spilling registers perhaps.
 _UNLISTED = Configuration.of(block_hidden=16, num_warps=8)
+
+# Whether one body can serve several chunk sizes: Triton 3.6 does not hand on a tuple of constants and run-time values.
+OPEN_CHUNKS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+# Scans of one launch that have a body each, which takes some 15 seconds to compile; if there are more, they share.
+MOST_BODIES = 3
 
 # CUDA's limit of a grid's second dimension, along which reads have their sequences and heads.
 MOST_READING_PROGRAMS = 65535
@@ -47,6 +57,32 @@ def _plan(problem: ScanProblem, kernel: str) -> Plan:
 def _options(kernel: str, problems: Sequence[ScanProblem]) -> dict[str, int]:
     """Options of a launch that several scans share: the most warps that one of them asks for."""
     return max((_configuration(kernel, problem).options for problem in problems), key=lambda o: o["num_warps"])
+
+
+def _in_one_function(problems: Sequence[ScanProblem]) -> bool:
+    """Whether a launch has the bodies of its scans in one function, or calls one for each.
+
+    With several in one a pass of Triton's takes time that grows with the square of their number. But Triton cannot call
+    functions that use the tensor memory of sm_100, and AMD's compiler has them save registers on the stack when they
+    are entered and left: two scans are still one function there.
+    """
+    family, _, number = configurations.device_of(problems[0].tokens).architecture.partition("_")
+    if family == "sm" and 100 <= int(number) < 120:
+        return True
+    return len(problems) <= (2 if family.startswith("gfx") else 1)
+
+
+def _compiled_for(plans: tuple[Plan, ...], *, in_one_function: bool) -> tuple[tuple, ...]:
+    """The last arguments of a launch: plans; where functions are called, before them the chunk sizes.
+
+    Where there are many, plans of the smallest block leave the chunk size open: one body then serves them all. Called
+    from several places, it has its arguments in registers, or on the stack where it lacks those.
+    """
+    if in_one_function:
+        return (plans,)
+    opens = OPEN_CHUNKS and len(plans) > MOST_BODIES
+    chunks = tuple(encoded(plan.chunk) for plan in plans)
+    return chunks, tuple(replace(plan, chunk=0) if opens and plan.block_chunk == 16 else plan for plan in plans)
 
 
 def _scratch(problem: ScanProblem, plan: Plan) -> Scratch:
@@ -84,14 +120,16 @@ def scans_forward(problems: Sequence[ScanProblem], *, save: bool) -> list[Forwar
         return tuple(of(i) for i in indices)
 
     if writing:
-        forward_kernel[(sum(programs[i] for i in writing),)](
+        in_one_function = _in_one_function([problems[i] for i in writing])
+        kernel = forward_kernel if in_one_function else forward_levels_kernel
+        kernel[(sum(programs[i] for i in writing),)](
             each(writing, lambda i: arguments[i][0]),
             each(writing, lambda i: arguments[i][1]),
             each(writing, lambda i: launch.token_view(results[i][0])),
             each(writing, lambda i: (tuple(results[i][1]), tuple(results[i][2]))),
             each(writing, lambda i: _saved_states(problems[i], results[i][3])),
             each(writing, lambda i: _scratch(problems[i], plans[i])),
-            each(writing, plans.__getitem__),
+            *_compiled_for(each(writing, plans.__getitem__), in_one_function=in_one_function),
             **_options("resident_forward", [problems[i] for i in writing]),
         )
     if reading:
@@ -188,7 +226,9 @@ def scans_backward(
             for of, states in zip(gradients, (results[i][0].weights, results[i][1]), strict=True)
         )
 
-    backward_kernel[(sum(problems[i].sequence_count * plans[i].heads for i in present),)](
+    in_one_function = _in_one_function([problems[i] for i in present])
+    kernel = backward_kernel if in_one_function else backward_levels_kernel
+    kernel[(sum(problems[i].sequence_count * plans[i].heads for i in present),)](
         each(lambda i: arguments[i][0]),
         each(lambda i: arguments[i][1]),
         each(lambda i: _saved_states(problems[i], saved[i])),
@@ -198,7 +238,7 @@ def scans_backward(
         each(lambda i: _running_states(problems[i])),
         each(lambda i: _states(problems[i], problems[i].checkpoint_interval, problems[i].tokens.dtype)),
         each(lambda i: _workspace(problems[i], plans[i])),
-        each(plans.__getitem__),
+        *_compiled_for(each(plans.__getitem__), in_one_function=in_one_function),
         **_options("resident_backward", [problems[i] for i in present]),
     )
     return [gradients for gradients, _ in results]

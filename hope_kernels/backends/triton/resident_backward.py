@@ -31,6 +31,7 @@ from hope_kernels.backends.triton.delta_rule import (
 )
 from hope_kernels.backends.triton.operands import (
     State,
+    call_level,
     contiguous_state,
     item,
     opaque,
@@ -687,3 +688,28 @@ def backward_kernel(
             problems[i], sizes[i], checkpoints[i], grad_outputs[i], finals[i], results[i], running[i], slots[i],
             works[i], program, item(plans, i),
         )  # fmt: skip
+
+
+@triton.jit(noinline=True)
+def backward_level(problem, sizes, checkpoints, grad_output, final, result, running, slots, work, program, plan):
+    """:func:`backward_program`, as ``forward_level``."""
+    backward_program(
+        problem, sizes, checkpoints, grad_output, final, result, running, slots, work, program, plan
+    )  # fmt: skip
+
+
+@triton.jit
+def backward_levels_kernel(
+    problems, sizes, checkpoints, grad_outputs, finals, results, running, slots, works, chunks, plans: tl.constexpr
+):
+    """:func:`backward_kernel` for several scans, as ``forward_levels_kernel``."""
+    program = tl.program_id(0)
+    for i in tl.static_range(len(plans)):
+        arguments = (
+            problems[i], sizes[i], checkpoints[i], grad_outputs[i], finals[i], results[i], running[i], slots[i],
+            works[i],
+        )  # fmt: skip
+        count = size(sizes[i].sequences) * item(plans, i).heads
+        if (program >= 0) & (program < count):
+            call_level(backward_level, arguments, program, chunks, plans, i)
+        program -= count

@@ -21,6 +21,7 @@ from hope_kernels.backends.triton.activation import activate, activate_with_slop
 from hope_kernels.backends.triton.delta_rule import effective_step, load_products, overlap_inverse
 from hope_kernels.backends.triton.operands import (
     State,
+    call_level,
     contiguous_state,
     copy_matrix,
     find_place,
@@ -449,6 +450,29 @@ def forward_kernel(problems, sizes, outputs, states, checkpoints, scratches, pla
         program -= forward_program(
             problems[i], sizes[i], outputs[i], states[i], checkpoints[i], scratches[i], program, item(plans, i)
         )
+
+
+@triton.jit(noinline=True)
+def forward_level(problem, sizes, output, state, checkpoints, scratch, program, plan):
+    """:func:`forward_program`, to be called: compiled once for all scans whose plans are equal.
+
+    Were the bodies of all scans in one function, a pass of Triton's would take time that grows with the square of their
+    number.
+    """
+    forward_program(problem, sizes, output, state, checkpoints, scratch, program, plan)
+
+
+@triton.jit
+def forward_levels_kernel(problems, sizes, outputs, states, checkpoints, scratches, chunks, plans: tl.constexpr):
+    """:func:`forward_kernel` for several scans. ``chunks``: their chunk sizes, encoded; 0 in the plans that leave them
+    open."""
+    program = tl.program_id(0)
+    for i in tl.static_range(len(plans)):
+        arguments = (problems[i], sizes[i], outputs[i], states[i], checkpoints[i], scratches[i])
+        count = size(sizes[i].sequences) * item(plans, i).heads
+        if (program >= 0) & (program < count):
+            call_level(forward_level, arguments, program, chunks, plans, i)
+        program -= count
 
 
 @triton.jit
