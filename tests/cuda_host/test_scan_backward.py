@@ -36,6 +36,8 @@ DELTA_RULE = [build.ROOT / "csrc/cuda/backward_delta_rule.h"]
 # Momentum, or the other rule, in problems of `small`; the steps of dgd make its corrections as large as the errors.
 MOMENTUM = ("gd", {"momentum": True})
 DELTA = ("dgd", {"max_lr": 0.4})
+# A memory of an mlp that two blocks hold together.
+SPREAD = ("gd", {"dim": 72, "hidden": 136})
 
 
 def assert_close_to_truth(problem: Problem, dtype: torch.dtype, **options) -> None:
@@ -66,6 +68,13 @@ SIZES = [
     ("mlp", 5, 6, 4, 11),
     ("mlp", 17, 129, 7, 24),
     ("mlp", 33, 20, 1, 5),
+    ("mlp", 128, 128, 16, 53),  # one block, and clusters of 2, 4 and 8
+    ("mlp", 128, 256, 40, 85),
+    ("mlp", 128, 256, 64, 67),  # what threads keep of a chunk is in the workspace
+    ("mlp", 128, 512, 16, 37),
+    ("mlp", 65, 10, 7, 24),
+    ("mlp", 20, 300, 5, 11),  # one block has no hidden units of its own
+    ("mlp", 64, 1024, 16, 17),
     ("glu", 32, 128, 16, 83),
     ("glu", 64, 128, 40, 85),
     ("glu", 64, 128, 64, 133),  # what threads keep of a chunk is in the workspace
@@ -85,7 +94,8 @@ def test_any_size_that_fits_stays_within_twice_the_eager_error(host, sizes, rule
     sizes |= {"batch": 1, "heads": 1 if dim * hidden > 4096 else 2, "max_lr": 0.1 if rule == "gd" else 0.4}
     spec = MemorySpec(form, rule=rule)
     problem = make_problem(spec, retention=True, momentum=momentum, initial_momentum=momentum, **sizes)
-    if (momentum and form == "glu" and dim > 32) or (form == "mlp" and hidden > 128 and (momentum or rule == "dgd")):
+    large = momentum and dim > 32 if form == "glu" else (momentum or rule == "dgd") and (hidden > 128 or dim > 64)
+    if large:
         with pytest.raises(scan.Refused, match="no registers for momentum"):
             evaluate_package(problem.cast(dtype), "cpu")
     else:
@@ -104,7 +114,7 @@ ALL_SPECS = [
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda spec: f"{spec.form}-{spec.objective}-{spec.activation}")
 def test_every_objective_and_activation(host, spec, dtype):
-    for rule, options in (("gd", {}), MOMENTUM, DELTA):
+    for rule, options in (("gd", {}), MOMENTUM, DELTA, *([SPREAD] if spec.form == "mlp" else [])):
         # With seed 0 a product is 3e-5 before the second write of dgd, and relu2's second derivative jumps at 0.
         seed = int(rule == "dgd" and spec.activation == "relu2")
         assert_close_to_truth(small(replace(spec, rule=rule), batch=1, seed=seed, **options), dtype)
@@ -132,6 +142,11 @@ def test_every_objective_and_activation(host, spec, dtype):
 def test_an_objective_with_some_activation(host, spec, momentum, dtype):
     max_lr = 0.1 if spec.rule == "gd" else 0.4
     assert_close_to_truth(small(spec, batch=1, momentum=momentum, initial_momentum=momentum, max_lr=max_lr), dtype)
+
+
+def test_a_memory_that_two_blocks_hold(host):
+    problem = small(MemorySpec("mlp"), batch=1, chunk_size=12, tokens=26, **SPREAD[1])
+    assert_close_to_truth(problem, torch.float16)
 
 
 @pytest.mark.parametrize("dtype", ONE_HALF, ids=str)
@@ -183,7 +198,7 @@ def test_delta_gradient_descent_on_keys_that_are_all_the_same(host):
 
 # ---- ways to call ----------------------------------------------------------------------------------------------------
 
-WAYS = [("mlp", *MOMENTUM), ("mlp", *DELTA), slow("glu", *MOMENTUM), slow("glu", *DELTA)]
+WAYS = [("mlp", *MOMENTUM), ("mlp", *DELTA), *(slow(*way) for way in (("glu", *MOMENTUM), ("glu", *DELTA), ("mlp", *SPREAD)))]
 
 
 @pytest.mark.parametrize(("form", "rule", "options"), WAYS)
@@ -275,9 +290,12 @@ def test_packed_and_padded_sequences_are_what_they_are_alone(host, kind, form, r
         first += end - start
 
 
-@pytest.mark.parametrize(("form", "rule"), [("mlp", "gd"), ("mlp", "dgd"), slow("glu", "gd"), slow("glu", "dgd")])
-def test_reads_alone_and_writes_alone(host, form, rule):
-    problem = small(MemorySpec(form, rule=rule), batch=1, tokens=150).cast(torch.bfloat16)
+@pytest.mark.parametrize(
+    ("form", "rule", "options"),
+    [("mlp", "gd", {}), ("mlp", "dgd", {}), slow("glu", "gd", {}), slow("glu", "dgd", {}), slow("mlp", *SPREAD)],
+)
+def test_reads_alone_and_writes_alone(host, form, rule, options):
+    problem = small(MemorySpec(form, rule=rule), batch=1, tokens=150, **options).cast(torch.bfloat16)
 
     def read(part: Problem, backend: str) -> Evaluation:
         return evaluate(part, lambda p: {"output": memory_read(p["q"], p.weights, spec=p.spec, backend=backend)})
@@ -347,6 +365,24 @@ def test_two_runs_stages_and_places_give_the_same_bits(host, form, rule, least):
         assert_identical(flat(host.again(**device)), expected)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("objective", "place"), [("l2", 156_000), ("self", 165_000)])
+def test_two_runs_and_places_of_a_cluster_give_the_same_bits(host, objective, place):
+    """The last device leaves what threads keep of a chunk to the workspace."""
+    problem = small(MemorySpec("mlp", objective=objective), batch=1, **SPREAD[1]).cast(torch.float16)
+    evaluate_package(problem, "cpu")
+    expected = flat(host.gradients[0])
+    for device in ({}, {"shared_memory": place}):
+        assert_identical(flat(host.again(**device)), expected)
+
+
+@pytest.mark.slow
+def test_a_memory_of_one_block_has_the_same_gradients_where_there_are_no_clusters(host):
+    problem = small(MemorySpec("mlp"), dim=128, hidden=128, batch=1).cast(torch.bfloat16)
+    evaluate_package(problem, "cpu")
+    assert_identical(flat(host.again(architecture=80)), flat(host.gradients[0]))
+
+
 @pytest.mark.parametrize(("form", "rule"), [("mlp", "gd"), ("mlp", "dgd"), slow("glu", "gd"), slow("glu", "dgd")])
 def test_a_row_does_not_depend_on_its_neighbours_even_if_they_are_nan(host, form, rule):
     problem = small(MemorySpec(form, rule=rule), batch=2, shared=False).cast(torch.bfloat16)
@@ -408,12 +444,13 @@ def test_what_is_not_covered_is_refused_with_the_reason(host):
 @pytest.mark.parametrize(
     ("spec", "sizes", "reason"),
     [
-        (MemorySpec("mlp"), {"dim": 65}, "backward keeps the adjoint in the registers of one block"),
-        (MemorySpec("mlp"), {"hidden": 257}, "backward keeps the adjoint in the registers of one block"),
-        (MemorySpec("mlp"), {"hidden": 129, "momentum": True}, "no registers for momentum or dgd at this size: hidden"),
-        (MemorySpec("mlp", rule="dgd"), {"hidden": 129}, "no registers for momentum or dgd at this size: hidden"),
-        (MemorySpec("glu"), {"dim": 65}, "one block: of a glu dim at most 64"),
-        (MemorySpec("glu"), {"hidden": 129}, "of a glu dim at most 64, hidden at most 128"),
+        (MemorySpec("mlp"), {"dim": 65, "momentum": True}, "no registers for momentum or dgd at this size: dim at most 64"),
+        (MemorySpec("mlp", rule="dgd"), {"dim": 65}, "no registers for momentum or dgd at this size: dim at most 64"),
+        (MemorySpec("mlp", rule="dgd"), {"hidden": 257}, "no registers for momentum or dgd at this size: dim at most 64"),
+        (MemorySpec("mlp"), {"hidden": 129, "momentum": True}, "no registers for momentum or dgd at this size: dim"),
+        (MemorySpec("mlp", rule="dgd"), {"hidden": 129}, "no registers for momentum or dgd at this size: dim"),
+        (MemorySpec("glu"), {"dim": 65}, "adjoint of a glu in the registers of one block: dim at most 64"),
+        (MemorySpec("glu"), {"hidden": 129}, "one block: dim at most 64, hidden at most 128"),
         (MemorySpec("glu"), {"dim": 33, "momentum": True}, "no registers for momentum at this size: of a glu dim"),
     ],
     ids=str,
@@ -422,6 +459,19 @@ def test_what_only_the_forward_covers_is_refused_with_the_reason(host, spec, siz
     problem = small(spec, **({"batch": 1, "tokens": 23} | sizes)).cast(torch.bfloat16)
     with pytest.raises(scan.Refused, match=reason):
         evaluate_package(problem, "cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("hidden", "objective", "architecture", "largest"),
+    [(128, "l2", 80, 32), (128, "self", 80, 32), (128, "l2", 90, 80), (256, "l2", 90, 80), (256, "self", 90, 64)],
+)
+def test_the_largest_chunk_of_the_largest_memories_is_the_documented_one(host, hidden, objective, architecture, largest):
+    host.architecture = architecture
+    spec, sizes = MemorySpec("mlp", objective=objective), {"dim": 128, "hidden": hidden, "batch": 1}
+    assert_close_to_truth(small(spec, chunk_size=largest, tokens=largest + 1, **sizes), torch.bfloat16)
+    with pytest.raises(scan.Refused, match="chunk_size is too large"):
+        evaluate_package(small(spec, chunk_size=largest + 1, tokens=largest + 2, **sizes).cast(torch.bfloat16), "cpu")
 
 
 @pytest.mark.slow
@@ -453,6 +503,7 @@ CASES = ["small short backward", "small single backward", "small self backward",
 GLU_CASES = [f"glu {case}" for case in CASES]
 DELTA_CASES = ["small dgd backward", "small single dgd backward", "small self dgd backward"]
 GLU_DELTA_CASES = [f"glu {case}" for case in DELTA_CASES]
+CLUSTER_CASES = ["cluster short backward", "cluster self backward"]
 
 
 def written_barriers(headers: list[Path] = KERNEL) -> list[str]:
@@ -462,7 +513,7 @@ def written_barriers(headers: list[Path] = KERNEL) -> list[str]:
 
 @pytest.mark.slow
 @needs_thread_sanitizer
-@pytest.mark.parametrize("case", [*CASES, *GLU_CASES, *DELTA_CASES, *GLU_DELTA_CASES, "backward"])
+@pytest.mark.parametrize("case", [*CASES, *GLU_CASES, *DELTA_CASES, *GLU_DELTA_CASES, "backward", *CLUSTER_CASES])
 def test_no_thread_sees_what_no_barrier_has_ordered(sanitized, case):
     assert build.races(sanitized, case) == []
 
