@@ -1,5 +1,5 @@
-// One block at work on its share of the backward scan of one (sequence, head): where it is, the states of the segment it is in, the
-// adjoint of the state, and tokens on their way between global and shared memory. What is computed with them is
+// One block at work on its share of the backward scan of one (sequence, head): where it is, the states of the segment it
+// is in, the adjoint of the state, and tokens on their way between global and shared memory. What is computed with them is
 // backward_scan.h's.
 #pragma once
 

@@ -204,8 +204,7 @@ class BackwardProducts : protected BackwardBlock<Traits> {
   // the one that owns the numbers.
   template <class Put, class Finish>
   __device__ __forceinline__ void sum_tiles(int number, bool everywhere, const Put& put, const Finish& finish) {
-    // In a cluster they were, before its barrier.
-    if (here_.layout.partials == 1 && !sum_.together()) __syncthreads();  // the sums before these were read
+    if (here_.layout.partials == 1 && !sum_.together()) __syncthreads();  // the sums before these were read, as in a cluster
     float4* sums = partial(number);
     put(sums + thread_ / kWarp * (Traits::kSumTiles * kWarp) + thread_ % kWarp);
     __syncthreads();  // every warp's part of this sum is there; with two sets the other one is free
@@ -217,7 +216,8 @@ class BackwardProducts : protected BackwardBlock<Traits> {
     sum_parts(slice, slice, everywhere, terms, finish);
   }
   template <class Terms, class Finish>
-  __device__ __forceinline__ void sum_parts(int number, int slice, bool everywhere, const Terms& terms, const Finish& finish) {
+  __device__ __forceinline__ void sum_parts(int number, int slice, bool everywhere, const Terms& terms,
+                                            const Finish& finish) {
     static_assert(!Traits::kCluster || Traits::kSumsInPairs, "numbers begin anew with each part of a chunk");
 #pragma unroll
     for (int part = 0; part < Traits::kSums; ++part) {

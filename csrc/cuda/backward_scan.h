@@ -6,9 +6,9 @@
 // is kept of a key, written once and read once or twice, where that is not in shared memory. Per chunk 8 D H bytes of state,
 // a slot written and read (16 D H where the decay has a gradient); with momentum 52 D H more. Short chunks are bound by that.
 // Of a glu 60 D H FLOPs, 14 D H to rebuild, 10 H bytes of a key, and half as many bytes of state again.
-// In a cluster every block takes all tokens through its share of the hidden units, as in the forward. Of the sums that follow
-// those of errors and of their adjoint are made in every block, those that are gradients of tokens in one; that is, with the
-// rebuilding, 10 barriers of the cluster for every 16 tokens of D = 128 that are read and written.
+// In a cluster every block takes all tokens through its share of the hidden units, as in the forward. Sums that become errors
+// or their adjoint are made in every block, those that become gradients of tokens in one of them. With the rebuilding that is
+// 10 barriers of the cluster for every 16 tokens of D = 128 that are written and read.
 //
 // Where things live. A block has 64k registers; the float32 adjoint A of the state takes 2 D H of them (3 D H of a glu), half
 // at 64 x 256, so that the weights W cannot be there too. Chunks are taken in segments, from one checkpoint to the next. The
@@ -195,7 +195,7 @@ class BackwardScan : private BackwardProducts<Traits> {
     const int first = queries ? this->first_query(piece) / kSlice : 0, count = this->token_count(piece);
     const int end = queries ? (count + kSlice - 1) / kSlice : slices();
     const float sign = queries ? 1.0f : -1.0f, residual = problem_.residual ? sign * scale : 0.0f;
-    __syncthreads();  // the sums before these were read
+    if (!sum_.together()) __syncthreads();  // the sums before these were read, as in a cluster
 #pragma unroll 1
     for (int s = first; s < end; ++s) {
       PackedUnits hidden;

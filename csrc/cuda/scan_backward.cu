@@ -12,8 +12,8 @@ constexpr char kNoRegisters[] =
 // Why the class of a problem that has a forward has no backward.
 Status supports_class(const ScanProblem& p) {
   if (p.form == Form::glu && (p.dim > 64 || p.hidden > 128))
-    return refused("the CUDA scan's backward keeps the adjoint of a glu in the registers of one block: dim at most 64, hidden "
-                   "at most 128");
+    return refused("the CUDA scan's backward keeps the adjoint of a glu in the registers of one block: dim at most 64, "
+                   "hidden at most 128");
   if (p.form == Form::mlp && clustered(p) && (p.momentum_step || p.rule == Rule::dgd)) return refused(kNoRegisters);
   return {};
 }

@@ -21,7 +21,7 @@ class ScanSum {
  public:
   static constexpr int kNumbers = Traits::kSumTiles * kWarp;  // float4: [tile][lane] accumulators
 
-  // `shared`: where the layout's offsets count from.
+  // `shared`: where the layout's offsets count from, and the blocks' sums lie.
   __device__ __forceinline__ ScanSum(char* shared, const ScanLayout& layout, int blocks)
       : partial_(reinterpret_cast<float4*>(shared + layout.partial)),
         block_sums_(reinterpret_cast<float4*>(shared)),
@@ -81,8 +81,8 @@ class ScanSum {
     finish(row + 8, column, x.z, x.w);
   }
 
-  // A number of each warp, that of warp w at x[w * pitch], added up over all warps of all blocks. Other blocks' are seen behind
-  // a barrier of the cluster.
+  // A number of each warp, that of warp w at x[w * pitch], added up over all warps of all blocks. Other blocks' are seen
+  // behind a barrier of the cluster, and must stay until the next one.
   __device__ __forceinline__ float total(const float* x, int pitch) const {
     float sum = 0.0f;
     for (int block = 0; block < (together() ? blocks_ : 1); ++block)

@@ -83,8 +83,8 @@ struct ScanLayout {
   int bytes = 0;
 };
 
-// Two sets of a block's part of a sum over the cluster. They lie in front of all else, in the forward and in the backward: no
-// barrier is needed between the two, where one block still reads what the next one writes.
+// Two sets of a block's part of a sum over the cluster. They lie in front of all else, forward and backward: between walking
+// chunks back and rebuilding their states no block writes where another one still reads a sum.
 template <class Traits>
 constexpr int block_sum_bytes(int blocks) {
   return blocks > 1 ? 2 * Traits::kSumBytes : 0;
