@@ -1,5 +1,5 @@
-// One block at work on the backward scan of one (sequence, head): where it is, the states of the segment it is in, the
-// adjoint of the state, and tokens on their way between global and shared memory. What is computed with them is
+// One block at work on its share of the backward scan of one (sequence, head): where it is, the states of the segment it
+// is in, the adjoint of the state, and tokens on their way between global and shared memory. What is computed with them is
 // backward_scan.h's.
 #pragma once
 
@@ -21,6 +21,7 @@ class BackwardBlock : protected ForwardScan<Traits> {
   using Forward::scale_of;
   using Forward::shared_;
   using Forward::state_;  // the state while it is rebuilt, its adjoint while chunks are walked back
+  using Forward::sum_;
   using Forward::thread_;
   using Forward::tile;
   using Forward::turn;
@@ -39,7 +40,7 @@ class BackwardBlock : protected ForwardScan<Traits> {
   // held in registers for the whole scan.
   struct Here {
     BackwardLayout layout;
-    BackwardWorkspace workspace;  // this task's part
+    BackwardWorkspace workspace;  // this block's part
     float scale;   // of the chunk's write, see write_scale
     bool queries;  // outputs of queries have gradients
     bool live[2];  // a gradient has reached the state after a piece; for even and odd pieces: one is read, the next written
@@ -145,19 +146,19 @@ class BackwardBlock : protected ForwardScan<Traits> {
 
   static constexpr int64_t kSlotBytes = kStateSize<Traits> * sizeof(Element);
 
-  // This task's part of the workspace.
-  __device__ __forceinline__ BackwardWorkspace task_workspace() const {
-    const int64_t task = blockIdx.x, states = task * back_.slots;
+  // This block's part of the workspace.
+  __device__ __forceinline__ BackwardWorkspace own_workspace() const {
+    const int64_t block = blockIdx.x, states = block * back_.slots;
     const auto part = [](void* memory, int64_t bytes) -> void* { return memory ? static_cast<char*>(memory) + bytes : nullptr; };
     const BackwardWorkspace& all = back_.workspace;
     BackwardWorkspace own;
-    own.adjoint = part(all.adjoint, task * ParkedState<Traits>::kBytes);
+    own.adjoint = part(all.adjoint, block * ParkedState<Traits>::kBytes);
     own.slots = part(all.slots, states * kSlotBytes);
     own.remainders = part(all.remainders, states * PackedState<Traits>::kBytes);
-    own.kept = part(all.kept, task * back_.kept_bytes);
+    own.kept = part(all.kept, block * back_.kept_bytes);
     own.momentum_slots = part(all.momentum_slots, states * ParkedState<Traits>::kBytes);
-    own.momentum_adjoint = part(all.momentum_adjoint, task * ParkedState<Traits>::kBytes);
-    own.momentum_operand = part(all.momentum_operand, task * PackedState<Traits>::kBytes);
+    own.momentum_adjoint = part(all.momentum_adjoint, block * ParkedState<Traits>::kBytes);
+    own.momentum_operand = part(all.momentum_operand, block * PackedState<Traits>::kBytes);
     return own;
   }
   __device__ __forceinline__ Element* slot(int which) const {
@@ -379,7 +380,7 @@ class BackwardBlock : protected ForwardScan<Traits> {
       const int row = i / (Traits::kDim / 8), column = i % (Traits::kDim / 8) * 8;
       const int64_t j = int64_t(piece) * back_.rebuild.span + row;
       const TokenView& view = row < old ? gradient.pending : gradient.fresh;
-      if (!view.data) continue;
+      if (!view.data || !sum_.owns(column / 8)) continue;
       Element* to = static_cast<Element*>(view.data) +
                     (row < old ? place_.pending(view, j) : place_.fresh(view, j)) + column;
       uint4 x = *reinterpret_cast<const uint4*>(from + row * Traits::kPitch + column);
@@ -408,6 +409,7 @@ class BackwardBlock : protected ForwardScan<Traits> {
 
   // Gradient 0 for tokens [begin, end).
   __device__ __forceinline__ void clear_tokens(const TokenTensor& gradient, int64_t begin, int64_t end) const {
+    if (this->rank() > 0) return;  // one block is enough
     for (int64_t j = begin + thread_ / kWarp; j < end; j += Traits::kWarps) {
       const bool old = j < place_.seq.pending;
       const TokenView& view = old ? gradient.pending : gradient.fresh;
@@ -428,6 +430,7 @@ class BackwardBlock : protected ForwardScan<Traits> {
     const int64_t begin = int64_t(piece) * back_.rebuild.span;
 #pragma unroll 1
     for (int t = 0; t < 2; ++t) clear_tokens(back_.gradients[t], begin, begin + back_.rebuild.span);
+    if (this->rank() > 0) return;
     const int64_t row = place_.coefficient_row(problem_, piece);
     for (void* gates : {result.step, Traits::kDelta ? result.retention : result.momentum_step})
       for (int t = thread_; gates && t < back_.rebuild.span; t += Traits::kThreads)

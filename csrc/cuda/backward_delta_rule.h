@@ -83,7 +83,7 @@ __device__ __forceinline__ void BackwardScan<Traits>::form_delta_and_products() 
       if (self) pack(difference, i, h);
     }
     sum_parts(
-        self ? 2 * s : s, s, [&](int p, float(&y)[2][4]) { add_weight_out(y, hidden, p); },
+        self ? 2 * s : s, s, true, [&](int p, float(&y)[2][4]) { add_weight_out(y, hidden, p); },
         [&](int row, int column, float x0, float x1) {
           pair_at(products, row, column) = Numbers::pack(x0, x1);
           const float before = rule.before()[row];
@@ -100,7 +100,7 @@ __device__ __forceinline__ void BackwardScan<Traits>::form_delta_and_products() 
         });
     if (self)
       sum_parts(
-          2 * s + 1, s, [&](int p, float(&y)[2][4]) { add_weight_out(y, difference, p); },
+          2 * s + 1, s, true, [&](int p, float(&y)[2][4]) { add_weight_out(y, difference, p); },
           [&](int row, int column, float x0, float x1) {
             const float2 k = Numbers::unpack(pair_at(keys, row, column)), v = Numbers::unpack(pair_at(targets, row, column));
             x0 = fmaf(residual, k.x - v.x, x0), x1 = fmaf(residual, k.y - v.y, x1);
@@ -147,7 +147,7 @@ __device__ __forceinline__ void BackwardScan<Traits>::overlap_kept(const Left& l
 #pragma unroll 1
   for (int number = 0; number * kTogether < pairs; ++number) {
     sum_tiles(
-        number,
+        number, true,
         [&](float4* own) {
           each_pair(number * kTogether, 1, kTogether, [&](int s, int t) {
             uint32_t x[kTiles][2], y[kTiles][2];
@@ -177,7 +177,7 @@ __device__ __forceinline__ void BackwardScan<Traits>::output_errors_adjoint(int 
     PackedUnits hidden;
     recall(s, Parts::kHidden, hidden);
     sum_parts(
-        s, [&](int p, float(&y)[2][4]) { add_adjoint_out(y, hidden, p, adjoint); },
+        s, true, [&](int p, float(&y)[2][4]) { add_adjoint_out(y, hidden, p, adjoint); },
         [&](int row, int column, float x0, float x1) { rule.right(row, column) = float2{x0, x1}; });
   }
   begin_phase();
@@ -316,7 +316,7 @@ __device__ __forceinline__ void BackwardScan<Traits>::errors_adjoint_delta() {
     sum_rows(0, s, d_weight);
     sum_rows(1, s, d_before);
     sum_parts(
-        s, [&](int p, float(&y)[2][4]) { add_weight_out(y, d_passed, p); },
+        s, true, [&](int p, float(&y)[2][4]) { add_weight_out(y, d_passed, p); },
         [&](int row, int column, float x0, float x1) {
           uint32_t& place = pair_at(d_delta, row, column);
           const float2 d = Numbers::unpack(place);
@@ -371,7 +371,7 @@ __device__ __forceinline__ void BackwardScan<Traits>::keys_adjoint_delta() {
     recall(s, Parts::kErrors, errors);
     weigh(errors, 0, s);
     sum_parts(
-        s,
+        s, false,
         [&](int p, float(&y)[2][4]) {
           add_weight_in(y, d_inputs, p);
           add_adjoint_in(y, errors, p, adjoint);

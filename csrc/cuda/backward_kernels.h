@@ -2,7 +2,6 @@
 #pragma once
 
 #include "backward_launch.h"
-#include "launch.h"
 
 namespace hope::cuda {
 
@@ -16,12 +15,8 @@ Status start_backward_kernel(const ScanProblem& problem, const BackwardResult& r
                              void* stream) {
   BackwardParams params = make_backward_params<Traits>(problem, result, device);
   lay_out_workspace<Traits>(params, static_cast<char*>(workspace));
-  LaunchShape shape;
-  shape.grid = dim3(unsigned(problem.sequence_count * problem.heads));
-  shape.block = dim3(Traits::kThreads);
-  shape.shared_bytes = size_t(params.layout.bytes);
-  shape.stream = static_cast<cudaStream_t>(stream);
-  return launch("the backward scan", shape, scan_backward_kernel<Traits>, params);
+  return launch_scan<Traits>("the backward scan", params.problem, params.rebuild.blocks, params.layout.bytes, stream,
+                             scan_backward_kernel<Traits>, params);
 }
 
 template <class Kind, bool kMomentum>

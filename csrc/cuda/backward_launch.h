@@ -10,15 +10,16 @@
 namespace hope::cuda {
 
 // The memories that have a backward.
-template <Form kForm, Rule kRule = Rule::gd>
-using BackwardKind = ScanKind<kForm, kRule, false, true>;
+template <Form kForm, Rule kRule = Rule::gd, bool kCluster = false>
+using BackwardKind = ScanKind<kForm, kRule, kCluster, true>;
 // Calls body(BackwardKind{}) with the problem's.
 template <class Body>
 Status with_backward_kind(const ScanProblem& problem, const Body& body) {
   const bool delta = problem.rule == Rule::dgd;
   if (problem.form == Form::glu)
     return delta ? body(BackwardKind<Form::glu, Rule::dgd>{}) : body(BackwardKind<Form::glu>{});
-  return delta ? body(BackwardKind<Form::mlp, Rule::dgd>{}) : body(BackwardKind<Form::mlp>{});
+  if (delta) return body(BackwardKind<Form::mlp, Rule::dgd>{});
+  return clustered(problem) ? body(BackwardKind<Form::mlp, Rule::gd, true>{}) : body(BackwardKind<Form::mlp>{});
 }
 template <class Body>
 Status with_backward_traits(const ScanProblem& problem, const Body& body) {
@@ -33,7 +34,7 @@ constexpr bool kFits = Traits::kStateRegisters <= (Traits::kMomentum ? 64 : Trai
 // What the kernel keeps in static shared memory, which lies in front of the dynamic.
 constexpr int64_t kStaticBytes = kPlaceBytes + 256;
 
-// States a task has room for: those of one segment.
+// States a block has room for: those of one segment.
 inline int64_t slot_count(const ScanProblem& problem) { return std::min(problem.checkpoint_interval, problem.chunks + 1); }
 
 // Sizes and shared memory; the layout's bytes 0 where the chunk does not fit.
@@ -58,11 +59,13 @@ BackwardParams make_backward_params(const ScanProblem& problem, const BackwardRe
                                                                    r.pending_v});
   if (params.rebuild.stages == 0) return params;
   const bool writes = writes_state(problem);
-  // What threads keep of a chunk is read oftener than a second set of partial sums saves barriers.
+  // What threads keep of a chunk is read oftener than a second set of partial sums saves barriers. Several blocks have these
+  // barriers at any rate.
+  const int blocks = params.rebuild.blocks;
   for (const bool kept_shared : {true, false})
-    for (const int partials : {2, 1}) {
+    for (const int partials : {blocks > 1 ? 1 : 2, 1}) {
       BackwardLayout layout = backward_layout<Traits>(params.rebuild.rows, writes, params.problem.q.data,
-                                                      problem.objective == Objective::self, partials, kept_shared);
+                                                      problem.objective == Objective::self, blocks, partials, kept_shared);
       layout.bytes = std::max(layout.bytes, params.rebuild.layout.bytes);
       if (layout.bytes + kStaticBytes > device.shared_memory) continue;
       params.layout = layout;
@@ -74,22 +77,23 @@ BackwardParams make_backward_params(const ScanProblem& problem, const BackwardRe
 // Lays the workspace out from `start` on; returns its bytes.
 template <class Traits>
 int64_t lay_out_workspace(BackwardParams& params, char* start) {
-  const int64_t tasks = params.problem.sequence_count * params.problem.heads, states = tasks * params.slots;
+  const int64_t blocks = params.problem.sequence_count * params.problem.heads * params.rebuild.blocks;
+  const int64_t states = blocks * params.slots;
   int64_t used = 0;
   const auto part = [&](void*& pointer, int64_t bytes) {
     pointer = start + used;
     used += bytes;
   };
   BackwardWorkspace& w = params.workspace;
-  part(w.adjoint, tasks * ParkedState<Traits>::kBytes);
+  part(w.adjoint, blocks * ParkedState<Traits>::kBytes);
   part(w.slots, states * (kStateSize<Traits> * 2));
   if (params.result.decay || params.result.retention) part(w.remainders, states * PackedState<Traits>::kBytes);
-  if (params.layout.kept < 0 && writes_state(params.problem)) part(w.kept, tasks * params.kept_bytes);
+  if (params.layout.kept < 0 && writes_state(params.problem)) part(w.kept, blocks * params.kept_bytes);
   if constexpr (Traits::kMomentum) {
-    part(w.momentum, tasks * ParkedState<Traits>::kBytes);
+    part(w.momentum, blocks * ParkedState<Traits>::kBytes);
     part(w.momentum_slots, states * ParkedState<Traits>::kBytes);
-    part(w.momentum_adjoint, tasks * ParkedState<Traits>::kBytes);
-    part(w.momentum_operand, tasks * PackedState<Traits>::kBytes);
+    part(w.momentum_adjoint, blocks * ParkedState<Traits>::kBytes);
+    part(w.momentum_operand, blocks * PackedState<Traits>::kBytes);
   }
   params.rebuild.workspace = w.momentum;
   return used;

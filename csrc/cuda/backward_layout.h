@@ -48,17 +48,17 @@ int64_t kept_bytes(int rows) {
   return int64_t(rows) / kSlice * KeptParts<Traits>::kCount * 16 * Traits::kThreads;
 }
 
-// Numbers of the matrices of a state.
+// Numbers of the matrices of a state, or of a block's share of them.
 template <class Traits>
 constexpr int kStateSize = (Traits::kInputs + 1) * Traits::kHidden * Traits::kDim;
 
 template <class Traits>
-BackwardLayout backward_layout(int rows, bool writes, bool reads, bool self, int partials, bool kept_shared) {
+BackwardLayout backward_layout(int rows, bool writes, bool reads, bool self, int blocks, int partials, bool kept_shared) {
   BackwardLayout layout;
-  layout.weights = 0;
-  layout.partial = (Traits::kInputs + 1) * Traits::kHidden * Traits::kPitch * 2;
+  layout.weights = block_sum_bytes<Traits>(blocks);
+  layout.partial = layout.weights + (Traits::kInputs + 1) * Traits::kHidden * Traits::kPitch * 2;
   layout.partials = partials;
-  layout.partial_bytes = Traits::kWarps * Traits::kDimTiles * kWarp * 16;
+  layout.partial_bytes = Traits::kWarps * Traits::kSumBytes;
   layout.rows = layout.partial + partials * layout.partial_bytes;
   const int gates = writes ? (Traits::kMomentum || Traits::kDelta ? 2 : 1) * rows * 4 : 0;
   layout.steps = layout.rows + Traits::kWarps * gates;
@@ -105,7 +105,7 @@ class PackedState {
   uint2* own_;
 };
 
-// Parts of the workspace, each for all tasks; null where not needed.
+// Parts of the workspace, each for all blocks; null where not needed.
 struct BackwardWorkspace {
   void* adjoint = nullptr;           // ParkedState: while states are rebuilt
   void* slots = nullptr;  // 16-bit W_in^T and W_out, rows of kDim, at the start of each chunk of a segment
@@ -131,8 +131,8 @@ struct BackwardParams {
   BackwardResult result;
   BackwardLayout layout;
   BackwardWorkspace workspace;
-  int slots;           // states a task has room for
-  int64_t kept_bytes;  // of one task
+  int slots;           // states a block has room for
+  int64_t kept_bytes;  // of one block
 };
 
 }  // namespace hope::cuda

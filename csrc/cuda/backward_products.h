@@ -23,11 +23,11 @@ class BackwardProducts : protected BackwardBlock<Traits> {
   using Block::problem_;
   using Block::state_;
   using Block::steps;
+  using Block::sum_;
   using Block::thread_;
   using Block::tile;
   using Block::turn;
   using Block::weight;
-  using Sum = ScanSum<Traits>;
 
   __device__ __forceinline__ BackwardProducts(const BackwardParams& params, char* shared) : Block(params, shared) {}
 
@@ -199,35 +199,44 @@ class BackwardProducts : protected BackwardBlock<Traits> {
     }
   }
 
-  // Sums over the warps what each puts into its accumulators, those of tile j at [j * kWarp]; the sets take turns by `number`.
-  // finish(row, column, sum0, sum1): row < 16, column < D.
+  // Sums over the warps, of all blocks, what each puts into its accumulators, those of tile j at [j * kWarp]; the sets take
+  // turns by `number`. finish(row, column, sum0, sum1): row < 16, column < 8 kSumTiles; in every block (`everywhere`) or in
+  // the one that owns the numbers.
   template <class Put, class Finish>
-  __device__ __forceinline__ void sum_tiles(int number, const Put& put, const Finish& finish) {
-    if (here_.layout.partials == 1) __syncthreads();  // the sums before these were read
+  __device__ __forceinline__ void sum_tiles(int number, bool everywhere, const Put& put, const Finish& finish) {
+    if (here_.layout.partials == 1 && !sum_.together()) __syncthreads();  // the sums before these were read, as in a cluster
     float4* sums = partial(number);
-    put(sums + thread_ / kWarp * (Traits::kDimTiles * kWarp) + thread_ % kWarp);
+    put(sums + thread_ / kWarp * (Traits::kSumTiles * kWarp) + thread_ % kWarp);
     __syncthreads();  // every warp's part of this sum is there; with two sets the other one is free
-    Sum::over_warps(sums, [&](int i, const float4& sum) { Sum::in_pairs(i, sum, finish); });
+    sum_.add_up(sums, number, everywhere, finish);
   }
   // The same of a slice, to which terms(p, y) adds for each 16 features: finish(row of the chunk, column, sum0, sum1).
   template <class Terms, class Finish>
-  __device__ __forceinline__ void sum_parts(int slice, const Terms& terms, const Finish& finish) {
-    sum_parts(slice, slice, terms, finish);
+  __device__ __forceinline__ void sum_parts(int slice, bool everywhere, const Terms& terms, const Finish& finish) {
+    sum_parts(slice, slice, everywhere, terms, finish);
   }
   template <class Terms, class Finish>
-  __device__ __forceinline__ void sum_parts(int number, int slice, const Terms& terms, const Finish& finish) {
-    sum_tiles(
-        number,
-        [&](float4* own) {
+  __device__ __forceinline__ void sum_parts(int number, int slice, bool everywhere, const Terms& terms,
+                                            const Finish& finish) {
+    static_assert(!Traits::kCluster || Traits::kSumsInPairs, "numbers begin anew with each part of a chunk");
 #pragma unroll
-          for (int p = 0; p < Traits::kDimTiles / 2; ++p) {
-            float y[2][4] = {};
-            terms(p, y);
-            own[2 * p * kWarp] = four(y[0]);
-            own[(2 * p + 1) * kWarp] = four(y[1]);
-          }
-        },
-        [&](int row, int column, float x0, float x1) { finish(slice * kSlice + row, column, x0, x1); });
+    for (int part = 0; part < Traits::kSums; ++part) {
+      if (part > 0) this->begin_phase();
+      sum_tiles(
+          Traits::kSums * number + part, everywhere,
+          [&](float4* own) {
+#pragma unroll
+            for (int p = 0; p < Traits::kSumTiles / 2; ++p) {
+              float y[2][4] = {};
+              terms(part * (Traits::kSumTiles / 2) + p, y);
+              own[2 * p * kWarp] = four(y[0]);
+              own[(2 * p + 1) * kWarp] = four(y[1]);
+            }
+          },
+          [&](int row, int column, float x0, float x1) {
+            finish(slice * kSlice + row, part * (8 * Traits::kSumTiles) + column, x0, x1);
+          });
+    }
   }
 
   // A_out += Y^T H of one slice, as it is held: H turned.

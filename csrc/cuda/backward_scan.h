@@ -1,11 +1,14 @@
-// Backward scan with the adjoint of the state on chip: one block of eight warps walks one (sequence, head) back through its
-// chunks.
+// Backward scan with the adjoint of the state on chip: one block of eight warps, or a cluster of such blocks, walks one
+// (sequence, head) back through its chunks.
 //
 // Roofline, per token of an mlp with objective l2: 40 D H FLOPs, 4 more than the 18 products take since pre-activations of
 // keys are formed three times; 10 D H more to rebuild the states. 16 D bytes of tokens and gradients, and 6 H bytes of what
 // is kept of a key, written once and read once or twice, where that is not in shared memory. Per chunk 8 D H bytes of state,
 // a slot written and read (16 D H where the decay has a gradient); with momentum 52 D H more. Short chunks are bound by that.
 // Of a glu 60 D H FLOPs, 14 D H to rebuild, 10 H bytes of a key, and half as many bytes of state again.
+// In a cluster every block takes all tokens through its share of the hidden units, as in the forward. Sums that become errors
+// or their adjoint are made in every block, those that become gradients of tokens in one of them. With the rebuilding that is
+// 10 barriers of the cluster for every 16 tokens of D = 128 that are written and read.
 //
 // Where things live. A block has 64k registers; the float32 adjoint A of the state takes 2 D H of them (3 D H of a glu), half
 // at 64 x 256, so that the weights W cannot be there too. Chunks are taken in segments, from one checkpoint to the next. The
@@ -87,6 +90,7 @@ class BackwardScan : private BackwardProducts<Traits> {
   using typename Products::Parts;
   using Products::overlap_rows;
   using Products::overlap_units;
+  using Products::own_workspace;
   using Products::pair_at;
   using Products::piece;
   using Products::place_;
@@ -111,10 +115,10 @@ class BackwardScan : private BackwardProducts<Traits> {
   using Products::steps;
   using Products::store_adjoint;
   using Products::store_gradients;
+  using Products::sum_;
   using Products::sum_parts;
   using Products::sum_tiles;
   using Products::systems;
-  using Products::task_workspace;
   using Products::tensor;
   using Products::thread_;
   using Products::tile;
@@ -133,8 +137,8 @@ class BackwardScan : private BackwardProducts<Traits> {
   __device__ __forceinline__ void run() {
     const BackwardResult& result = back_.result;
     if (thread_ == 0) {
-      block_shared<Place>() = place_of(back_.problem, blockIdx.x, back_.rebuild.span);
-      here_ = Here{back_.layout, task_workspace(), 1.0f, back_.problem.q.data != nullptr, {}, 0, 0, 0};
+      block_shared<Place>() = place_of(back_.problem, blockIdx.x / this->blocks(), back_.rebuild.span);
+      here_ = Here{back_.layout, own_workspace(), 1.0f, back_.problem.q.data != nullptr, {}, 0, 0, 0};
       bool live = false;
       for (int i = 0; i <= kInputs; ++i) live |= result.grad_weights[i].data || result.grad_momentum[i].data;
       here_.live[0] = here_.live[1] = live;
@@ -176,6 +180,7 @@ class BackwardScan : private BackwardProducts<Traits> {
       __syncthreads();  // nobody reads them any more
     }
     store_adjoint();
+    sum_.leave();
   }
 
  private:
@@ -190,7 +195,7 @@ class BackwardScan : private BackwardProducts<Traits> {
     const int first = queries ? this->first_query(piece) / kSlice : 0, count = this->token_count(piece);
     const int end = queries ? (count + kSlice - 1) / kSlice : slices();
     const float sign = queries ? 1.0f : -1.0f, residual = problem_.residual ? sign * scale : 0.0f;
-    __syncthreads();  // the sums before these were read
+    if (!sum_.together()) __syncthreads();  // the sums before these were read, as in a cluster
 #pragma unroll 1
     for (int s = first; s < end; ++s) {
       PackedUnits hidden;
@@ -210,7 +215,7 @@ class BackwardScan : private BackwardProducts<Traits> {
       copy(turned, d_inputs);
       add_to_in(turned, rows, s);
       sum_parts(
-          s, [&](int p, float(&y)[2][4]) { add_weight_in(y, d_inputs, p); },
+          s, false, [&](int p, float(&y)[2][4]) { add_weight_in(y, d_inputs, p); },
           [&](int row, int column, float x0, float x1) {
             const float2 up = Numbers::unpack(pair_at(upstream, row, column));
             pair_at(rows, row, column) = Numbers::pack(fmaf(residual, up.x, scale * x0), fmaf(residual, up.y, scale * x1));
@@ -318,7 +323,7 @@ class BackwardScan : private BackwardProducts<Traits> {
         pack(hidden, i, h);
       }
       sum_parts(
-          s, [&](int p, float(&y)[2][4]) { add_weight_out(y, hidden, p); },
+          s, true, [&](int p, float(&y)[2][4]) { add_weight_out(y, hidden, p); },
           [&](int row, int column, float x0, float x1) {
             const float2 k = Numbers::unpack(pair_at(keys, row, column)), v = Numbers::unpack(pair_at(targets, row, column));
             pair_at(delta, row, column) =
@@ -408,7 +413,7 @@ class BackwardScan : private BackwardProducts<Traits> {
       }
       begin_phase();
       sum_parts(
-          s,
+          s, true,
           [&](int p, float(&y)[2][4]) {
             add_weight_out(y, d_passed, p);
             add_adjoint_out(y, hidden, p, adjoint);
@@ -431,14 +436,14 @@ class BackwardScan : private BackwardProducts<Traits> {
   }
 
   __device__ __forceinline__ void store_coefficients(int piece) const {
+    if (this->rank() > 0) return;  // one block adds up those of all
     const BackwardResult& result = back_.result;
     const int64_t row = place_.coefficient_row(problem_, piece);
     const float sign = problem_.objective == Objective::dot ? 1.0f : -1.0f;
     const auto store = [&](void* gates, int which) {
       if (!gates) return;
       for (int t = thread_; t < back_.rebuild.span; t += Traits::kThreads) {
-        float sum = 0.0f;
-        for (int w = 0; w < Traits::kWarps; ++w) sum += row_sums(which)[w * back_.rebuild.rows + t];
+        const float sum = sum_.total(row_sums(which) + t, back_.rebuild.rows);
         static_cast<float*>(gates)[row * problem_.chunk_size + t] = sign * sum;
       }
     };
@@ -446,9 +451,7 @@ class BackwardScan : private BackwardProducts<Traits> {
     if constexpr (Traits::kMomentum) store(result.momentum_step, 1);
     if (thread_ < 3) {
       void* factor = thread_ == 0 ? result.decay : thread_ == 1 ? result.momentum_carry : result.momentum_decay;
-      float sum = 0.0f;
-      for (int w = 0; w < Traits::kWarps; ++w) sum += scalar_sums(thread_)[w];
-      if (factor) static_cast<float*>(factor)[row] = sum;
+      if (factor) static_cast<float*>(factor)[row] = sum_.total(scalar_sums(thread_), 1);
     }
   }
 
@@ -492,7 +495,7 @@ class BackwardScan : private BackwardProducts<Traits> {
         weigh(errors, 0, s);
       }
       sum_parts(
-          s,
+          s, false,
           [&](int p, float(&y)[2][4]) {
             add_weight_in(y, d_inputs, p);
             add_adjoint_in(y, errors, p, adjoint);

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "forward_launch.h"
-#include "launch.h"
 
 namespace hope::cuda {
 
@@ -16,21 +15,8 @@ Status start_forward_kernel(const ScanProblem& problem, const ForwardResult& res
                             void* stream) {
   ForwardParams params = make_params<Traits>(problem, result, device);
   params.workspace = workspace;
-  if (params.blocks > 1) {
-    // PTX of an older architecture runs on a newer device, but it knows nothing of clusters.
-    cudaFuncAttributes attributes;
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, scan_forward_kernel<Traits>);
-    if (error != cudaSuccess) return status_of(error, "the forward scan");
-    if (attributes.ptxVersion < 90)
-      return refused("the state takes the registers of several blocks, and the kernels were not built for sm_90");
-  }
-  LaunchShape shape;
-  shape.grid = dim3(unsigned(problem.sequence_count * problem.heads * params.blocks));
-  shape.cluster = dim3(unsigned(params.blocks));
-  shape.block = dim3(Traits::kThreads);
-  shape.shared_bytes = size_t(params.layout.bytes);
-  shape.stream = static_cast<cudaStream_t>(stream);
-  return launch("the forward scan", shape, scan_forward_kernel<Traits>, params);
+  return launch_scan<Traits>("the forward scan", params.problem, params.blocks, params.layout.bytes, stream,
+                             scan_forward_kernel<Traits>, params);
 }
 
 template <class Kind>

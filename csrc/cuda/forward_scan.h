@@ -244,8 +244,9 @@ class ForwardScan : protected ScanBlock<Traits> {
     const int first_slice = first / kSlice;
     const int query_slices = reads_alone(piece) && first < count ? (count + kSlice - 1) / kSlice - first_slice : 0;
     const float scale = key_slices > 0 ? scale_of(problem_.step, piece) : 1.0f;
-    // Barriers between pieces free both sets of a block's own sums: no register has to count those of other pieces.
-    if constexpr (!Traits::kCluster) sums_ = 0;
+    // Barriers between pieces free both sets of a block's own sums: no register has to count those of other pieces. Of a
+    // cluster's sums the second set may still be read.
+    if constexpr (!Traits::kCluster || Traits::kSumsInPairs) sums_ = 0;
     if constexpr (Traits::kDelta)
       if (key_slices > 0) delta_rule().load_products(retention(piece), params_.span);
     for (int i = 0; i < key_slices + query_slices; ++i) {

@@ -134,6 +134,13 @@ __device__ __forceinline__ float4 cluster_load(const float4* shared, int rank) {
                : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(address) : "memory");
   return x;
 }
+__device__ __forceinline__ float cluster_load(const float* shared, int rank) {
+  uint32_t address;
+  float x;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(shared)), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
+  return x;
+}
 
 // Barrier `id` (1 to 15; 0 is __syncthreads) among `threads` threads of the block, a multiple of 32.
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {

@@ -6,14 +6,16 @@
 namespace hope::cuda {
 namespace {
 
+constexpr char kNoRegisters[] =
+    "the CUDA scan's backward has no registers for momentum or dgd at this size: dim at most 64, hidden at most 128";
+
 // Why the class of a problem that has a forward has no backward.
 Status supports_class(const ScanProblem& p) {
-  const bool glu = p.form == Form::glu;
-  if (p.dim <= 64 && p.hidden <= (glu ? 128 : 256)) return {};
-  return refused(glu ? "the CUDA scan's backward keeps the adjoint in the registers of one block: of a glu dim at most 64, "
-                       "hidden at most 128"
-                     : "the CUDA scan's backward keeps the adjoint in the registers of one block: dim at most 64, hidden at "
-                       "most 256");
+  if (p.form == Form::glu && (p.dim > 64 || p.hidden > 128))
+    return refused("the CUDA scan's backward keeps the adjoint of a glu in the registers of one block: dim at most 64, "
+                   "hidden at most 128");
+  if (p.form == Form::mlp && clustered(p) && (p.momentum_step || p.rule == Rule::dgd)) return refused(kNoRegisters);
+  return {};
 }
 
 Status supports_gradients(const ScanProblem& p, const BackwardResult& r) {
@@ -41,7 +43,7 @@ Status supports_backward(const ScanProblem& problem, const BackwardResult& resul
     if (!kFits<Traits>)
       return refused(Traits::kForm == Form::glu
                          ? "the CUDA scan's backward has no registers for momentum at this size: of a glu dim at most 32"
-                         : "the CUDA scan's backward has no registers for momentum or dgd at this size: hidden at most 128");
+                         : kNoRegisters);
     const BackwardParams params = make_backward_params<Traits>(problem, result, device);
     return params.layout.bytes ? Status{}
                                : refused("the CUDA scan's backward keeps a chunk in shared memory: chunk_size is too large");
@@ -67,7 +69,7 @@ Status scan_backward(const ScanProblem& problem, const BackwardResult& result, c
   if (!workspace) return {StatusCode::invalid_argument, "the workspace is missing"};
   return with_backward_kind(problem, [&](auto kind) {
     using Kind = decltype(kind);
-    if constexpr (Kind::kRule == Rule::gd)
+    if constexpr (Kind::kRule == Rule::gd && !Kind::kCluster)
       if (problem.momentum_step) return start_backward<Kind, true>(problem, result, device, workspace, stream);
     return start_backward<Kind, false>(problem, result, device, workspace, stream);
   });

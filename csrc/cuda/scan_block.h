@@ -67,7 +67,8 @@ class ScanBlock {
   // ---- hidden units of this block -----------------------------------------------------------------------------------
 
   __device__ __forceinline__ int blocks() const { return Traits::kCluster ? params_.blocks : 1; }
-  __device__ __forceinline__ int first_unit() const { return int(blockIdx.x) % blocks() * Traits::kHidden; }
+  __device__ __forceinline__ int rank() const { return int(blockIdx.x) % blocks(); }
+  __device__ __forceinline__ int first_unit() const { return rank() * Traits::kHidden; }
   __device__ __forceinline__ int units() const {
     return int(clamped(problem_.hidden - first_unit(), 0, Traits::kHidden));
   }

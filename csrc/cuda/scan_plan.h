@@ -6,6 +6,7 @@
 #include <initializer_list>
 
 #include "forward_scan.h"
+#include "launch.h"
 #include "scan.h"
 
 namespace hope::cuda {
@@ -72,13 +73,34 @@ inline bool clustered(const ScanProblem& problem) {
   return problem.form == Form::glu ? D > 32 || H > 128 : D > 64 || H > 256;
 }
 
+// Starts a scan's kernel: `blocks` to every (sequence, head).
+template <class Traits, class Params>
+Status launch_scan(const char* what, const ScanProblem& problem, int blocks, int shared_bytes, void* stream,
+                   void (*kernel)(Params), const Params& params) {
+  if (blocks > 1) {
+    // PTX of an older architecture runs on a newer device, but it knows nothing of clusters.
+    cudaFuncAttributes attributes;
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+    if (error != cudaSuccess) return status_of(error, what);
+    if (attributes.ptxVersion < 90)
+      return refused("the state takes the registers of several blocks, and the kernels were not built for sm_90");
+  }
+  LaunchShape shape;
+  shape.grid = dim3(unsigned(problem.sequence_count * problem.heads * blocks));
+  shape.cluster = dim3(unsigned(blocks));
+  shape.block = dim3(Traits::kThreads);
+  shape.shared_bytes = size_t(shared_bytes);
+  shape.stream = static_cast<cudaStream_t>(stream);
+  return launch(what, shape, kernel, params);
+}
+
 // What kernels are compiled for, file by file.
 template <Form kForm_, Rule kRule_, bool kCluster_ = false, bool kBackward_ = false>
 struct ScanKind {
   static constexpr Form kForm = kForm_;
   static constexpr Rule kRule = kRule_;
   static constexpr bool kCluster = kCluster_;
-  static constexpr bool kBackward = kBackward_;  // has no clusters: the largest memory of one block is among those without
+  static constexpr bool kBackward = kBackward_;  // of a glu it has no clusters: its largest memory is among those without
 };
 // Calls body(ScanKind{}) with the problem's.
 template <class Body>

@@ -21,10 +21,10 @@ class ScanSum {
  public:
   static constexpr int kNumbers = Traits::kSumTiles * kWarp;  // float4: [tile][lane] accumulators
 
-  // `shared`: where the layout's offsets count from.
+  // `shared`: where the layout's offsets count from, and the blocks' sums lie.
   __device__ __forceinline__ ScanSum(char* shared, const ScanLayout& layout, int blocks)
       : partial_(reinterpret_cast<float4*>(shared + layout.partial)),
-        block_sums_(reinterpret_cast<float4*>(shared + layout.block_sums)),
+        block_sums_(reinterpret_cast<float4*>(shared)),
         blocks_(blocks) {}
 
   // Where this lane puts its accumulators of tile j, at [j * kWarp], of sum number `count`. There are two sets of all this:
@@ -38,7 +38,12 @@ class ScanSum {
   template <class Finish>
   __device__ __forceinline__ void finish(int count, bool everywhere, const Finish& finish) const {
     __syncthreads();  // every warp's part is there; the set before this one is free
-    over_warps(partial_ + (count & 1) * Traits::kWarps * kNumbers, [&](int i, const float4& x) {
+    add_up(partial_ + (count & 1) * Traits::kWarps * kNumbers, count, everywhere, finish);
+  }
+  // The same of parts that are all there, [warp][tile][lane] accumulators. In a cluster nobody reads them any more.
+  template <class Finish>
+  __device__ __forceinline__ void add_up(const float4* parts, int count, bool everywhere, const Finish& finish) const {
+    over_warps(parts, [&](int i, const float4& x) {
       if (together())
         block_sums_[(count & 1) * kNumbers + i] = x;
       else
@@ -76,6 +81,17 @@ class ScanSum {
     finish(row + 8, column, x.z, x.w);
   }
 
+  // A number of each warp, that of warp w at x[w * pitch], added up over all warps of all blocks. Other blocks' are seen
+  // behind a barrier of the cluster, and must stay until the next one.
+  __device__ __forceinline__ float total(const float* x, int pitch) const {
+    float sum = 0.0f;
+    for (int block = 0; block < (together() ? blocks_ : 1); ++block)
+      for (int w = 0; w < Traits::kWarps; ++w) sum += together() ? cluster_load(x + w * pitch, block) : x[w * pitch];
+    return sum;
+  }
+
+  // Whether the memory is spread over several blocks.
+  __device__ __forceinline__ bool together() const { return Traits::kCluster && kClusters && blocks_ > 1; }
   // Whether this block owns tile j of a result.
   __device__ __forceinline__ bool owns(int j) const {
     return !together() || j % Traits::kSumTiles * blocks_ / Traits::kSumTiles == int(blockIdx.x % blocks_);
@@ -88,7 +104,6 @@ class ScanSum {
   }
 
  private:
-  __device__ __forceinline__ bool together() const { return Traits::kCluster && kClusters && blocks_ > 1; }
   static __device__ __forceinline__ void add(float4& x, const float4& y) { x.x += y.x, x.y += y.y, x.z += y.z, x.w += y.w; }
 
   float4 *partial_, *block_sums_;

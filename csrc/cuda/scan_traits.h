@@ -32,6 +32,9 @@ struct ScanTraits {
   static constexpr int kInTiles = kInputs * kUnitTiles;  // of W_in^T, 8 rows each; kInputs neighbours for a tile of units
   // Tiles of D that are summed over the hidden units at once: the warps' parts of more would take too much shared memory.
   static constexpr int kSumTiles = kDimTiles < 8 ? kDimTiles : 8, kSums = kDimTiles / kSumTiles;
+  static constexpr int kSumBytes = kSumTiles * kWarp * 16;  // a part of such a sum
+  // Whether there are always two sums one after the other: then all work begins with the first set of what is there twice.
+  static constexpr bool kSumsInPairs = kSums % 2 == 0 && !kDelta;
   static constexpr int kStateRegisters = (kInputs + 1) * kDim * kHidden / kThreads;
 
   // Rows of tokens in shared memory: eight rows, 16 bytes of each, fall into all 32 banks once.
@@ -48,7 +51,7 @@ struct ScanTraits {
   static_assert(kPitch * 2 % 16 == 0 && kPitch * 2 / 16 % 2 == 1,
                 "a row starts at a multiple of 16 bytes, and an odd multiple keeps eight rows in different banks");
   static_assert(kDimTiles % kSumTiles == 0 && (!kCluster || kSumTiles == kMaxBlocks), "blocks share the tiles of a sum");
-  static_assert(kDim * kHidden * 4 <= 2 * kWarps * kSumTiles * kWarp * 16,
+  static_assert(kDim * kHidden * 4 <= 2 * kWarps * kSumBytes,
                 "one matrix is staged in the shared memory of the partial sums");
   static_assert(kStateRegisters <= 128, "the state, its products and their operands share 255 registers of a thread");
 };
@@ -72,8 +75,7 @@ constexpr int lay_out_delta(DeltaLayout& layout, int start, int rows) {
 
 // Shared memory of one block: where its parts start, in bytes.
 struct ScanLayout {
-  int partial = 0;                     // two sets of the warps' parts of a sum
-  int block_sums = 0;                  // two sets of a block's part of a sum over the cluster
+  int partial = 0;                     // two sets of the warps' parts of a sum, behind those of block_sum_bytes
   int kept = 0;                        // what threads keep of the chunk's keys
   DeltaLayout delta;
   int tokens = 0, tensor_bytes = 0;    // tensors of tokens in shared memory
@@ -81,13 +83,19 @@ struct ScanLayout {
   int bytes = 0;
 };
 
+// Two sets of a block's part of a sum over the cluster. They lie in front of all else, forward and backward: between walking
+// chunks back and rebuilding their states no block writes where another one still reads a sum.
+template <class Traits>
+constexpr int block_sum_bytes(int blocks) {
+  return blocks > 1 ? 2 * Traits::kSumBytes : 0;
+}
+
 // `rows`: tokens of a chunk in whole slices; `blocks` of a cluster.
 template <class Traits>
 ScanLayout scan_layout(int rows, int stages, bool writes, bool reads, int blocks) {
-  constexpr int kSumBytes = Traits::kSumTiles * kWarp * 16;
   ScanLayout layout;
-  layout.block_sums = layout.partial + 2 * Traits::kWarps * kSumBytes;
-  layout.kept = layout.block_sums + (blocks > 1 ? 2 * kSumBytes : 0);
+  layout.partial = block_sum_bytes<Traits>(blocks);
+  layout.kept = layout.partial + 2 * Traits::kWarps * Traits::kSumBytes;
   layout.tensor_bytes = rows * Traits::kPitch * 2;
   layout.tokens = layout.kept + (writes ? rows / kSlice * Traits::kKept * Traits::kThreads * 16 : 0);
   layout.delta.corrected = layout.partial;

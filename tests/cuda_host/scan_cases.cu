@@ -63,6 +63,7 @@ FORWARD_CASES(Form::glu, Rule::dgd, true)
     return start_case<BackwardKind<__VA_ARGS__>, kMomentum>(problem, result, device, workspace, stream);              \
   }
 BACKWARD_CASES(false, Form::mlp)
+BACKWARD_CASES(false, Form::mlp, Rule::gd, true)
 BACKWARD_CASES(true, Form::mlp)
 BACKWARD_CASES(false, Form::mlp, Rule::dgd)
 BACKWARD_CASES(false, Form::glu)

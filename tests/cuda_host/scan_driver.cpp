@@ -70,13 +70,14 @@ int scan_backward(const ScanProblem* problem, const BackwardResult* result, cons
 
 // One head of one sequence: `chunks` chunks of 20 tokens, three of them pending, and two tokens behind. Words of the name:
 // "small" for a memory of 32 x 128 instead of 64 x 256, "cluster" for one that takes two blocks, "single" for shared memory
-// that has room for one stage (backward: one set of partial sums), "glu", "dgd", "momentum", "self", "write" for no queries, "short" for chunks of one slice,
-// "backward" for that.
+// that has room for one stage (backward: one set of partial sums), "glu", "dgd", "momentum", "self", "write" for no queries,
+// "short" for chunks of one slice, "backward" for that.
 int run_case(const char* name) {
   const std::string words = name;
   const auto has = [&](const char* word) { return words.find(word) != std::string::npos; };
   const bool momentum = has("momentum"), glu = has("glu"), cluster = has("cluster"), delta = has("dgd");
-  const int64_t D = has("small") ? 32 : cluster ? (glu ? 40 : 72) : 64, H = cluster ? 136 : 4 * D;
+  const int64_t odd = has("backward") ? 128 : 72;  // only rows that are whole are copied without registers between
+  const int64_t D = has("small") ? 32 : cluster ? (glu ? 40 : odd) : 64, H = cluster ? 136 : 4 * D;
   const int64_t C = has("short") ? 12 : 20, chunks = 2, pending = 3, T = chunks * C - pending + 2;
   Numbers numbers;
   auto q = numbers.tokens(T * D), k = numbers.tokens(T * D), v = numbers.tokens(T * D), y = numbers.tokens(T * D);

@@ -122,8 +122,9 @@ void cp_async_wait() {
 }
 
 inline void cluster_sync(CUDA_HOST_SITE) { cuda_host::cluster_barrier({"cluster_sync", file, line}); }
-inline float4 cluster_load(const float4* shared, int rank) {
-  return *static_cast<const float4*>(cuda_host::map_shared_rank(shared, unsigned(rank)));
+template <class T>
+T cluster_load(const T* shared, int rank) {
+  return *static_cast<const T*>(cuda_host::map_shared_rank(shared, unsigned(rank)));
 }
 
 inline cuda_host::Barrier& named_barrier(int id, int threads, const cuda_host::Site& site) {
