@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from hope_kernels import backends
-from hope_kernels.backends import cpu
 from hope_kernels.backends.interface import ScanProblem, ScanRequest
 from hope_kernels.memory import factored, joint_ops, ops, pending, plain, plan, reference
 from hope_kernels.memory import validation as check
@@ -173,7 +172,7 @@ def _prepare(
         if layout.chunks == 0 and _is_direct(call, name):
 
             def read_and_keep() -> MemoryOutput:
-                output = cpu.read(q, state.stored_weights, spec, chunk_size)
+                output = backends.implementation(name).read(q, state.stored_weights, spec, chunk_size)
                 after = _after(state, layout, chunk_size, k, v, lr, retention, momentum, known=True)
                 return MemoryOutput(output, after)
 
@@ -356,7 +355,7 @@ def memory_read(q: Tensor, memory: Memory, *, spec: MemorySpec, backend: str | N
     if plain.passed(call):
         weights, name = memory.stored_weights if isinstance(memory, MemoryState) else tuple(memory), "cpu"
         if _is_direct(call, name):
-            return cpu.read(q, weights, spec, 1)
+            return backends.implementation(name).read(q, weights, spec, 1)
     else:
         check.check_spec(spec)
         check.check_tokens({"q": q})

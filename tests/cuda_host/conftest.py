@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 from torch import Tensor
 
-from hope_kernels import backends
+from hope_kernels import MemorySpec, backends
 from hope_kernels.backends.interface import BackendStatus, ScanGradients, ScanProblem
 from tests.cuda_host import build, scan
 
@@ -47,6 +47,10 @@ class Host:
         self.problem = problem
         return scan.scan_forward(self.library, problem, save=save, **self.device)
 
+    def read(self, q: Tensor, weights: tuple[Tensor, ...], spec: MemorySpec, chunk_size: int) -> Tensor:
+        problem = ScanProblem(q, *[None] * 10, weights, (), None, spec, chunk_size, 0, 0, 0)
+        return self.scan_forward(problem, save=False)[0]
+
     def scan_backward(self, *arguments) -> ScanGradients:
         self.arguments = arguments
         self.gradients.append(self.again())
@@ -65,6 +69,7 @@ def host(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Host:
         refuses=lambda request: None,
         scan_forward=found.scan_forward,
         scan_backward=found.scan_backward,
+        read=found.read,
     )
     before = backends.implementation
     monkeypatch.setattr(backends, "implementation", lambda name: module if name == "cpu" else before(name))
