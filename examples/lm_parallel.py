@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import pickle
 from collections.abc import Callable, Sequence
@@ -78,6 +79,17 @@ def join(chain: int) -> Layout:
     if "RANK" in os.environ:
         dist.init_process_group(backend_of(device))
     return Layout(device, rank, world, chain)
+
+
+def leave() -> None:
+    """Part from the other processes, where :func:`join` has met any.
+
+    What holds their groups is freed before, models in reference cycles too: a thread of a group that is left when the
+    interpreter ends may abort the process.
+    """
+    if dist.is_initialized():
+        gc.collect()
+        dist.destroy_process_group()
 
 
 @dataclass(frozen=True)

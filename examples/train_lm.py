@@ -21,7 +21,7 @@ from typing import Any
 import lm_checkpoint
 import torch
 import torch.distributed as dist
-from lm_parallel import Layout, Reading, drop_zero_gradients, join, nats, sum_gradients
+from lm_parallel import Layout, Reading, drop_zero_gradients, join, leave, nats, sum_gradients
 from lm_report import Report
 from lm_text import ByteTokenizer, FileTokenizer, Reader, Window, read_folder
 from torch import Tensor, nn
@@ -290,8 +290,7 @@ def main(words: Sequence[str] | None = None) -> None:
     except (ValueError, TypeError, ImportError, OSError, ArithmeticError) as error:
         raise SystemExit(f"train_lm: {error}") from error
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave()
 
 
 if __name__ == "__main__":
